@@ -1,0 +1,1 @@
+"""Towers: one encoder per modality, all behind one interface."""

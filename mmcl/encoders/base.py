@@ -1,0 +1,23 @@
+"""What every tower is: a module from one view to ``Features``, and what it eats."""
+
+from __future__ import annotations
+
+from torch import Tensor, nn
+
+from mmcl.types import Features, Spec
+
+
+class Encoder(nn.Module):
+    """A tower. ``spec`` says what it eats (the data layer reads it; the user never repeats a number).
+
+    Subclasses set ``spec`` and ``width`` and implement ``forward``. Normalisation of uint8 video and the front end of
+    audio happen inside, on the device of the weights. In training a tower holds no batch statistics.
+    """
+
+    spec: Spec
+    width: int
+    """``D`` of ``pooled`` and ``tokens``"""
+
+    def forward(self, x: Tensor, mask: Tensor | None = None) -> Features:
+        """``x``: uint8 ``(B, T, C, H, W)`` | float32 ``(B, S)`` | int64 ``(B, L)``; ``mask``: bool ``(B, L)`` of text."""
+        raise NotImplementedError

@@ -1,0 +1,81 @@
+"""What every objective is, and the weighted mix that a run trains."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from mmcl.distributed import Comm
+from mmcl.types import Embeddings, Need
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Term:
+    """What one objective says of one batch."""
+
+    loss: Tensor
+    """0-d; its value is the global loss, its gradient is scaled so that averaging over ranks is exact"""
+    metrics: Mapping[str, Tensor] = field(default_factory=dict)
+    """detached 0-d tensors to log"""
+    pending: Mapping[str, Any] = field(default_factory=dict)
+    """what ``commit`` needs once the optimizer has stepped"""
+
+
+class Objective(nn.Module):
+    """A loss with what it owns: heads, queues, prototypes.
+
+    ``forward`` changes no state; ``commit`` does, once, after the optimizer step, so that a skipped step changes nothing.
+    Every rank makes the same collectives in the same order, whatever its rows.
+    """
+
+    needs: tuple[Need, ...] = ()
+
+    def forward(self, embeddings: Embeddings, comm: Comm) -> Term:
+        raise NotImplementedError
+
+    def commit(self, pending: Mapping[str, Any]) -> None:
+        """Advances queues, pointers and prototypes. Most objectives have none."""
+
+    def ema_pairs(self) -> Iterable[tuple[nn.Module, nn.Module]]:
+        """(online, momentum copy) of the heads that this objective owns."""
+        return ()
+
+
+class ObjectiveMix(nn.Module):
+    """The weighted sum of named objectives, one logged line per term."""
+
+    def __init__(self, objectives: Mapping[str, Objective], weights: Mapping[str, float]) -> None:
+        super().__init__()
+        if not objectives:
+            raise ValueError("a mix needs at least one objective")
+        if set(objectives) != set(weights):
+            raise ValueError(f"weights {sorted(weights)} do not match objectives {sorted(objectives)}")
+        self.objectives = nn.ModuleDict(objectives)
+        self.weights = dict(weights)
+
+    @property
+    def needs(self) -> tuple[Need, ...]:
+        """The union of all needs, in the order of the objectives."""
+        return tuple(dict.fromkeys(need for objective in self._each().values() for need in objective.needs))
+
+    def _each(self) -> dict[str, Objective]:
+        return {name: module for name, module in self.objectives.items() if isinstance(module, Objective)}
+
+    def forward(self, embeddings: Embeddings, comm: Comm) -> Term:
+        terms = {name: objective(embeddings, comm) for name, objective in self._each().items()}
+        loss = torch.stack([self.weights[name] * term.loss for name, term in terms.items()]).sum()
+        metrics = {name: term.loss.detach() for name, term in terms.items()}
+        for name, term in terms.items():
+            metrics.update({f"{name}/{key}": value for key, value in term.metrics.items()})
+        return Term(loss, metrics, {name: term.pending for name, term in terms.items()})
+
+    def commit(self, pending: Mapping[str, Any]) -> None:
+        for name, objective in self._each().items():
+            objective.commit(pending[name])
+
+    def ema_pairs(self) -> list[tuple[nn.Module, nn.Module]]:
+        return [pair for objective in self._each().values() for pair in objective.ema_pairs()]

@@ -1,0 +1,299 @@
+"""The values that flow through ``mmcl``, each checked where it is made.
+
+Shape letters, used in every signature and name of the project:
+
+``B`` rows of this rank · ``N`` rows of all ranks · ``T`` frames · ``C`` channels · ``H W`` pixels ·
+``S`` audio samples · ``M`` mels · ``L`` tokens · ``D`` embedding width
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any, Literal, Protocol, TypeAlias
+
+import numpy as np
+import torch
+from torch import Tensor
+
+Modality: TypeAlias = str
+"""An open set of names: ``video``, ``audio``, ``text``; later ``image``, ``motion``, ``points``, …"""
+
+Level: TypeAlias = str
+"""What of a tower an objective sees: ``joint``, ``pooled``, ``tokens`` or ``stage:NAME``."""
+
+Kind: TypeAlias = Literal["online", "momentum"]
+
+
+class MmclError(Exception):
+    """An error with a message for people; the command line prints it on one line and exits with ``exit_code``."""
+
+    exit_code = 1
+
+
+class RunError(MmclError):
+    """A run that cannot go on."""
+
+
+class ConfigError(MmclError, ValueError):
+    """Wrong usage or configuration: names the path, the value and what is allowed."""
+
+    exit_code = 2
+
+
+class SampleError(Exception):
+    """Data that cannot be used. The sample becomes a hole (in training) or a line of ``failures.jsonl`` (in preparation).
+
+    ``reason`` is a short stable slug to count by (``decode``, ``truncated``, ``empty``, ``no_video_stream``, …);
+    ``detail`` is for people.
+    """
+
+    def __init__(self, reason: str, detail: str = "") -> None:
+        super().__init__(reason, detail)
+        self.reason = reason
+        self.detail = detail
+
+    def __str__(self) -> str:
+        return f"{self.reason}: {self.detail}" if self.detail else self.reason
+
+
+@dataclass(frozen=True, slots=True)
+class Source:
+    """Where a sample lies: the shard's number in its manifest and the sample's number in that shard."""
+
+    shard: int
+    index: int
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Clip:
+    """One decoded time window of a sample; video and audio cover the same half-open interval of seconds."""
+
+    key: str
+    video: np.ndarray | None = None
+    """uint8 ``(T, C, H, W)``"""
+    frame_times_seconds: np.ndarray | None = None
+    """float64 ``(T,)``, ascending, on the clock of the source file"""
+    audio: np.ndarray | None = None
+    """float32 ``(S,)`` in [−1, 1], mono"""
+    sample_rate_hz: int | None = None
+    audio_start_seconds: float = 0.0
+    text: str | None = None
+    source: Source | None = None
+
+    def __post_init__(self) -> None:
+        if self.video is not None:
+            if self.video.dtype != np.uint8 or self.video.ndim != 4:
+                raise ValueError(f"video must be uint8 (T, C, H, W), got {self.video.dtype} {self.video.shape}")
+            if self.frame_times_seconds is None or self.frame_times_seconds.shape != self.video.shape[:1]:
+                raise ValueError("frame_times_seconds must hold one time per frame")
+        if self.audio is not None:
+            if self.audio.dtype != np.float32 or self.audio.ndim != 1:
+                raise ValueError(f"audio must be float32 (S,), got {self.audio.dtype} {self.audio.shape}")
+            if not self.sample_rate_hz:
+                raise ValueError("audio needs sample_rate_hz")
+
+
+class Tokenizer(Protocol):
+    """Text to token numbers; hashable (equal ones make equal views) and picklable (it runs in workers)."""
+
+    def __call__(self, texts: Sequence[str]) -> tuple[Tensor, Tensor]:
+        """Returns ids int64 ``(B, L)`` and mask bool ``(B, L)``; every row keeps at least one unmasked token."""
+        ...
+
+    def __hash__(self) -> int: ...
+
+
+@dataclass(frozen=True, slots=True)
+class VideoSpec:
+    """What a video tower eats. A picture is a video of one frame."""
+
+    frames: int = 8
+    size: int = 64
+    """pixels, height = width"""
+    fps: float = 4.0
+    """frames per second at which the window is sampled; the window is ``frames / fps`` seconds"""
+    fit: Literal["crop", "squash"] = "crop"
+    """how a picture becomes square: scale the short side and crop the centre, or scale both sides"""
+    mean: tuple[float, float, float] = (0.5, 0.5, 0.5)
+    std: tuple[float, float, float] = (0.25, 0.25, 0.25)
+    modality: Modality = field(default="video", init=False)
+
+    @property
+    def seconds(self) -> float:
+        return self.frames / self.fps
+
+
+@dataclass(frozen=True, slots=True)
+class AudioSpec:
+    """What an audio tower eats: a mono wave, float32 ``(S,)`` with ``S = round(seconds * sample_rate_hz)``."""
+
+    sample_rate_hz: int = 16_000
+    seconds: float = 2.0
+    modality: Modality = field(default="audio", init=False)
+
+    @property
+    def samples(self) -> int:
+        return round(self.seconds * self.sample_rate_hz)
+
+
+@dataclass(frozen=True, slots=True)
+class TextSpec:
+    """What a text tower eats."""
+
+    tokenizer: Tokenizer
+    modality: Modality = field(default="text", init=False)
+
+    @property
+    def seconds(self) -> float:
+        return 0.0
+
+
+Spec: TypeAlias = VideoSpec | AudioSpec | TextSpec
+
+
+@dataclass(frozen=True, slots=True)
+class View:
+    """What one objective wants to see of a sample. Equal views are made once and shared.
+
+    Views with the same ``clip`` number look at the same time window of their sample, whatever their modality.
+    """
+
+    spec: Spec
+    clip: int = 0
+    augmentation: str = "none"
+    """a name in ``data.augmentations``"""
+
+    @property
+    def modality(self) -> Modality:
+        return self.spec.modality
+
+    def __str__(self) -> str:
+        suffix = "" if self.augmentation == "none" else f",{self.augmentation}"
+        return f"{self.modality}[{self.clip}{suffix}]"
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class ViewBatch:
+    """One view of every row: padded values, who has it, and the parameters it was made with."""
+
+    data: Tensor
+    """uint8 ``(B, T, C, H, W)`` | float32 ``(B, S)`` | int64 ``(B, L)``"""
+    present: Tensor
+    """bool ``(B,)``; rows that are not present hold zeros"""
+    mask: Tensor | None = None
+    """bool ``(B, L)``, text only: True at tokens"""
+    params: Mapping[str, Tensor] = field(default_factory=dict)
+    """``start_seconds (B,)`` and what else the view was made with, one row each"""
+
+    def __len__(self) -> int:
+        return len(self.data)
+
+    def map(self, function: Any) -> ViewBatch:
+        """The same view with ``function`` applied to every tensor."""
+        return ViewBatch(
+            function(self.data),
+            function(self.present),
+            None if self.mask is None else function(self.mask),
+            {name: function(value) for name, value in self.params.items()},
+        )
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Batch:
+    """The rows of one rank, in draw order. A missing modality or a bad sample is an absent row, never a dropped one."""
+
+    views: Mapping[View, ViewBatch]
+    keys: tuple[str, ...]
+    """"" for a hole"""
+    draws: Tensor
+    """int64 ``(B,)``: the draw number of each row"""
+    groups: Tensor
+    """int64 ``(B, G)``: rows that share a number in any column are never each other's negatives; −1: none"""
+    labels: Tensor
+    """int64 ``(B,)``, −1: none"""
+    skipped: tuple[tuple[str, str, str], ...] = ()
+    """(key or shard position, reason, detail) of the bad samples of these rows"""
+    metadata: tuple[Mapping[str, Any], ...] = ()
+    """what the sample's JSON held, one mapping per row; only where the stream was asked for it"""
+    captions: tuple[tuple[str, ...], ...] = ()
+    """all captions of each row; only where the stream was asked for metadata"""
+
+    def __len__(self) -> int:
+        return len(self.keys)
+
+    def map(self, function: Any) -> Batch:
+        """The same batch with ``function`` applied to every tensor."""
+        return replace(
+            self,
+            views={view: values.map(function) for view, values in self.views.items()},
+            draws=function(self.draws),
+            groups=function(self.groups),
+            labels=function(self.labels),
+        )
+
+    def to(self, device: torch.device | str) -> Batch:
+        return self.map(lambda tensor: tensor.to(device, non_blocking=True))
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Features:
+    """What a tower returns for the rows it was given."""
+
+    pooled: Tensor
+    """``(B, D)``, before any head, not normalised"""
+    tokens: Tensor | None = None
+    """``(B, L, D)``"""
+    token_mask: Tensor | None = None
+    """bool ``(B, L)``; None: all tokens are real"""
+    grid: tuple[int, ...] | None = None
+    """how ``L`` unfolds, e.g. ``(T, H, W)`` or ``(time, frequency)``"""
+    stages: Mapping[str, Tensor] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True)
+class TowerInfo:
+    """What an objective may know of a tower when it is built."""
+
+    name: str
+    spec: Spec
+    width: int
+    """``D`` of ``pooled`` and ``tokens``"""
+    joint_width: int
+    """``D`` of ``joint``"""
+    trainable: bool = True
+
+    @property
+    def modality(self) -> Modality:
+        return self.spec.modality
+
+
+@dataclass(frozen=True, slots=True)
+class Need:
+    """One demand of an objective: these levels of this tower on this view."""
+
+    tower: str
+    view: View
+    levels: tuple[Level, ...] = ("joint",)
+    kind: Kind = "online"
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Embeddings:
+    """What objectives see: levels of towers on views, and the batch they came from. Absent rows hold zeros."""
+
+    values: Mapping[tuple[str, View, Level, Kind], Tensor]
+    batch: Batch
+    scales: Mapping[str, Tensor] = field(default_factory=dict)
+    """the model's multipliers of the cosine (1 / temperature), 0-d, clamped, by name"""
+
+    def get(self, need: Need, level: Level | None = None) -> Tensor:
+        """The tensor that answers ``need``; ``level`` is only needed where it names several."""
+        return self.values[(need.tower, need.view, level or need.levels[0], need.kind)]
+
+    def present(self, *views: View) -> Tensor:
+        """bool ``(B,)``: rows that have all these views."""
+        return torch.stack([self.batch.views[view].present for view in views]).all(0)
+
+    def __iter__(self) -> Iterator[tuple[str, View, Level, Kind]]:
+        return iter(self.values)

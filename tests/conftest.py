@@ -1,0 +1,11 @@
+"""Fixtures shared by all tests; each lives in its own module of ``support``."""
+
+from __future__ import annotations
+
+import os
+
+# Two cores are the smallest machine that runs these tests; every test process counts on one thread of its own.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+pytest_plugins = ["support.gloo", "support.media", "support.shards"]
