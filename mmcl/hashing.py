@@ -20,17 +20,18 @@ def _mix(x: Words) -> Words:
     """The finaliser of splitmix64 (Steele, Lea, Flood 2014)."""
     x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
     x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-    return x ^ (x >> np.uint64(31))
+    mixed: Words = x ^ (x >> np.uint64(31))
+    return mixed
 
 
 def hash64(*words: Any) -> Words:
     """uint64 hash of integers or integer arrays, broadcast against each other.
 
     >>> [f"{int(hash64(*words)):016x}" for words in [(0,), (1,), (0, 1)]]
-    ['e220a8397b1dcdaf', '910a2dec89025cc1', 'b38ba9e6dfa81c18']
+    ['6e789e6aa1b965f4', 'e99ff867dbf682c9', '5d60b960e0946ba0']
     """
     with np.errstate(over="ignore"):
-        state: Words = np.asarray(0, dtype=np.uint64)
+        state: Words = np.asarray(_GOLDEN)
         for word in words:
             state = _mix((state ^ np.asarray(word).astype(np.uint64)) + _GOLDEN)
     return state
@@ -38,7 +39,7 @@ def hash64(*words: Any) -> Words:
 
 def uniform(*words: Any) -> npt.NDArray[np.float64]:
     """float64 in [0, 1), a pure function of the words."""
-    return (hash64(*words) >> np.uint64(11)).astype(np.float64) * 2.0**-53
+    return np.asarray((hash64(*words) >> np.uint64(11)).astype(np.float64) * 2.0**-53)
 
 
 def text_hash(text: str) -> int:

@@ -42,7 +42,7 @@ class ConfigError(MmclError, ValueError):
 
 
 class SampleError(Exception):
-    """Data that cannot be used. The sample becomes a hole (in training) or a line of ``failures.jsonl`` (in preparation).
+    """Data that cannot be used: the sample becomes a hole in training, a line of ``failures.jsonl`` in preparation.
 
     ``reason`` is a short stable slug to count by (``decode``, ``truncated``, ``empty``, ``no_video_stream``, …);
     ``detail`` is for people.
@@ -212,8 +212,8 @@ class Batch:
     """int64 ``(B, G)``: rows that share a number in any column are never each other's negatives; −1: none"""
     labels: Tensor
     """int64 ``(B,)``, −1: none"""
-    skipped: tuple[tuple[str, str, str], ...] = ()
-    """(key or shard position, reason, detail) of the bad samples of these rows"""
+    skipped: tuple[tuple[int, str, str, str], ...] = ()
+    """(draw, key or position, reason, detail) of the bad samples of these rows"""
     metadata: tuple[Mapping[str, Any], ...] = ()
     """what the sample's JSON held, one mapping per row; only where the stream was asked for it"""
     captions: tuple[tuple[str, ...], ...] = ()

@@ -1,0 +1,1 @@
+"""`mmcl demo`: the main job, end to end, on clips recorded on the spot."""

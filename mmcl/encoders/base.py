@@ -19,5 +19,5 @@ class Encoder(nn.Module):
     """``D`` of ``pooled`` and ``tokens``"""
 
     def forward(self, x: Tensor, mask: Tensor | None = None) -> Features:
-        """``x``: uint8 ``(B, T, C, H, W)`` | float32 ``(B, S)`` | int64 ``(B, L)``; ``mask``: bool ``(B, L)`` of text."""
+        """``x``: uint8 ``(B, T, C, H, W)``, float32 ``(B, S)`` or int64 ``(B, L)``; ``mask``: bool ``(B, L)``, text."""
         raise NotImplementedError

@@ -1,0 +1,49 @@
+"""Pure losses: tensors in, a 0-d tensor out. No state, no devices, no process groups; torch alone.
+
+Every function works in float64 if an input is float64, else in float32, inside autocast too, and modifies no input.
+"""
+
+from __future__ import annotations
+
+from mmcl.losses.byol import byol
+from mmcl.losses.class_nce import class_nce, jeffreys
+from mmcl.losses.dcl import dcl
+from mmcl.losses.diagnostics import alignment, tolerance, uniformity
+from mmcl.losses.distillation import (
+    knowledge_distillation,
+    probabilistic_transfer,
+    relational_angle,
+    relational_distance,
+    similarity_preserving,
+)
+from mmcl.losses.info_nce import clip, info_nce, siglip
+from mmcl.losses.local_mutual_information import local_mutual_information
+from mmcl.losses.moco import moco
+from mmcl.losses.nt_xent import nt_xent
+from mmcl.losses.persistency import persistency_byol, persistency_moco
+from mmcl.losses.swav import sinkhorn, swav
+
+__all__ = [
+    "alignment",
+    "byol",
+    "class_nce",
+    "clip",
+    "dcl",
+    "info_nce",
+    "jeffreys",
+    "knowledge_distillation",
+    "local_mutual_information",
+    "moco",
+    "nt_xent",
+    "persistency_byol",
+    "persistency_moco",
+    "probabilistic_transfer",
+    "relational_angle",
+    "relational_distance",
+    "siglip",
+    "similarity_preserving",
+    "sinkhorn",
+    "swav",
+    "tolerance",
+    "uniformity",
+]

@@ -28,11 +28,13 @@ class Term:
 class Objective(nn.Module):
     """A loss with what it owns: heads, queues, prototypes.
 
-    ``forward`` changes no state; ``commit`` does, once, after the optimizer step, so that a skipped step changes nothing.
+    ``forward`` changes no state; ``commit`` does, once, after the optimizer step: a skipped step changes nothing.
     Every rank makes the same collectives in the same order, whatever its rows.
     """
 
     needs: tuple[Need, ...] = ()
+    scales: tuple[str, ...] = ()
+    """names of the model's temperatures that this objective uses"""
 
     def forward(self, embeddings: Embeddings, comm: Comm) -> Term:
         raise NotImplementedError
@@ -61,6 +63,11 @@ class ObjectiveMix(nn.Module):
     def needs(self) -> tuple[Need, ...]:
         """The union of all needs, in the order of the objectives."""
         return tuple(dict.fromkeys(need for objective in self._each().values() for need in objective.needs))
+
+    @property
+    def scales(self) -> tuple[str, ...]:
+        """The union of all temperatures, in the order of the objectives."""
+        return tuple(dict.fromkeys(name for objective in self._each().values() for name in objective.scales))
 
     def _each(self) -> dict[str, Objective]:
         return {name: module for name, module in self.objectives.items() if isinstance(module, Objective)}

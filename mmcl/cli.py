@@ -1,0 +1,156 @@
+"""The command line: thin, and quick to start: nothing heavy is imported before a command runs."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+import mmcl
+from mmcl.shards.commands import app as shards_app
+
+app = typer.Typer(
+    help="Train one embedding space of video, audio and text on streamed shards.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+evaluate_app = typer.Typer(help="Measure a trained model.", no_args_is_help=True)
+app.add_typer(shards_app, name="shards")
+app.add_typer(evaluate_app, name="evaluate")
+
+Overrides = Annotated[list[str] | None, typer.Argument(help="Changes to the configuration: dotted.path=value …")]
+
+
+def _version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(f"mmcl {mmcl.__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _main(
+    debug: Annotated[bool, typer.Option("--debug", help="Show tracebacks of errors.")] = False,
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version.")
+    ] = False,
+) -> None:
+    if debug:
+        os.environ["MMCL_DEBUG"] = "1"
+
+
+@app.command()
+def demo(
+    out: Annotated[Path, typer.Option(help="Where everything goes.")] = Path("demo-out"),
+    steps: Annotated[int | None, typer.Option(min=1, help="Training steps; default: as the recipe says.")] = None,
+    seed: Annotated[int, typer.Option(help="Seed of recordings, weights and order.")] = 0,
+    clips: Annotated[
+        Path | None, typer.Option(help="Your own CSV (path,caption[,split]) instead of recorded games.")
+    ] = None,
+) -> None:
+    """The whole main job on real clips: record, make shards, train, evaluate, report. A few minutes on a CPU."""
+    from mmcl.demo.run import run_demo
+
+    run_demo(out, steps=steps, seed=seed, clips=clips)
+
+
+@app.command()
+def train(
+    config: Annotated[Path, typer.Argument(help="A YAML file, e.g. configs/pretrain/demo.yaml.")],
+    overrides: Overrides = None,
+    resume: Annotated[
+        str | None, typer.Option(help="'auto' (newest checkpoint of the run folder, or a new run) or a checkpoint.")
+    ] = None,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Show what would run, and one batch; train nothing.")
+    ] = False,
+) -> None:
+    """Train in this process. On many: accelerate launch pipelines/pretrain.py CONFIG …, the same program."""
+    from mmcl.recipe import load_config
+    from mmcl.training.launch import describe, pretrain
+
+    resolved = load_config(config, overrides or [])
+    if dry_run:
+        typer.echo(describe(resolved))
+    else:
+        pretrain(resolved, resume=resume)
+
+
+Checkpoint = Annotated[Path, typer.Argument(help="A checkpoint, a run folder, or an exported model.")]
+Shards = Annotated[str, typer.Argument(help="A folder of indexed shards.")]
+Clips = Annotated[int | None, typer.Option(min=1, help="Windows per sample whose embeddings are averaged.")]
+Workers = Annotated[int, typer.Option(min=0, help="Decoding processes.")]
+
+
+@app.command()
+def embed(
+    checkpoint: Checkpoint,
+    shards: Shards,
+    out: Annotated[Path, typer.Option(help="Folder for embeddings.safetensors and items.jsonl.")],
+    clips: Clips = None,
+    workers: Workers = 2,
+) -> None:
+    """Embed every sample of some shards."""
+    from mmcl.evaluation.embed import embed_to_folder
+
+    count = embed_to_folder(checkpoint, shards, out, clips=clips, workers=workers)
+    typer.echo(f"{count} samples embedded into {out}")
+
+
+@evaluate_app.command("retrieval")
+def evaluate_retrieval(
+    checkpoint: Checkpoint,
+    shards: Shards,
+    out: Annotated[Path, typer.Option(help="Folder for report.json, report.md and report.html.")],
+    by: Annotated[
+        str | None, typer.Option(help="A metadata column: one list per value, each searched on its own.")
+    ] = None,
+    headline: Annotated[str | None, typer.Option(help="The value of --by that comes first.")] = None,
+    clips: Clips = None,
+    workers: Workers = 2,
+) -> None:
+    """Retrieval between every two modalities, in both directions, with a report to look at."""
+    from mmcl.evaluation.run import evaluate_checkpoint
+    from mmcl.evaluation.show import print_evaluation
+
+    print_evaluation(
+        evaluate_checkpoint(checkpoint, shards, out, by=by, headline=headline, clips=clips, workers=workers)
+    )
+
+
+@app.command()
+def export(
+    checkpoint: Checkpoint,
+    out: Annotated[Path, typer.Option(help="Folder for config.json, model.safetensors and the card.")],
+) -> None:
+    """Write a model that `mmcl.MultimodalModel.from_pretrained` loads."""
+    from mmcl.model import MultimodalModel
+
+    MultimodalModel.from_pretrained(checkpoint).export(out)
+    typer.echo(f"model: {out}")
+
+
+def guarded(function: Callable[[], object]) -> None:
+    """Runs ``function``; errors meant for people become one line on stderr and an exit code."""
+    try:
+        function()
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr, flush=True)
+        sys.exit(130)
+    except Exception as error:
+        from mmcl.types import MmclError  # imports torch
+
+        if not isinstance(error, MmclError) or os.environ.get("MMCL_DEBUG"):
+            raise
+        rank = f"[rank {os.environ['RANK']}] " if int(os.environ.get("WORLD_SIZE", "1")) > 1 else ""
+        print(f"{rank}error: {error}", file=sys.stderr, flush=True)
+        sys.exit(error.exit_code)
+
+
+def main() -> None:
+    """Entry point of the ``mmcl`` command."""
+    guarded(app)

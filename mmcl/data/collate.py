@@ -1,0 +1,138 @@
+"""Rows to batches: padded tensors with absent rows as zeros, parts of workers interleaved back into draw order."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, TypeVar
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from mmcl.hashing import text_hash
+from mmcl.types import AudioSpec, Batch, TextSpec, VideoSpec, View, ViewBatch
+
+T = TypeVar("T")
+
+GROUP_COLUMNS = 3
+"""key, group, caption: rows equal in any of them are never each other's negatives"""
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Value:
+    """One view of one sample."""
+
+    data: np.ndarray | str
+    start_seconds: float = 0.0
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Row:
+    """What one draw gave: views, or a reason why there are none."""
+
+    draw: int
+    key: str = ""
+    values: Mapping[View, Value] = field(default_factory=dict)
+    group: str | None = None
+    label: int = -1
+    caption: str = ""
+    """the caption that was chosen for this draw"""
+    captions: tuple[str, ...] = ()
+    metadata: Mapping[str, Any] = field(default_factory=dict)
+    skipped: tuple[str, str, str] | None = None
+    """(key or position, reason, detail) of a bad sample"""
+
+
+def collate(rows: Sequence[Row], views: Sequence[View], *, with_metadata: bool = False) -> Batch:
+    """One padded batch of rows, in their order."""
+    return Batch(
+        views={view: _collate_view([row.values.get(view) for row in rows], view) for view in views},
+        keys=tuple(row.key for row in rows),
+        draws=torch.tensor([row.draw for row in rows], dtype=torch.int64),
+        groups=torch.tensor([_groups(row) for row in rows], dtype=torch.int64).reshape(len(rows), GROUP_COLUMNS),
+        labels=torch.tensor([row.label for row in rows], dtype=torch.int64),
+        skipped=tuple((row.draw, *row.skipped) for row in rows if row.skipped is not None),
+        metadata=tuple(row.metadata for row in rows) if with_metadata else (),
+        captions=tuple(row.captions for row in rows) if with_metadata else (),
+    )
+
+
+def holes(rows: int, views: Sequence[View]) -> Batch:
+    """A batch in which every row is absent."""
+    return collate([Row(draw=-1)] * rows, views)
+
+
+def _groups(row: Row) -> tuple[int, int, int]:
+    """Numbers of key, group and caption; a hole has none."""
+    caption = " ".join(row.caption.casefold().split())
+    return (
+        text_hash(row.key) if row.key else -1,
+        text_hash(row.group) if row.group else -1,
+        text_hash(caption) if caption else -1,
+    )
+
+
+def _collate_view(values: Sequence[Value | None], view: View) -> ViewBatch:
+    present = torch.tensor([value is not None for value in values], dtype=torch.bool)
+    starts = torch.tensor([0.0 if value is None else value.start_seconds for value in values], dtype=torch.float64)
+    spec = view.spec
+    if isinstance(spec, TextSpec):
+        ids, mask = spec.tokenizer(["" if value is None else str(value.data) for value in values])
+        return ViewBatch(ids * present[:, None], present, mask)
+    data = torch.zeros(
+        (len(values), *row_shape(spec)), dtype=torch.uint8 if isinstance(spec, VideoSpec) else torch.float32
+    )
+    for row, value in zip(data, values, strict=True):
+        if value is not None:
+            row.copy_(torch.from_numpy(value.data))
+    return ViewBatch(data, present, params={"start_seconds": starts})
+
+
+def row_shape(spec: VideoSpec | AudioSpec) -> tuple[int, ...]:
+    """The shape of one row of a view."""
+    if isinstance(spec, VideoSpec):
+        return (spec.frames, 3, spec.size, spec.size)
+    return (spec.samples,)
+
+
+def interleave(parts: Sequence[Batch]) -> Batch:
+    """Parts of one batch, row i of part j being row ``i·len(parts) + j``, back in one batch."""
+    if len(parts) == 1:
+        return parts[0]
+    first = parts[0]
+    return Batch(
+        views={view: _interleave_views([part.views[view] for part in parts]) for view in first.views},
+        keys=_interleave_tuples([part.keys for part in parts]),
+        draws=_interleave_tensors([part.draws for part in parts]),
+        groups=_interleave_tensors([part.groups for part in parts]),
+        labels=_interleave_tensors([part.labels for part in parts]),
+        skipped=tuple(sorted(skip for part in parts for skip in part.skipped)),
+        metadata=_interleave_tuples([part.metadata for part in parts]),
+        captions=_interleave_tuples([part.captions for part in parts]),
+    )
+
+
+def _interleave_views(parts: Sequence[ViewBatch]) -> ViewBatch:
+    masks = [part.mask for part in parts if part.mask is not None]
+    return ViewBatch(
+        _interleave_tensors([part.data for part in parts], pad=bool(masks)),
+        _interleave_tensors([part.present for part in parts]),
+        _interleave_tensors(masks, pad=True) if masks else None,
+        {name: _interleave_tensors([part.params[name] for part in parts]) for name in parts[0].params},
+    )
+
+
+def _interleave_tensors(parts: Sequence[Tensor], *, pad: bool = False) -> Tensor:
+    shape = list(parts[0].shape)
+    if pad:  # texts of the parts are padded to their own longest
+        shape[1] = max(part.shape[1] for part in parts)
+    whole = parts[0].new_zeros((shape[0] * len(parts), *shape[1:]))
+    for number, part in enumerate(parts):
+        target = whole[number :: len(parts)]
+        (target[:, : part.shape[1]] if pad else target).copy_(part)
+    return whole
+
+
+def _interleave_tuples(parts: Sequence[tuple[T, ...]]) -> tuple[T, ...]:
+    return tuple(value for row in zip(*parts, strict=True) for value in row)

@@ -1,0 +1,201 @@
+"""Retrieval from a checkpoint and shards to a report that one can open."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import overload
+
+import numpy as np
+
+from mmcl.evaluation.embed import EmbeddedItem, EmbeddedShards, embed_shards
+from mmcl.evaluation.gallery import GalleryItem, poster_jpeg, waveform_svg
+from mmcl.evaluation.report import ListResult, ModalityRows, RetrievalReport, evaluate_list, fingerprint, write_report
+from mmcl.media.clip import MediaReader
+from mmcl.media.windows import Window
+from mmcl.model import MultimodalModel
+from mmcl.shards import load_manifest
+from mmcl.shards.manifest import Manifest
+from mmcl.shards.members import Sample, parse_sample
+from mmcl.shards.reader import ShardReader
+from mmcl.types import AudioSpec, ConfigError, SampleError, VideoSpec
+
+PROTOCOL = "paired"
+POSTER_SIZE = 160
+WAVE_RATE_HZ = 4000
+
+
+@dataclass(frozen=True, eq=False)
+class Evaluation:
+    """What an evaluation made."""
+
+    report: RetrievalReport
+    embedded: EmbeddedShards
+    page: Path
+    """the HTML report"""
+
+
+def evaluate_checkpoint(
+    checkpoint: Path | str,
+    shards: str,
+    out: Path,
+    *,
+    by: str | None = None,
+    headline: str | None = None,
+    clips: int | None = None,
+    workers: int = 2,
+    note: str = "",
+    titles: dict[str, str] | None = None,
+) -> Evaluation:
+    """Embeds ``shards``, ranks every ordered pair of modalities and writes the report into ``out``.
+
+    An answer is right when it belongs to the query's own item, or to one with the same caption (nobody could tell them
+    apart by their words).
+
+    Args:
+        by: a metadata column; each of its values is a list that is searched on its own.
+        headline: the value of ``by`` whose list comes first.
+        clips: windows per sample; default: one.
+        note: a sentence about the data, for the page.
+        titles: for people, by list.
+
+    Raises:
+        ConfigError: no such checkpoint, shards, column or value.
+        RunError: nothing could be read, or the report cannot be written.
+    """
+    model = MultimodalModel.from_pretrained(checkpoint)
+    embedded = embed_shards(model, shards, clips=clips or 1, workers=workers)
+    lists = split_lists(embedded, by, headline)
+    labels = caption_labels(embedded.items)
+    results = tuple(
+        _evaluate(name, embedded, items, labels, (titles or {}).get(name, "")) for name, items in lists.items()
+    )
+    protocol = {"name": PROTOCOL, "right": "same item or same caption", "clips": clips or 1, "by": by}
+    report = RetrievalReport(
+        PROTOCOL,
+        fingerprint(protocol, [item.key for item in embedded.items]),
+        results,
+        note=note,
+        facts={
+            "checkpoint": Path(checkpoint).name,
+            "windows per clip": str(clips or 1),
+            "right": "the query's own clip, or one with the same caption",
+            **({"unreadable samples": str(len(embedded.skipped))} if embedded.skipped else {}),
+        },
+    )
+    page = write_report(report, ShardGallery(load_manifest(shards), embedded), out)
+    return Evaluation(report, embedded, page)
+
+
+def split_lists(embedded: EmbeddedShards, by: str | None, headline: str | None) -> dict[str, list[int]]:
+    """Item numbers of each list, the headline first."""
+    if by is None:
+        return {"all": list(range(len(embedded.items)))}
+    lists: dict[str, list[int]] = {}
+    for number, item in enumerate(embedded.items):
+        if by in item.metadata:
+            lists.setdefault(str(item.metadata[by]), []).append(number)
+    if not lists:
+        known = sorted({name for item in embedded.items for name in item.metadata})
+        raise ConfigError(f"--by {by}: no sample has this metadata; there are: {', '.join(known) or 'none'}")
+    if headline is not None and headline not in lists:
+        raise ConfigError(f"--headline {headline}: not a value of {by}; there are: {', '.join(sorted(lists))}")
+    first = headline or next(iter(lists))
+    return {first: lists[first], **{name: lists[name] for name in sorted(lists) if name != first}}
+
+
+def caption_labels(items: Sequence[EmbeddedItem]) -> np.ndarray:
+    """int64, one per item: equal where the first captions are the same words; items without caption stand alone."""
+    seen: dict[str, int] = {}
+    return np.array(
+        [
+            seen.setdefault(
+                " ".join(item.captions[0].casefold().split()) if item.captions else f"\0{number}", len(seen)
+            )
+            for number, item in enumerate(items)
+        ],
+        dtype=np.int64,
+    )
+
+
+def _evaluate(name: str, embedded: EmbeddedShards, items: list[int], labels: np.ndarray, title: str) -> ListResult:
+    wanted = np.array(items, dtype=np.int64)
+    rows = {}
+    for modality, values in embedded.rows.items():
+        owners = embedded.owners[modality].numpy()
+        mine = np.flatnonzero(np.isin(owners, wanted))
+        captions = _caption_numbers(owners)[mine] if modality == "text" else None
+        rows[modality] = ModalityRows(values[mine], owners[mine], captions)
+    return evaluate_list(name, rows, labels=labels, items=wanted, title=title)
+
+
+def _caption_numbers(owners: np.ndarray) -> np.ndarray:
+    """0, 1, … within each run of equal owners."""
+    starts = np.flatnonzero(np.r_[True, owners[1:] != owners[:-1]])
+    return np.arange(len(owners)) - np.repeat(starts, np.diff(np.r_[starts, len(owners)]))
+
+
+class ShardGallery(Sequence[GalleryItem]):
+    """The items of some embedded shards as pictures; each is decoded when the page asks for it."""
+
+    def __init__(self, manifest: Manifest, embedded: EmbeddedShards) -> None:
+        self._reader = ShardReader(manifest)
+        self._ends = np.cumsum(manifest.sizes)
+        self._embedded = embedded
+        self._made: dict[int, GalleryItem] = {}
+        self._have = {modality: set(owners.tolist()) for modality, owners in embedded.owners.items()}
+
+    def __len__(self) -> int:
+        return len(self._embedded.items)
+
+    @overload
+    def __getitem__(self, number: int) -> GalleryItem: ...
+    @overload
+    def __getitem__(self, number: slice) -> Sequence[GalleryItem]: ...
+    def __getitem__(self, number: int | slice) -> GalleryItem | Sequence[GalleryItem]:
+        if isinstance(number, slice):
+            return [self[index] for index in range(*number.indices(len(self)))]
+        if number not in self._made:
+            self._made[number] = self._make(number)
+        return self._made[number]
+
+    def _make(self, number: int) -> GalleryItem:
+        item = self._embedded.items[number]
+        shard = int(np.searchsorted(self._ends, item.draw, side="right"))
+        first = int(self._ends[shard - 1]) if shard else 0
+        sample = parse_sample(self._reader.read(shard, item.draw - first))
+        missing = tuple(modality for modality, owners in self._have.items() if number not in owners)
+        return GalleryItem(item.key, item.captions, poster_of(sample), waveform_of(sample), missing)
+
+
+def poster_of(sample: Sample) -> bytes | None:
+    """A JPEG of the middle of a sample; None where it shows nothing."""
+    try:
+        with _reader_of(sample) as media:
+            found = media.read_video(_middle(media, 0.1), VideoSpec(frames=1, size=POSTER_SIZE, fps=10.0, fit="crop"))
+    except SampleError:
+        return None
+    return None if found is None else poster_jpeg(found[0][0])
+
+
+def waveform_of(sample: Sample) -> bytes | None:
+    """An SVG of the sound of a sample, at most its middle 10 seconds; None where it is silent by lack of a track."""
+    try:
+        with _reader_of(sample) as media:
+            seconds = min(max(media.duration_seconds, 0.1), 10.0)
+            wave = media.read_audio(_middle(media, seconds), AudioSpec(WAVE_RATE_HZ, seconds))
+    except SampleError:
+        return None
+    return None if wave is None else waveform_svg(wave)
+
+
+def _middle(media: MediaReader, seconds: float) -> Window:
+    start = max(0.0, (media.duration_seconds - seconds) / 2)
+    return Window(start, start + seconds)
+
+
+def _reader_of(sample: Sample) -> MediaReader:
+    return MediaReader(
+        video=sample.video, image=sample.image, audio=sample.audio, duration_seconds=sample.duration_seconds
+    )

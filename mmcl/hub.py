@@ -1,0 +1,98 @@
+"""Models as folders: ``config.json``, ``model.safetensors`` and a card. Loading runs no code from the folder."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any, TypeVar
+
+from safetensors.torch import load_file, save_file
+from torch import nn
+
+import mmcl
+from mmcl.types import ConfigError, RunError
+
+CONFIG, WEIGHTS, CARD = "config.json", "model.safetensors", "README.md"
+
+M = TypeVar("M", bound="Pretrained")
+
+
+class Pretrained(nn.Module):
+    """A module that can be written to a folder and read back bit for bit."""
+
+    def description(self) -> dict[str, Any]:
+        """All that is needed to build the module again, as JSON values."""
+        raise NotImplementedError
+
+    @classmethod
+    def from_description(cls: type[M], description: dict[str, Any], *, where: str) -> M:
+        """A freshly initialised module of this description."""
+        raise NotImplementedError
+
+    def save_pretrained(self, folder: str | Path) -> Path:
+        """Writes ``config.json`` and ``model.safetensors``; returns the folder."""
+        target = Path(folder)
+        try:
+            target.mkdir(parents=True, exist_ok=True)
+            save_file({k: v.detach().cpu().contiguous() for k, v in self.state_dict().items()}, target / WEIGHTS)
+            config = {"format": "mmcl", "mmcl": mmcl.__version__, **self.description()}
+            (target / CONFIG).write_text(json.dumps(config, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+        except OSError as error:
+            raise RunError(f"cannot write the model to {target}: {error.strerror or error}") from None
+        return target
+
+    @classmethod
+    def from_pretrained(cls: type[M], folder: str | Path) -> M:
+        """Reads a model folder, a checkpoint, or the newest checkpoint of a run folder; in eval mode, on the CPU.
+
+        Raises:
+            ConfigError: no such folder, not a model, or weights that do not fit its configuration.
+        """
+        source = model_folder(Path(folder))
+        try:
+            config = json.loads((source / CONFIG).read_text(encoding="utf-8"))
+        except (ValueError, OSError) as error:
+            raise ConfigError(f"{source / CONFIG}: cannot be read: {error}") from None
+        if not isinstance(config, dict) or config.pop("format", None) != "mmcl":
+            raise ConfigError(f"{source / CONFIG}: not a model of mmcl")
+        config.pop("mmcl", None)
+        model = cls.from_description(config, where=str(source / CONFIG))
+        try:
+            model.load_state_dict(load_file(source / WEIGHTS))
+        except Exception as error:  # safetensors raises its own types, torch a RuntimeError: both mean a bad file
+            raise ConfigError(f"{source / WEIGHTS}: {' '.join(str(error).split())[:300]}") from None
+        return model.eval()
+
+
+def model_folder(path: Path) -> Path:
+    """The folder with ``config.json`` that ``path`` means.
+
+    Raises:
+        ConfigError: there is none.
+    """
+    if not path.exists():
+        raise ConfigError(f"{path}: no such folder")
+    if (path / CONFIG).exists():
+        return path
+    latest = path / "checkpoints" / "latest"
+    if latest.exists():
+        newest = latest.parent / latest.read_text(encoding="utf-8").strip()
+        if (newest / CONFIG).exists():
+            return newest
+    raise ConfigError(f"{path}: neither a model, a checkpoint, nor a run folder with one")
+
+
+def write_card(folder: Path, facts: dict[str, str]) -> None:
+    """The model's README: what is known of it; what is not is visibly blank."""
+    lines = ["---", "library_name: mmcl", "license: # not stated", "---", "", "# A model trained with mmcl", ""]
+    lines += [f"- {name}: {value or '—'}" for name, value in facts.items()]
+    lines += [
+        "",
+        "```python",
+        "import mmcl",
+        f'model = mmcl.MultimodalModel.from_pretrained("{folder.name}")',
+        'rows = model.encode_text(["a caption"])  # float32 (1, D), unit rows',
+        "```",
+        "",
+    ]
+    (folder / CARD).write_text("\n".join(lines), encoding="utf-8")

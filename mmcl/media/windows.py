@@ -1,0 +1,139 @@
+"""Time windows: where they lie in a source and which frames they show. Pure arithmetic on one clock.
+
+The clock of a source starts at its container's start time and is shared by all its streams, so that one
+``Window`` names the same instants of picture and sound.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal, TypeAlias
+
+import numpy as np
+
+Rule: TypeAlias = Literal["random", "even"]
+Short: TypeAlias = Literal["loop", "hold"]
+
+TOLERANCE_SECONDS = 5e-4
+"""A frame this little after the wanted time counts as displayed: Matroska rounds times to milliseconds and decord to
+float32, and 0.1 s shall find the same frame in all of them."""
+
+
+@dataclass(frozen=True, slots=True)
+class Window:
+    """The half-open interval ``[start_seconds, end_seconds)`` on the clock of a source.
+
+    Raises ``ValueError`` unless ``0 <= start_seconds < end_seconds`` and both are finite.
+
+    >>> Window(1.0, 3.5).seconds
+    2.5
+    """
+
+    start_seconds: float
+    end_seconds: float
+
+    def __post_init__(self) -> None:
+        if not (0.0 <= self.start_seconds < self.end_seconds < math.inf):
+            raise ValueError(f"a window needs 0 <= start < end, got {self.start_seconds} … {self.end_seconds} seconds")
+
+    @property
+    def seconds(self) -> float:
+        return self.end_seconds - self.start_seconds
+
+
+def place_windows(
+    duration_seconds: float, length_seconds: float, count: int, *, rule: Rule, uniform: Sequence[float] = ()
+) -> list[Window]:
+    """``count`` windows of ``length_seconds`` in a source of ``duration_seconds``, in order of time.
+
+    ``random``: start = u · max(0, duration − length) with ``uniform`` holding one u in [0, 1) per window (the caller
+    draws them, so that the same draw gives the same window). ``even``: the slack is cut into ``count`` equal parts and
+    each window starts in the middle of one, so a single window is the centre of the source.
+    A source shorter than the window gives windows that start at 0 and reach past its end.
+    Raises ``ValueError`` on a negative or non-finite duration, a length that is not positive, or missing ``uniform``.
+
+    >>> place_windows(10.0, 2.0, 2, rule="even")
+    [Window(start_seconds=2.0, end_seconds=4.0), Window(start_seconds=6.0, end_seconds=8.0)]
+    """
+    if not 0.0 <= duration_seconds < math.inf:
+        raise ValueError(f"duration_seconds must be finite and at least 0, got {duration_seconds}")
+    if not 0.0 < length_seconds < math.inf or count < 1:
+        raise ValueError(f"need length_seconds > 0 and count >= 1, got {length_seconds} and {count}")
+    slack_seconds = max(0.0, duration_seconds - length_seconds)
+    if rule == "even":
+        starts = [slack_seconds * (i + 0.5) / count for i in range(count)]
+    elif rule == "random":
+        if len(uniform) != count or not all(0.0 <= u <= 1.0 for u in uniform):
+            raise ValueError(f"rule 'random' needs {count} numbers in [0, 1], got {list(uniform)}")
+        starts = sorted(slack_seconds * float(u) for u in uniform)
+    else:
+        raise ValueError(f"rule must be 'random' or 'even', got {rule!r}")
+    return [Window(start, start + length_seconds) for start in starts]
+
+
+def centred(window: Window, length_seconds: float, *, duration_seconds: float | None = None) -> Window:
+    """A window of another length round the same centre.
+
+    The start never lies before 0; with ``duration_seconds`` the window is also moved back so that it does not reach
+    past the end of the source while the source is long enough (so a clamped window is no longer exactly centred).
+
+    >>> centred(Window(4.0, 6.0), 1.0)
+    Window(start_seconds=4.5, end_seconds=5.5)
+    """
+    start = (window.start_seconds + window.end_seconds - length_seconds) / 2
+    if duration_seconds is not None:
+        start = min(start, duration_seconds - length_seconds)
+    start = max(0.0, start)
+    return Window(start, start + length_seconds)
+
+
+def wanted_times(
+    window: Window, frames: int, fps: float, *, duration_seconds: float | None = None, short: Short = "loop"
+) -> np.ndarray:
+    """float64 ``(T,)``: the instants at which ``frames`` frames of a window are sampled, t_i = start + (i + ½) / fps.
+
+    With ``duration_seconds``, times past the end of the source are folded into it (see ``fold_times``).
+
+    >>> wanted_times(Window(1.0, 3.0), 4, 2.0)
+    array([1.25, 1.75, 2.25, 2.75])
+    """
+    if frames < 1 or not fps > 0:
+        raise ValueError(f"need frames >= 1 and fps > 0, got {frames} and {fps}")
+    times = window.start_seconds + (np.arange(frames) + 0.5) / fps
+    return times if duration_seconds is None else fold_times(times, duration_seconds, short)
+
+
+def fold_times(times_seconds: np.ndarray, duration_seconds: float, short: Short = "loop") -> np.ndarray:
+    """float64, same shape: times past the end of a source brought back into it.
+
+    ``loop``: t mod duration, the source is played again from its start. ``hold``: t is clamped to the end, the last
+    frame stays. A source without duration (a picture) always gives 0.
+
+    >>> fold_times(np.array([0.5, 1.5, 2.5]), 2.0)
+    array([0.5, 1.5, 0.5])
+    """
+    if short not in ("loop", "hold"):
+        raise ValueError(f"short must be 'loop' or 'hold', got {short!r}")
+    times = np.asarray(times_seconds, dtype=np.float64)
+    if duration_seconds <= 0:
+        return np.zeros_like(times)
+    if short == "hold":
+        return np.minimum(times, duration_seconds)
+    return np.where(times < duration_seconds, times, np.mod(times, duration_seconds))
+
+
+def frame_indices(frame_times_seconds: np.ndarray, wanted_seconds: np.ndarray) -> np.ndarray:
+    """int64 ``(T,)``: the frame displayed at each wanted time: the last one with time <= t, the first one if none is.
+
+    "<=" within ``TOLERANCE_SECONDS``.
+    ``frame_times_seconds`` is float64 ``(F,)``, ascending. Raises ``ValueError`` if it is empty.
+
+    >>> frame_indices(np.array([0.0, 0.1, 0.2]), np.array([-1.0, 0.1, 0.19, 9.0]))
+    array([0, 1, 1, 2])
+    """
+    if len(frame_times_seconds) == 0:
+        raise ValueError("a source without frames shows nothing")
+    found = np.searchsorted(frame_times_seconds, np.asarray(wanted_seconds) + TOLERANCE_SECONDS, side="right") - 1
+    return np.maximum(found, 0).astype(np.int64)

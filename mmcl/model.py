@@ -1,0 +1,309 @@
+"""Towers, joint heads and temperatures: the one place that runs encoders."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Annotated, Any, TypeAlias
+
+import numpy as np
+import numpy.typing as npt
+import torch
+import torch.nn.functional as F
+from pydantic import Field
+from torch import Tensor, nn
+
+from mmcl.config import Options, build
+from mmcl.distributed import Comm
+from mmcl.encoders.base import Encoder
+from mmcl.encoders.build import TowerOptions, build_encoder
+from mmcl.hub import Pretrained, write_card
+from mmcl.layers import MLPHead
+from mmcl.media.clip import MediaReader
+from mmcl.media.windows import Window, place_windows
+from mmcl.objectives.base import ObjectiveMix, Term
+from mmcl.types import (
+    AudioSpec,
+    Batch,
+    Clip,
+    ConfigError,
+    Embeddings,
+    Features,
+    Kind,
+    Level,
+    Need,
+    SampleError,
+    TextSpec,
+    TowerInfo,
+    VideoSpec,
+    View,
+    ViewBatch,
+)
+
+Media: TypeAlias = str | Path | bytes | Clip
+
+MAX_LOG_SCALE = math.log(100.0)
+"""CLIP's clamp of the learned multiplier (Radford et al. 2021, section 2.5)."""
+
+
+class HeadOptions(Options):
+    """The projection from ``pooled`` to the joint space: linear (1 layer) or an MLP with GELU."""
+
+    layers: Annotated[int, Field(ge=1, le=4)] = 1
+    hidden: Annotated[int, Field(ge=1)] = 512
+
+
+class ModelOptions(Options):
+    """Named towers and the joint space."""
+
+    towers: Annotated[dict[str, TowerOptions], Field(min_length=1)]
+    joint_width: Annotated[int, Field(ge=2)] = 128
+    head: HeadOptions = HeadOptions()
+    temperature: Annotated[float, Field(gt=0.01, le=10)] = 0.07
+    """where the learned temperatures start"""
+    learn_temperature: bool = True
+
+
+class _Description(Options):
+    """What ``config.json`` of a model folder holds."""
+
+    model: ModelOptions
+    scales: tuple[str, ...] = ()
+
+
+class MultimodalModel(Pretrained):
+    """Named towers, one projection each into a joint space, one learned temperature per pair."""
+
+    def __init__(self, options: ModelOptions) -> None:
+        super().__init__()
+        self.options = options
+        encoders = {name: build_encoder(tower) for name, tower in options.towers.items()}
+        self.towers = nn.ModuleDict(encoders)
+        self.heads = nn.ModuleDict({name: self._head(encoder.width) for name, encoder in encoders.items()})
+        self.log_scales = nn.ParameterDict()
+
+    def _head(self, width: int) -> nn.Module:
+        options = self.options
+        return MLPHead(width, options.head.hidden, options.joint_width, layers=options.head.layers)
+
+    def description(self) -> dict[str, Any]:
+        return {"model": self.options.model_dump(mode="json"), "scales": list(self.log_scales)}
+
+    @classmethod
+    def from_description(cls, description: dict[str, Any], *, where: str) -> MultimodalModel:
+        described = build(_Description, description, where=where)
+        model = cls(described.model)
+        model.add_scales(described.scales)
+        return model
+
+    def export(self, folder: str | Path) -> Path:
+        """The model folder with a card for people."""
+        target = self.save_pretrained(folder)
+        towers = ", ".join(f"{name} ({tower.name})" for name, tower in self.options.towers.items())
+        counts = parameter_counts(self)
+        facts = {
+            "towers": towers,
+            "parameters": f"{counts['total']:,}",
+            "joint space": f"{self.options.joint_width} numbers",
+            "training data": "",
+            "measured": "",
+            "limits": "",
+        }
+        write_card(target, facts)
+        return target
+
+    def add_scales(self, names: Iterable[str]) -> None:
+        """Gives the model a temperature for each name, e.g. one per pair of towers (``"video-text"``)."""
+        start = -math.log(self.options.temperature)
+        for name in names:
+            self.log_scales[name] = nn.Parameter(torch.tensor(start), requires_grad=self.options.learn_temperature)
+
+    def tower(self, name: str) -> Encoder:
+        encoder = self.towers[name]
+        assert isinstance(encoder, Encoder)
+        return encoder
+
+    def tower_infos(self) -> dict[str, TowerInfo]:
+        """What objectives may know of the towers."""
+        width = self.options.joint_width
+        return {name: TowerInfo(name, self.tower(name).spec, self.tower(name).width, width) for name in self.towers}
+
+    def tower_of(self, modality: str) -> str:
+        """The first tower of a modality; :class:`ConfigError` if there is none."""
+        for name in self.towers:
+            if self.tower(name).spec.modality == modality:
+                return name
+        raise ConfigError(f"the model has no {modality} tower; it has: {', '.join(self.towers)}")
+
+    def scales(self) -> dict[str, Tensor]:
+        """The multipliers of the cosine, 0-d, at most 100."""
+        return {name: parameter.clamp(max=MAX_LOG_SCALE).exp() for name, parameter in self.log_scales.items()}
+
+    def forward(self, batch: Batch, needs: Iterable[Need]) -> Embeddings:
+        """Runs each tower once per view that is needed of it, on the present rows alone."""
+        runs: dict[tuple[str, View, Kind], list[Level]] = {}
+        for need in needs:
+            levels = runs.setdefault((need.tower, need.view, need.kind), [])
+            levels += [level for level in need.levels if level not in levels]
+        values: dict[tuple[str, View, Level, Kind], Tensor] = {}
+        for (tower, view, kind), levels in runs.items():
+            for level, value in self.encode_view(tower, batch.views[view], levels).items():
+                values[(tower, view, level, kind)] = value
+        return Embeddings(values, batch, self.scales())
+
+    def encode_view(self, tower: str, view: ViewBatch, levels: Sequence[Level]) -> dict[Level, Tensor]:
+        """Levels of one tower on one view, ``(B, …)``; rows that are not present hold zeros.
+
+        A rank without any present row runs one dummy row whose result is joined with weight 0, so that every rank
+        uses every parameter and no collective of DDP or FSDP is missed.
+        """
+        rows = view.present.nonzero().squeeze(1)
+        dummy = len(rows) == 0
+        if dummy:
+            rows = torch.zeros(1, dtype=torch.long, device=view.data.device)
+        mask = None if view.mask is None else view.mask[rows]
+        features: Features = self.towers[tower](view.data[rows], mask)
+        values: dict[Level, Tensor] = {}
+        for level in levels:
+            value = self._level(tower, features, level)
+            out = value.new_zeros((len(view), *value.shape[1:]))
+            values[level] = out + 0.0 * value.sum() if dummy else out.index_copy(0, rows, value)
+        return values
+
+    @torch.no_grad()
+    def encode_text(self, texts: Sequence[str], *, batch: int = 64) -> Tensor:
+        """Unit rows float32 ``(B, D)`` of texts."""
+        if isinstance(texts, str):
+            raise TypeError("encode_text takes a list of texts, got one str")
+        tower = self.tower_of("text")
+        spec = self.tower(tower).spec
+        assert isinstance(spec, TextSpec)
+        views = []
+        for start in range(0, len(texts), batch):
+            ids, mask = spec.tokenizer(texts[start : start + batch])
+            views.append(ViewBatch(ids, torch.ones(len(ids), dtype=torch.bool), mask))
+        return self._encode(tower, views)
+
+    @torch.no_grad()
+    def encode_video(self, clips: Sequence[Media], *, windows: int = 1, batch: int = 16) -> Tensor:
+        """Unit rows float32 ``(B, D)`` of videos or pictures: paths, bytes of a file, or decoded :class:`Clip`.
+
+        ``windows`` evenly spaced windows of each file are averaged. Raises SampleError for one without a picture.
+        """
+        return self._encode_media(self.tower_of("video"), clips, windows, batch)
+
+    @torch.no_grad()
+    def encode_audio(self, clips: Sequence[Media], *, windows: int = 1, batch: int = 16) -> Tensor:
+        """Unit rows float32 ``(B, D)`` of sounds: paths, bytes of a file (a video too), or decoded :class:`Clip`.
+
+        ``windows`` evenly spaced windows of each file are averaged. Raises SampleError for one without sound.
+        """
+        return self._encode_media(self.tower_of("audio"), clips, windows, batch)
+
+    def _encode_media(self, tower: str, clips: Sequence[Media], windows: int, batch: int) -> Tensor:
+        if isinstance(clips, (str, bytes, Path, Clip)):
+            raise TypeError(f"a list of clips is needed, got one {type(clips).__name__}")
+        spec = self.tower(tower).spec
+        assert not isinstance(spec, TextSpec)
+        parts = []
+        for start in range(0, len(clips), batch):
+            rows = [decode_windows(clip, spec, windows) for clip in clips[start : start + batch]]
+            data = torch.from_numpy(np.concatenate(rows))
+            encoded = self._encode(tower, [ViewBatch(data, torch.ones(len(data), dtype=torch.bool))])
+            parts.append(average_windows(encoded.reshape(-1, windows, encoded.shape[1]).unbind(1)))
+        return torch.cat(parts) if parts else torch.zeros(0, self.options.joint_width)
+
+    def _encode(self, tower: str, views: Sequence[ViewBatch]) -> Tensor:
+        device = next(self.parameters()).device
+        rows = [self.encode_view(tower, view.map(lambda x: x.to(device)), ["joint"])["joint"].cpu() for view in views]
+        return torch.cat(rows) if rows else torch.zeros(0, self.options.joint_width)
+
+    def _level(self, tower: str, features: Features, level: Level) -> Tensor:
+        if level == "joint":
+            # unit rows in float32, also under autocast: cosines near 1 need the bits
+            with torch.autocast(features.pooled.device.type, enabled=False):
+                pooled = features.pooled
+                projected: Tensor = self.heads[tower](pooled if pooled.dtype == torch.float64 else pooled.float())
+                return F.normalize(projected, dim=-1)
+        if level == "pooled":
+            return features.pooled
+        if level == "tokens" and features.tokens is not None:
+            return features.tokens
+        raise ConfigError(f"tower {tower!r} has no level {level!r}; allowed: joint, pooled, tokens")
+
+
+def average_windows(rows: Sequence[Tensor]) -> Tensor:
+    """The unit mean of unit rows ``(B, D)``, one per window of the same clips."""
+    return rows[0] if len(rows) == 1 else F.normalize(torch.stack(list(rows)).mean(0), dim=-1)
+
+
+def decode_windows(clip: Media, spec: VideoSpec | AudioSpec, windows: int) -> npt.NDArray[Any]:
+    """Evenly spaced windows of one clip, ``(windows, …)``: uint8 frames or float32 sound.
+
+    Raises:
+        SampleError: damaged, or without this modality.
+    """
+    if isinstance(clip, Clip):
+        return np.stack([fit_clip(clip, spec)] * windows)
+    path = Path(clip) if isinstance(clip, (str, Path)) else None
+    if path is not None and not path.exists():
+        raise SampleError("missing_file", str(path))
+    source = clip if path is None else path
+    picture = path is not None and path.suffix.lower() in (".jpg", ".jpeg", ".png", ".webp")
+    with MediaReader(image=source) if picture else MediaReader(video=source) as media:
+        placed = place_windows(media.duration_seconds, spec.seconds, windows, rule="even")
+        found = [_read_window(media, window, spec) for window in placed]
+    rows = [row for row in found if row is not None]
+    if len(rows) < windows:
+        raise SampleError(f"no_{spec.modality}_stream", str(path or "bytes"))
+    return np.stack(rows)
+
+
+def _read_window(media: MediaReader, window: Window, spec: VideoSpec | AudioSpec) -> npt.NDArray[Any] | None:
+    if isinstance(spec, VideoSpec):
+        found = media.read_video(window, spec)
+        return None if found is None else found[0]
+    return media.read_audio(window, spec)
+
+
+def fit_clip(clip: Clip, spec: VideoSpec | AudioSpec) -> npt.NDArray[Any]:
+    """A decoded clip as one row of a tower's input: frames at even distances and scaled, or sound cut or padded.
+
+    Raises:
+        SampleError: the clip lacks this modality, or its sound has another rate than the tower hears.
+    """
+    if isinstance(spec, VideoSpec):
+        if clip.video is None:
+            raise SampleError("no_video_stream", clip.key)
+        chosen = clip.video[np.linspace(0, len(clip.video) - 1, spec.frames).round().astype(int)]
+        frames = torch.from_numpy(chosen).float()
+        scaled = F.interpolate(frames, (spec.size, spec.size), mode="bilinear", antialias=True, align_corners=False)
+        return scaled.round().clamp(0, 255).byte().numpy()
+    if clip.audio is None:
+        raise SampleError("no_audio_stream", clip.key)
+    if clip.sample_rate_hz != spec.sample_rate_hz:
+        raise SampleError("sample_rate", f"{clip.key}: {clip.sample_rate_hz} Hz, the tower hears {spec.sample_rate_hz}")
+    wave = clip.audio[: spec.samples]
+    return np.pad(wave, (0, spec.samples - len(wave)))
+
+
+class TrainStep(nn.Module):
+    """What the launcher wraps: towers, heads, temperatures and objectives in one forward, so in one reducer."""
+
+    def __init__(self, model: MultimodalModel, mix: ObjectiveMix) -> None:
+        super().__init__()
+        self.model, self.mix = model, mix
+
+    def forward(self, batch: Batch) -> Term:
+        term: Term = self.mix(self.model(batch, self.mix.needs), Comm.current())
+        return term
+
+
+def parameter_counts(model: MultimodalModel) -> Mapping[str, int]:
+    """Trainable parameters of each tower with its head."""
+    count = {
+        name: sum(p.numel() for module in (model.towers[name], model.heads[name]) for p in module.parameters())
+        for name in model.towers
+    }
+    return {**count, "total": sum(p.numel() for p in model.parameters() if p.requires_grad)}

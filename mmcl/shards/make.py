@@ -1,0 +1,291 @@
+"""From media and captions to indexed shards: many processes, one result.
+
+The shards are a pure function of the rows, the files' content and the settings: the same bytes with any number of
+workers, and however often the run was interrupted. What is done is known by content hash: from shards that are there
+already, and from staging files that workers leave in ``.make`` until their shard is written.
+"""
+
+from __future__ import annotations
+
+import collections
+import contextlib
+import dataclasses
+import json
+import os
+import shutil
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, TypeAlias
+
+import av
+
+import mmcl
+from mmcl.hashing import hash64, text_hash
+from mmcl.shards.assemble import Assembler
+from mmcl.shards.files import write_atomically, writing
+from mmcl.shards.inputs import Row, class_numbers, read_rows
+from mmcl.shards.manifest import WORK_FOLDER, ShardEntry, write_manifest
+from mmcl.shards.pool import Lost, run_jobs
+from mmcl.shards.prepare import Job, Prepared, prepare
+from mmcl.shards.transcode import MediaOptions
+from mmcl.shards.writer import MAX_BYTES, MAX_COUNT
+from mmcl.types import ConfigError, RunError
+
+Progress: TypeAlias = Callable[[int, int, int], None]
+"""called with (rows done, rows, failures)"""
+
+_NOT_SETTINGS = {"workers", "timeout_seconds", "media"}
+
+
+@dataclass(frozen=True, slots=True)
+class MakeOptions:
+    """How shards are made. All but ``workers`` and ``timeout_seconds`` decide the output and are kept with it."""
+
+    media: MediaOptions = field(default_factory=MediaOptions)
+    max_count: int = MAX_COUNT
+    """samples per shard, at most"""
+    max_bytes: int = MAX_BYTES
+    """bytes per shard, at most"""
+    shuffle: int | None = 0
+    """Seed of the order of samples; None: the order of the input. Shuffled by default: neighbours of a table are alike
+    (clips of one film), and every reader mixes only within a window."""
+    workers: int | None = None
+    """processes; None: as many as there are cores"""
+    timeout_seconds: float = 300.0
+    """per sample; then its process is ended and the file named"""
+
+    def __post_init__(self) -> None:
+        for name in ("max_count", "max_bytes"):
+            if getattr(self, name) < 1:
+                raise ConfigError(f"{name}={getattr(self, name)}: at least 1")
+        if self.workers is not None and self.workers < 1:
+            raise ConfigError(f"workers={self.workers}: at least 1")
+        if not self.timeout_seconds > 0:
+            raise ConfigError(f"timeout_seconds={self.timeout_seconds}: more than 0")
+
+
+@dataclass(frozen=True, slots=True)
+class MakeReport:
+    """What a run did."""
+
+    folders: tuple[Path, ...]
+    """each holds an ``index.json``"""
+    samples: int
+    reused: int
+    """samples that were in shards already"""
+    seconds: float
+    """of media, all samples together"""
+    num_bytes: int
+    """of all shards"""
+    shards: int
+    failures: dict[str, int]
+    """rows without a sample, by reason; ``failures.jsonl`` names them"""
+
+
+def make_shards(
+    input: str | Path, out: str | Path, options: MakeOptions | None = None, *, progress: Progress | None = None
+) -> MakeReport:
+    """Makes (or completes) the shards of ``input`` in the folder ``out``, one folder below it per split.
+
+    A second run takes over what is done, drops samples whose rows are gone, and tries failed rows again. Raises
+    ``ConfigError`` on wrong input or on settings other than those of the folder, ``RunError`` where the folder cannot
+    be written or no row could be used.
+    """
+    options, target = options or MakeOptions(), Path(out).expanduser().absolute()
+    rows = read_rows(input)
+    _check_settings(target, _settings(input, options))
+    splits = _by_split(rows, options.shuffle)
+    classes = class_numbers(rows)
+    with _work_folder(target) as work:
+        write_atomically(target / "settings.json", _json(_settings(input, options) | _made_with()))
+        done: list[_Split] = []
+        failed = 0
+        for name, part in splits.items():
+            shown = sum(len(split.rows) for split in done)
+            said = _said(progress, shown, len(rows), failed)
+            done.append(_make_split(target / name, part, options, classes, work, said))
+            failed += len(done[-1].failures)
+        failures = [failure for split in done for failure in split.failures]
+        lines = [json.dumps(line, ensure_ascii=False) + "\n" for line in sorted(failures, key=lambda line: line["row"])]
+        write_atomically(target / "failures.jsonl", "".join(lines).encode("utf-8", "replace"))
+        if len(failures) == len(rows):
+            first = min(failures, key=lambda line: line["row"])
+            raise RunError(
+                f"none of the {len(rows)} rows of {input} could be used; the first: {first['path']}: "
+                f"{first['reason']} ({first['detail']}); all are in {target / 'failures.jsonl'}"
+            )
+        if classes:
+            write_atomically(target / "labels.json", _json({"classes": sorted(classes)}))
+        for split in done:
+            write_manifest(split.folder, split.entries)
+    return _report(done)
+
+
+def describe_plan(input: str | Path, out: str | Path, options: MakeOptions | None = None) -> list[str]:
+    """What ``make_shards`` would do, in lines; reads the table, looks whether the files are there, writes nothing."""
+    options, target = options or MakeOptions(), Path(out).expanduser().absolute()
+    rows = read_rows(input)
+    _check_settings(target, _settings(input, options))
+    media = options.media
+    fps = "at the source's frame rate" if media.fps is None else f"at {media.fps:g} frames per second at most"
+    lines = [
+        f"{len(rows)} rows of {input}",
+        f"video: H.264, short side {media.short_side} px at most, {fps}, a key frame every {media.gop} frames; "
+        f"sound: AAC, mono, {media.audio_rate_hz} Hz at most",
+    ]
+    for name, part in _by_split(rows, options.shuffle).items():
+        missing = sum(row.problem is None and not Path(row.path).is_file() for _, row in part)
+        bad = sum(row.problem is not None for _, row in part)
+        captioned = sum(bool(row.captions) for _, row in part)
+        lines.append(f"{target / name}: {len(part)} samples, {captioned} with captions")
+        if missing or bad:
+            lines.append(f"  of these, {missing} files are missing and {bad} rows cannot be used")
+    return lines
+
+
+@dataclass(frozen=True, slots=True)
+class _Split:
+    folder: Path
+    rows: Sequence[tuple[int, Row]]
+    entries: list[ShardEntry]
+    failures: list[dict[str, Any]]
+    reused: int
+    seconds: float
+
+
+def _make_split(
+    folder: Path,
+    rows: Sequence[tuple[int, Row]],
+    options: MakeOptions,
+    classes: dict[str, int],
+    work: Path,
+    said: Callable[[int, int], None],
+) -> _Split:
+    with writing(folder):
+        folder.mkdir(parents=True, exist_ok=True)
+    assembler = Assembler(folder, work, options.max_count, options.max_bytes)
+    failures: list[dict[str, Any]] = []
+    jobs = [Job(row, options.media, _class(row, classes), str(work), assembler.known_hash(row.key)) for _, row in rows]
+    results = run_jobs(
+        prepare,
+        jobs,
+        workers=options.workers or _cores(),
+        timeout_seconds=options.timeout_seconds,
+        preload="mmcl.shards.prepare",
+    )
+    with contextlib.closing(results), contextlib.closing(assembler):
+        for (number, row), result in zip(rows, results, strict=True):
+            if isinstance(result, Lost):
+                result = Prepared(reason=result.reason, detail=result.detail)
+            if result.reason:
+                failure = {"row": number, "path": row.path, "key": row.key, "split": row.split}
+                failures.append({**failure, "reason": result.reason, "detail": result.detail})
+            else:
+                assembler.add(row.key, result)
+            said(assembler.samples + len(failures), len(failures))
+        entries = assembler.finish()
+    return _Split(folder, rows, entries, failures, assembler.reused, assembler.seconds)
+
+
+def _cores() -> int:
+    """Those this process may use, where the system tells."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def _class(row: Row, classes: dict[str, int]) -> int | None:
+    if row.label is None:
+        return None
+    return classes[str(row.label)] if classes else int(row.label)
+
+
+def _said(progress: Progress | None, before: int, total: int, failed: int) -> Callable[[int, int], None]:
+    def said(done: int, failures: int) -> None:
+        if progress is not None:
+            progress(before + done, total, failed + failures)
+
+    return said
+
+
+def _by_split(rows: list[Row], seed: int | None) -> dict[str, list[tuple[int, Row]]]:
+    """(row number, row) in the order of the shards, by split. Where some rows name one, the others are ``train``."""
+    splits: dict[str, list[tuple[int, Row]]] = collections.defaultdict(list)
+    named = sorted({row.split for row in rows if row.split})
+    default = "train" if named else ""
+    if named and all(row.split or row.problem for row in rows):
+        default = named[0]  # only unusable rows name none: no folder for them alone
+    for number, row in enumerate(rows):
+        splits[row.split or default].append((number, row))
+    if seed is not None:
+        for part in splits.values():
+            part.sort(key=lambda numbered: (int(hash64(seed, text_hash(numbered[1].key))), numbered[0]))
+    return dict(sorted(splits.items()))
+
+
+def _settings(input: str | Path, options: MakeOptions) -> dict[str, Any]:
+    settings = {name: value for name, value in dataclasses.asdict(options).items() if name not in _NOT_SETTINGS}
+    source = str(Path(input).expanduser().absolute())
+    return {"format": 1, "input": source, **settings, **dataclasses.asdict(options.media)}
+
+
+def _made_with() -> dict[str, Any]:
+    """For people; other versions may encode other bytes, but are not refused."""
+    return {"made_with": {"mmcl": mmcl.__version__, "av": av.__version__}}
+
+
+def _check_settings(target: Path, settings: dict[str, Any]) -> None:
+    path = target / "settings.json"
+    if target.exists() and not target.is_dir():
+        raise RunError(f"{target} is a file, a folder is needed")
+    try:
+        kept = json.loads(path.read_bytes())
+    except FileNotFoundError:
+        if any(target.glob("*.tar")) or any(target.glob("*/*.tar")):
+            raise ConfigError(
+                f"{target} holds shards that were not made by this command; choose another --out"
+            ) from None
+        return
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"{path} cannot be read: {error}") from None
+    names = [name for name in {**settings, **kept} if name != "made_with" and settings.get(name) != kept.get(name)]
+    if names:
+        shown = "; ".join(f"{name}: {kept.get(name)} there, {settings.get(name)} asked" for name in names)
+        raise ConfigError(f"{target} was made with other settings ({shown}); choose another --out")
+
+
+@contextlib.contextmanager
+def _work_folder(target: Path) -> Iterator[Path]:
+    """``.make``, locked against a second run, taken away at a good end and kept at any other."""
+    work = target / WORK_FOLDER
+    with writing(work):
+        work.mkdir(parents=True, exist_ok=True)
+        lock = (work / "lock").open("w")
+    with lock:
+        try:
+            import fcntl
+
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except ImportError:
+            pass  # Windows: nothing keeps two runs apart
+        except OSError:
+            raise RunError(f"another run is writing to {target}") from None
+        yield work
+        shutil.rmtree(work, ignore_errors=True)
+
+
+def _json(value: Any) -> bytes:
+    return (json.dumps(value, indent=1, ensure_ascii=False) + "\n").encode("utf-8", "replace")
+
+
+def _report(done: list[_Split]) -> MakeReport:
+    entries = [entry for split in done for entry in split.entries]
+    reasons = collections.Counter(failure["reason"] for split in done for failure in split.failures)
+    return MakeReport(
+        tuple(split.folder for split in done),
+        sum(entry.num_samples for entry in entries),
+        sum(split.reused for split in done),
+        sum(split.seconds for split in done),
+        sum(entry.num_bytes for entry in entries),
+        len(entries),
+        dict(sorted(reasons.items())),
+    )

@@ -1,0 +1,148 @@
+"""Random access to the samples of a manifest: memory-mapped local shards, range reads of remote ones."""
+
+from __future__ import annotations
+
+import mmap
+import os
+import threading
+from collections import OrderedDict
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from mmcl.shards.files import is_remote, open_filesystem
+from mmcl.shards.manifest import Manifest
+from mmcl.shards.member_index import ShardIndex
+from mmcl.types import RunError, SampleError, Source
+
+MAX_SAMPLE_BYTES = 1 << 30
+_JOINED_GAP_BYTES = 256 << 10
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class RawSample:
+    """The files of one sample, not yet looked at."""
+
+    key: str
+    members: dict[str, bytes | memoryview]
+    """by extension, lower case, without the leading dot; views into the mapped shard where it is local"""
+    source: Source
+
+
+class ShardReader:
+    """Reads samples of a manifest by position. Opens shards when first read, keeps the last ``max_open`` of them.
+
+    Cheap to pickle, and safe to take through a fork: only the manifest travels, every process opens its own files.
+    """
+
+    def __init__(self, manifest: Manifest, *, max_open: int = 128, max_sample_bytes: int = MAX_SAMPLE_BYTES) -> None:
+        self.manifest = manifest
+        self.max_open = max_open
+        self.max_sample_bytes = max_sample_bytes
+        self._start()
+
+    def _start(self) -> None:
+        self._pid = os.getpid()
+        self._lock = threading.Lock()
+        self._open: OrderedDict[int, LocalShard | _RemoteShard] = OrderedDict()
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {"manifest": self.manifest, "max_open": self.max_open, "max_sample_bytes": self.max_sample_bytes}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        self._start()
+
+    def __len__(self) -> int:
+        return self.manifest.num_samples
+
+    def read(self, shard: int, index: int) -> RawSample:
+        """The sample ``index`` of the shard ``shard``.
+
+        Raises ``SampleError`` (``too_large``, ``unreadable``) for this sample alone, ``RunError`` where the shard is
+        missing or is not the one that was indexed, ``IndexError`` beyond the end.
+        """
+        opened = self._shard(shard)
+        if not 0 <= index < opened.index.num_samples:
+            raise IndexError(f"sample {index} of {opened.index.num_samples} in shard {shard}")
+        members = opened.index.members(index)
+        if sum([member.num_bytes for member in members]) > self.max_sample_bytes:
+            raise SampleError("too_large", f"{opened.index.key(index)} holds over {self.max_sample_bytes} bytes")
+        data = opened.read([(member.offset, member.offset + member.num_bytes) for member in members])
+        return RawSample(
+            opened.index.key(index),
+            {member.extension: part for member, part in zip(members, data, strict=True)},
+            Source(shard, index),
+        )
+
+    def key(self, shard: int, index: int) -> str:
+        """The key of a sample, without reading it."""
+        opened = self._shard(shard)
+        if not 0 <= index < opened.index.num_samples:
+            raise IndexError(f"sample {index} of {opened.index.num_samples} in shard {shard}")
+        return opened.index.key(index)
+
+    def _shard(self, shard: int) -> LocalShard | _RemoteShard:
+        if self._pid != os.getpid():
+            self._start()
+        with self._lock:
+            opened = self._open.get(shard)
+            if opened is not None:
+                self._open.move_to_end(shard)
+                return opened
+            url = self.manifest.shard_url(shard)
+            kind = _RemoteShard if is_remote(url) else LocalShard
+            opened = self._open[shard] = kind(url, self.manifest.shard_index(shard))
+            while len(self._open) > self.max_open:
+                self._open.popitem(last=False)  # its map closes with the last view into it
+            return opened
+
+
+class LocalShard:
+    """One mapped tar and its member index. Raises ``RunError`` where it is missing or not the one that was indexed."""
+
+    def __init__(self, path: str, index: ShardIndex) -> None:
+        self.index = index
+        try:
+            with Path(path).open("rb") as file:
+                num_bytes = os.fstat(file.fileno()).st_size
+                if num_bytes != index.tar_bytes:
+                    raise RunError(
+                        f"{path} holds {num_bytes} bytes, it was indexed with {index.tar_bytes}: "
+                        f"run `mmcl shards index` on its folder again"
+                    )
+                self._view = memoryview(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ))
+        except OSError as error:
+            raise RunError(f"cannot read {path}: {error.strerror or error}") from None
+
+    def read(self, ranges: list[tuple[int, int]]) -> list[bytes | memoryview]:
+        view = self._view
+        return [view[start:stop] for start, stop in ranges]
+
+
+class _RemoteShard:
+    def __init__(self, url: str, index: ShardIndex) -> None:
+        self.index = index
+        self._url = url
+        self._filesystem = open_filesystem(url)
+
+    def read(self, ranges: list[tuple[int, int]]) -> list[bytes | memoryview]:
+        if not ranges:
+            return []
+        first, last = min(start for start, _ in ranges), max(stop for _, stop in ranges)
+        wanted = sum(stop - start for start, stop in ranges)
+        if last - first - wanted > _JOINED_GAP_BYTES:
+            return [self._fetch(start, stop) for start, stop in ranges]
+        view = memoryview(self._fetch(first, last))
+        return [view[start - first : stop - first] for start, stop in ranges]
+
+    def _fetch(self, start: int, stop: int) -> bytes:
+        if start == stop:
+            return b""
+        try:
+            content: bytes = self._filesystem.cat_file(self._url, start=start, end=stop)
+        except OSError as error:
+            raise SampleError("unreadable", f"{self._url} bytes {start}–{stop}: {error}") from None
+        if len(content) != stop - start:
+            raise SampleError("unreadable", f"{self._url} bytes {start}–{stop}: got {len(content)} bytes")
+        return content

@@ -1,0 +1,130 @@
+"""Checkpoints that a kill at any moment cannot break.
+
+A checkpoint is written to a temporary folder, every file is synced, the folder is renamed, and only then the text file
+``latest`` names it; older ones are removed after that. ``files.json`` lists every file with size and sha256, so an
+incomplete one is known for what it is. Nothing is unpickled on load: safetensors, JSON, and ``weights_only=True``.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from mmcl.types import RunError
+
+STATE, FILES, LATEST = "state.json", "files.json", "latest"
+
+
+def step_folder(checkpoints: Path, step: int) -> Path:
+    return checkpoints / f"step_{step:08d}"
+
+
+def write_checkpoint(checkpoints: Path, step: int, write: Callable[[Path], None], *, keep: int) -> Path:
+    """Calls ``write(folder)`` on a fresh folder and makes it the latest checkpoint; keeps the newest ``keep``.
+
+    Raises:
+        OSError: disk full or unwritable; what was there before is untouched.
+    """
+    checkpoints.mkdir(parents=True, exist_ok=True)
+    final = step_folder(checkpoints, step)
+    temporary = checkpoints / f".{final.name}.partial"
+    shutil.rmtree(temporary, ignore_errors=True)
+    temporary.mkdir()
+    try:
+        write(temporary)
+        files = {path.name: _describe(path) for path in sorted(temporary.iterdir())}
+        (temporary / FILES).write_text(json.dumps(files, indent=1))
+        for path in [*temporary.iterdir(), temporary]:
+            _sync(path)
+    except OSError:
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise
+    if final.exists():
+        shutil.rmtree(final)
+    temporary.rename(final)
+    _sync(checkpoints)
+    _replace_text(checkpoints / LATEST, final.name)
+    for old in complete_checkpoints(checkpoints)[:-keep]:
+        shutil.rmtree(old)
+    return final
+
+
+def complete_checkpoints(checkpoints: Path) -> list[Path]:
+    """Checkpoints whose files are all there with the sizes that were written, oldest first."""
+    folders = sorted(path for path in checkpoints.glob("step_*") if path.is_dir())
+    return [folder for folder in folders if _is_complete(folder)]
+
+
+def find_checkpoint(run: Path) -> Path | None:
+    """The newest complete checkpoint of a run folder whose checksums hold; None if there is none."""
+    for folder in reversed(complete_checkpoints(run / "checkpoints")):
+        if not damaged_files(folder):
+            return folder
+    return None
+
+
+def damaged_files(folder: Path) -> list[str]:
+    """Names of files of a checkpoint that differ from what was written."""
+    listed = json.loads((folder / FILES).read_text())
+    return [name for name, wanted in listed.items() if _describe(folder / name) != wanted]
+
+
+def _is_complete(folder: Path) -> bool:
+    try:
+        listed = json.loads((folder / FILES).read_text())
+        return all((folder / name).stat().st_size == wanted["bytes"] for name, wanted in listed.items())
+    except (OSError, ValueError):
+        return False
+
+
+def _describe(path: Path) -> dict[str, Any]:
+    with path.open("rb") as file:
+        digest = hashlib.sha256()
+        while chunk := file.read(1 << 20):
+            digest.update(chunk)
+    return {"bytes": path.stat().st_size, "sha256": digest.hexdigest()}
+
+
+def _sync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _replace_text(path: Path, text: str) -> None:
+    temporary = path.with_name(path.name + ".partial")
+    temporary.write_text(text + "\n")
+    _sync(temporary)
+    temporary.replace(path)
+    _sync(path.parent)
+
+
+def save_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
+    save_file({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}, path)
+
+
+def load_tensors(path: Path) -> dict[str, Tensor]:
+    try:
+        return load_file(path)
+    except Exception as error:  # safetensors raises its own types, from Rust
+        raise RunError(f"{path}: cannot be read: {error}") from None
+
+
+def save_optimizer(path: Path, state: Mapping[str, Any]) -> None:
+    torch.save(dict(state), path)
+
+
+def load_optimizer(path: Path) -> dict[str, Any]:
+    state: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True)
+    return state

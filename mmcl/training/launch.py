@@ -1,0 +1,100 @@
+"""What `mmcl train` and `pipelines/pretrain.py` run in every process."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from mmcl.config import to_yaml
+from mmcl.distributed import Comm
+from mmcl.model import parameter_counts
+from mmcl.recipe import RunConfig, build_model
+from mmcl.training.run_folder import RunFolder
+from mmcl.training.trainer import Trainer, build_accelerator, build_stream
+from mmcl.types import Batch
+
+
+def pretrain(config: RunConfig, *, resume: str | None = None) -> bool:
+    """Trains; on one process or as one rank of many.
+
+    Args:
+        config: the run.
+        resume: None starts a new run; ``"auto"`` goes on from the newest complete checkpoint of the run folder, or
+            starts; a path goes on from that checkpoint.
+
+    Returns:
+        Whether the last step was reached; False after a stop that was asked for.
+
+    Raises:
+        ConfigError: a wrong configuration, a folder that already holds a run, a checkpoint that does not fit.
+        RunError: the run cannot go on.
+    """
+    if config.train.threads is not None and not torch.cuda.is_available():
+        torch.set_num_threads(config.train.threads)
+    accelerator = build_accelerator(config)
+    try:
+        with RunFolder(Path(config.train.out), writer=accelerator.is_main_process) as folder:
+            source = folder.resume_from(resume)
+            accelerator.wait_for_everyone()  # nobody writes before everybody has looked
+            trainer = Trainer(config, accelerator)
+            if accelerator.is_main_process:
+                folder.write_config(to_yaml(config))
+                print(_headline(trainer, source), flush=True)
+            if config.train.trackers:
+                accelerator.init_trackers("mmcl", config=_flat(config.model_dump(mode="json")))
+            progress = trainer.fit(folder, resume=source)
+            return progress.step >= config.train.steps
+    finally:
+        # without this a process group sometimes aborts at exit and the launcher reports a failure
+        accelerator.end_training()
+
+
+def _headline(trainer: Trainer, source: Path | None) -> str:
+    stream, config = trainer.stream, trainer.config
+    lines = [
+        f"{stream.plan.manifest.num_samples:,} samples in {stream.plan.manifest.num_shards:,} shards, "
+        f"{parameter_counts(trainer.model)['total']:,} parameters, {config.train.steps:,} steps of "
+        f"{config.train.global_batch} on {trainer.comm.world_size} process(es) with {stream.workers} decoding worker(s)"
+    ]
+    if stream.workers != config.data.workers and config.data.workers > 0:
+        lines.append(
+            f"data.workers lowered from {config.data.workers} to {stream.workers}: it must divide a rank's rows"
+        )
+    if source is not None:
+        lines.append(f"going on from {source}")
+    return "\n".join(lines)
+
+
+def _flat(tree: Any, prefix: str = "") -> dict[str, Any]:
+    """Dotted keys, as trackers want them."""
+    if isinstance(tree, dict):
+        return {key: value for name, node in tree.items() for key, value in _flat(node, f"{prefix}{name}.").items()}
+    if isinstance(tree, list):
+        return {key: value for i, node in enumerate(tree) for key, value in _flat(node, f"{prefix}{i}.").items()}
+    return {prefix[:-1]: tree}
+
+
+def describe(config: RunConfig) -> str:
+    """What a run would do: the resolved configuration, parameter counts, the shapes of its first batch."""
+    torch.manual_seed(config.train.seed)
+    model, mix = build_model(config)
+    views = tuple(dict.fromkeys(need.view for need in mix.needs))
+    batch = next(iter(build_stream(config, views, Comm())))
+    lines = [to_yaml(config).rstrip(), "", "# parameters"]
+    lines += [f"# {name}: {count:,}" for name, count in parameter_counts(model).items()]
+    return "\n".join([*lines, "# first batch", *(f"# {line}" for line in batch_lines(batch))])
+
+
+def batch_lines(batch: Batch) -> list[str]:
+    """One line per view: its shape, type and how many rows have it."""
+    lines = []
+    for view, values in batch.views.items():
+        shape = " × ".join(map(str, values.data.shape))
+        lines.append(
+            f"{view}: {str(values.data.dtype).removeprefix('torch.')} {shape}, {int(values.present.sum())} present"
+        )
+    for draw, key, reason, detail in batch.skipped:
+        lines.append(f"skipped draw {draw} ({key}): {reason} {detail}".rstrip())
+    return lines

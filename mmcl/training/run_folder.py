@@ -1,0 +1,85 @@
+"""The folder of one run: its lock, its configuration, its logs and checkpoints."""
+
+from __future__ import annotations
+
+import fcntl
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+from mmcl.training.checkpoint import find_checkpoint, write_checkpoint
+from mmcl.training.tracking import append_lines, keep_lines
+from mmcl.types import ConfigError, RunError
+
+
+class RunFolder:
+    """A run folder, opened by its only writer (rank 0), or by another rank that only reads (``writer=False``)."""
+
+    def __init__(self, path: Path, *, writer: bool = True) -> None:
+        self.path, self.writer = path, writer
+        self.metrics, self.skipped = path / "metrics.jsonl", path / "skipped.jsonl"
+        self.stop_file = path / "stop"
+        self._lock: Any = None
+
+    def __enter__(self) -> RunFolder:
+        if self.writer:
+            try:
+                self.path.mkdir(parents=True, exist_ok=True)
+                self._lock = (self.path / ".lock").open("w")
+                fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                raise RunError(f"run folder {self.path}: another run is writing to it") from None
+            except OSError as error:
+                raise RunError(f"run folder {self.path}: cannot be written: {error.strerror}") from None
+            self.stop_file.unlink(missing_ok=True)
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if self._lock is not None:
+            self._lock.close()
+
+    def resume_from(self, resume: str | None) -> Path | None:
+        """The checkpoint to go on from: ``auto`` is the newest complete one here, or none; else a given path.
+
+        Raises:
+            ConfigError: the folder already holds a run and no ``--resume`` was given, or the path is no checkpoint.
+        """
+        latest = find_checkpoint(self.path)
+        if resume is None:
+            if latest is not None or self.metrics.exists():
+                raise ConfigError(
+                    f"train.out: {self.path} already holds a run; go on with --resume, or choose another folder"
+                )
+            return None
+        if resume == "auto":
+            return latest
+        path = Path(resume)
+        found = path if (path / "state.json").exists() else find_checkpoint(path)
+        if found is None:
+            raise ConfigError(f"--resume: {resume} is neither a checkpoint nor a run folder with one")
+        return found
+
+    def write_config(self, text: str) -> None:
+        (self.path / "config.yaml").write_text(text, encoding="utf-8")
+
+    def write_metrics(self, record: Mapping[str, Any]) -> None:
+        append_lines(self.metrics, [record])
+
+    def write_skipped(self, records: Sequence[Mapping[str, Any]]) -> None:
+        append_lines(self.skipped, records)
+
+    def rewind(self, *, step: int, samples: int) -> None:
+        """Forgets what was logged after the checkpoint: those steps will be taken, and logged, again."""
+        if self.writer:
+            keep_lines(self.metrics, lambda record: int(record["step"]) <= step)
+            keep_lines(self.skipped, lambda record: int(record["draw"]) < samples)
+
+    def checkpoint(self, step: int, write: Callable[[Path], None], *, keep: int) -> None:
+        """Writes a checkpoint; a full or unwritable disk is said aloud and the run goes on with the last good one."""
+        try:
+            write_checkpoint(self.path / "checkpoints", step, write, keep=keep)
+        except OSError as error:
+            print(f"checkpoint of step {step} not written: {error}; the last good one is kept", flush=True)

@@ -1,0 +1,38 @@
+"""Pre-training on one CPU or on many nodes of GPUs.
+
+accelerate launch [--config_file configs/accelerate/X.yaml] pipelines/pretrain.py CONFIG [dotted.path=value …]
+"""
+
+from __future__ import annotations
+
+import argparse
+
+from mmcl.cli import guarded
+
+
+def main() -> None:
+    """Reads the command line and trains."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("config", help="a YAML file, e.g. configs/pretrain/demo.yaml")
+    parser.add_argument("overrides", nargs="*", help="changes to it: dotted.path=value")
+    parser.add_argument(
+        "--resume", nargs="?", const="auto", help="go on: newest checkpoint of the run folder, or the one given here"
+    )
+    parser.add_argument("--dry-run", action="store_true", help="show what would run, and one batch; train nothing")
+    arguments = parser.parse_intermixed_args()
+
+    def run() -> None:
+        from mmcl.recipe import load_config
+        from mmcl.training.launch import describe, pretrain
+
+        config = load_config(arguments.config, arguments.overrides)
+        if arguments.dry_run:
+            print(describe(config))
+        else:
+            pretrain(config, resume=arguments.resume)
+
+    guarded(run)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,95 @@
+"""``Comm``: draw order, gradients that average to the one-process gradient, the identity when alone."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from support.gloo import GlooPool
+from torch import Tensor
+
+from mmcl.distributed import Comm
+
+
+def rows_of(rank: int, world: int, rows: int = 12) -> Tensor:
+    return torch.arange(rank, rows, world)
+
+
+def gathers(rank: int, world: int) -> dict[str, Any]:
+    comm, own = Comm.current(), rows_of(rank, world)
+    long = torch.ones(len(own), rank + 1, 2) * (own[:, None, None] + 1)
+    return {
+        "index": comm.index(len(own)),
+        "own": own,
+        "int": comm.gather(own),
+        "bool": comm.gather(own % 3 == 0),
+        "padded": comm.gather(long, pad=True),
+        "sum": comm.sum(own.sum()),
+        "max": comm.max(own.max()),
+        "min": comm.min(own.min()),
+    }
+
+
+@pytest.mark.parametrize("world", [1, 2, 3])
+def test_rows_come_in_draw_order(gloo: GlooPool, world: int) -> None:
+    for reply in gloo(world, gathers):
+        assert reply["index"].equal(reply["own"])
+        assert reply["int"].equal(torch.arange(12))
+        assert reply["bool"].equal(torch.arange(12) % 3 == 0)
+        length = torch.arange(12) % world + 1
+        expected = (torch.arange(world) < length[:, None]) * (torch.arange(12)[:, None] + 1.0)
+        assert reply["padded"].equal(expected[..., None].expand(-1, -1, 2))
+        assert (int(reply["sum"]), int(reply["max"]), int(reply["min"])) == (66, 11, 0)
+
+
+def gradients(rank: int, world: int) -> Tensor:
+    """A loss that uses own rows × all rows, a sum and a mean: gradients of own rows of x."""
+    comm, own = Comm.current(), rows_of(rank, world)
+    generator = torch.Generator().manual_seed(3)
+    x = torch.randn(12, 4, dtype=torch.float64, generator=generator)[own].requires_grad_()
+    mask = (torch.arange(12) % 5 != 1)[own] & (own % 3 != 2)
+    everyone = comm.gather(x)
+    centre = comm.sum((x * mask[:, None]).sum(0))
+    values = (x @ everyone.T).logsumexp(1) + (x * centre).sum(1)
+    loss = comm.mean(values, mask)
+    loss.backward()
+    assert x.grad is not None
+    return torch.cat([comm.gather(x.grad) / world, loss.detach().expand(1, 4)])
+
+
+def test_average_of_gradients_is_the_one_process_gradient(gloo: GlooPool) -> None:
+    expected = gradients(0, 1)
+    for world in (2, 3):
+        for reply in gloo(world, gradients):
+            torch.testing.assert_close(reply, expected, rtol=1e-12, atol=1e-12)
+
+
+def test_mean_of_nothing_is_zero_with_zero_gradient() -> None:
+    x = torch.tensor([1.0, torch.nan], requires_grad=True)
+    loss = Comm().mean(x, torch.tensor([False, False]))
+    loss.backward()
+    assert float(loss.detach()) == 0 and x.grad is not None and x.grad.equal(torch.zeros(2))
+
+
+def host_values(rank: int, world: int) -> tuple[Any, ...]:
+    comm = Comm.current()
+    comm.barrier()
+    return (
+        comm.all_agree(True),
+        comm.all_agree(rank != world - 1),
+        comm.any(rank == world - 1),
+        comm.any(False),
+        comm.gather_objects({"rank": rank, "text": "é" * rank, "none": None}),
+    )
+
+
+@pytest.mark.parametrize("world", [1, 2, 3])
+def test_host_values(gloo: GlooPool, world: int) -> None:
+    objects = [{"rank": rank, "text": "é" * rank, "none": None} for rank in range(world)]
+    assert gloo(world, host_values) == [(True, False, True, False, objects)] * world
+
+
+def test_a_rank_lies_in_its_world() -> None:
+    with pytest.raises(ValueError, match="rank 2"):
+        Comm(2, 2)

@@ -1,0 +1,124 @@
+"""The contrastive loss on 2 and 3 processes is the one-process loss: value, every row's gradient, and the scale's."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from support.gloo import GlooPool
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+from mmcl.distributed import Comm, contrastive
+
+ROWS = 12
+CASES = ("full", "uneven", "rank_1_of_2_empty", "rank_2_of_3_empty", "no_b", "groups", "unpaired", "unpaired_groups")
+
+
+def global_case(case: str) -> tuple[Tensor, Tensor, dict[str, Any]]:
+    random = torch.Generator().manual_seed(CASES.index(case))
+    a, b = torch.randn(2, ROWS, 5, generator=random, dtype=torch.float64)
+    number = torch.arange(ROWS)
+    options: dict[str, Any] = {}
+    if case != "full":
+        options = {"present_a": number % 5 != 1, "present_b": number % 7 != 3}
+    if case == "rank_1_of_2_empty":
+        options["present_a"] &= number % 2 == 0
+    if case == "rank_2_of_3_empty":
+        options["present_b"] &= number % 3 != 2
+    if case == "no_b":
+        options["present_b"] = torch.zeros(ROWS, dtype=torch.bool)
+    if "groups" in case:
+        options["groups"] = torch.randint(-1, 5, (ROWS, 2), generator=random)
+    if "unpaired" in case:
+        options["unpaired_negatives"] = True
+    return a, b, options
+
+
+def of_rank(case: str, rank: int, world: int) -> tuple[Tensor, Tensor, dict[str, Any]]:
+    a, b, options = global_case(case)
+    own = slice(rank, None, world)
+    return a[own], b[own], {name: x[own] if isinstance(x, Tensor) else x for name, x in options.items()}
+
+
+def all_cases(rank: int, world: int) -> dict[str, list[Tensor]]:
+    """Loss, gradients of all rows by averaging over ranks, and of the scale."""
+    comm, replies = Comm.current(), {}
+    for case in CASES:
+        a, b, options = of_rank(case, rank, world)
+        leaves = [a.requires_grad_(), b.requires_grad_(), torch.tensor(9.0, dtype=torch.float64, requires_grad=True)]
+        loss = contrastive(leaves[0], leaves[1], scale=leaves[2], comm=comm, tile=5, **options)
+        d_a, d_b, d_scale = torch.autograd.grad(loss, leaves)
+        replies[case] = [loss.detach(), comm.gather(d_a) / world, comm.gather(d_b) / world, comm.sum(d_scale) / world]
+    return replies
+
+
+@pytest.mark.parametrize("world", [2, 3])
+def test_equals_one_process(gloo: GlooPool, world: int) -> None:
+    expected = all_cases(0, 1)
+    assert all(float(values[0]) > 0 for case, values in expected.items() if case != "no_b")
+    for replies in gloo(world, all_cases):
+        for case, values in replies.items():
+            torch.testing.assert_close(
+                values, expected[case], rtol=1e-11, atol=1e-12, msg=lambda m, c=case: f"{c}: {m}"
+            )
+
+
+class TwoTowers(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b, self.log_scale = nn.Linear(5, 4), nn.Linear(5, 4), nn.Parameter(torch.tensor(2.0))
+
+    def forward(self, a: Tensor, b: Tensor, options: dict[str, Any]) -> Tensor:
+        return contrastive(self.a(a), self.b(b), scale=self.log_scale.exp(), comm=Comm.current(), **options)
+
+
+def with_ddp(rank: int, world: int) -> list[Tensor]:
+    torch.manual_seed(0)
+    model = TwoTowers().double()
+    module = DistributedDataParallel(model) if world > 1 else model
+    for case in ("uneven", "rank_1_of_2_empty", "no_b"):
+        module(*of_rank(case, rank, world)).backward()
+    return [p.grad for p in model.parameters() if p.grad is not None]
+
+
+@pytest.mark.parametrize("world", [2, 3])
+def test_ddp_averages_to_the_one_process_gradient(gloo: GlooPool, world: int) -> None:
+    expected = with_ddp(0, 1)
+    assert len(expected) == 5
+    for gradients in gloo(world, with_ddp):
+        torch.testing.assert_close(gradients, expected, rtol=1e-11, atol=1e-12)
+
+
+def refused(rank: int, world: int, case: str) -> str:
+    rows = 4 + (case == "rows" and rank == 1)
+    a = torch.randn(rows, 5)
+    groups = torch.zeros(rows, dtype=torch.int64) if case == "groups" and rank == 0 else None
+    try:
+        contrastive(
+            a, a, scale=1.0, comm=Comm.current(), groups=groups, unpaired_negatives=case == "mode" and rank == 0
+        )
+    except ValueError as error:
+        return str(error)
+    return "went through"
+
+
+@pytest.mark.parametrize("case", ["rows", "groups", "mode"])
+def test_ranks_that_differ_are_refused_on_all_ranks(gloo: GlooPool, case: str) -> None:
+    replies = gloo(2, refused, case, timeout_seconds=20.0)
+    assert replies[0] == replies[1] and "all equal on all ranks" in replies[0]
+    if case == "rows":
+        assert "(4, 5)" in replies[0] and "(5, 5)" in replies[0]
+
+
+def one_rank_holds_constants(rank: int, world: int) -> list[Tensor]:
+    a, b, options = of_rank("uneven", rank, world)
+    leaves = [x.requires_grad_(rank == 0) for x in (a, b)]
+    contrastive(*leaves, scale=5.0, comm=Comm.current(), **options).backward()
+    return [x.grad for x in leaves if x.grad is not None]
+
+
+def test_a_rank_whose_inputs_are_constants_comes_to_backward_too(gloo: GlooPool) -> None:
+    mine, other = gloo(2, one_rank_holds_constants, timeout_seconds=20.0)
+    assert len(mine) == 2 and not other

@@ -1,0 +1,118 @@
+"""The cross-modal objective: its needs, its terms, what it refuses."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import pytest
+import torch
+from support.contrastive_reference import contrastive_reference
+from support.exactness import TOWERS, make_batch
+from torch import Tensor
+
+from mmcl.config import build as build_options
+from mmcl.distributed import Comm
+from mmcl.objectives import OBJECTIVES
+from mmcl.objectives.base import Term
+from mmcl.objectives.cross_modal import CrossModal, CrossModalOptions, build
+from mmcl.types import Batch, ConfigError, Embeddings
+
+PAIRS = ("video-audio", "video-text", "audio-text")
+
+
+def embeddings_of(objective: CrossModal, batch: Batch) -> Embeddings:
+    random = torch.Generator().manual_seed(8)
+    values: dict[Any, Tensor] = {}
+    for need in objective.needs:
+        x = torch.randn(len(batch), 6, generator=random, dtype=torch.float64) * batch.views[need.view].present[:, None]
+        values[need.tower, need.view, "joint", "online"] = x.requires_grad_()
+    scales = {name: torch.tensor(5.0 + i, dtype=torch.float64) for i, name in enumerate(objective.scales)}
+    return Embeddings(values, batch, scales)
+
+
+def run(objective: CrossModal, kind: str = "mixed") -> tuple[Term, Embeddings]:
+    embeddings = embeddings_of(objective, make_batch([need.view for need in objective.needs], 0, kind))
+    return objective(embeddings, Comm()), embeddings
+
+
+def test_every_pair_by_default_each_with_its_temperature() -> None:
+    objective = build(CrossModalOptions(), TOWERS)
+    assert objective.scales == PAIRS
+    assert [(need.tower, need.view.spec, need.view.clip, need.levels, need.kind) for need in objective.needs] == [
+        (name, tower.spec, 0, ("joint",), "online") for name, tower in TOWERS.items()
+    ]
+    assert not list(objective.parameters())
+
+
+@pytest.mark.parametrize("masked", [True, False])
+@pytest.mark.parametrize("unpaired", [True, False])
+def test_is_the_mean_over_pairs(masked: bool, unpaired: bool) -> None:
+    objective = build(CrossModalOptions(mask_false_negatives=masked, unpaired_negatives=unpaired), TOWERS)
+    term, embeddings = run(objective)
+    losses = []
+    for name, (a, b) in objective.pairs.items():
+        present_a, present_b = embeddings.present(a.view), embeddings.present(b.view)
+        loss = contrastive_reference(
+            embeddings.get(a),
+            embeddings.get(b),
+            embeddings.scales[name],
+            present_a,
+            present_b,
+            embeddings.batch.groups if masked else None,
+            unpaired,
+        )
+        losses.append(loss.detach())
+        torch.testing.assert_close(term.metrics[f"loss/{name}"], losses[-1])
+        assert int(term.metrics[f"pairs/{name}"]) == int((present_a & present_b).sum()) > 1
+    torch.testing.assert_close(term.loss.detach(), torch.stack(losses).mean())
+    assert not any(value.requires_grad for value in term.metrics.values()) and not term.pending
+
+
+def test_groups_and_unpaired_rows_matter() -> None:
+    options = [CrossModalOptions(mask_false_negatives=m, unpaired_negatives=u) for m in (0, 1) for u in (0, 1)]
+    assert len({float(run(build(o, TOWERS))[0].loss.detach()) for o in options}) == 4
+
+
+@pytest.mark.parametrize("kind", ["all_absent", "no_audio"])
+def test_what_is_absent_everywhere_gives_zero_and_zero_gradients(kind: str) -> None:
+    objective = build(CrossModalOptions(pairs=(("video", "audio"),)), TOWERS)
+    term, embeddings = run(objective, kind)
+    term.loss.backward()
+    assert float(term.loss.detach()) == 0 and int(term.metrics["pairs/video-audio"]) == 0
+    for value in embeddings.values.values():
+        assert value.grad is not None and value.grad.equal(torch.zeros_like(value))
+
+
+def test_yaml_form_of_the_options() -> None:
+    options = build_options(CrossModalOptions, {"name": "cross_modal", "pairs": [["text", "video"]]})
+    assert OBJECTIVES["cross_modal"].options is CrossModalOptions
+    assert OBJECTIVES["cross_modal"].build(options, TOWERS).scales == ("text-video",)
+
+
+@pytest.mark.parametrize(
+    ("pairs", "message"),
+    [
+        (
+            [("video", "text"), ("vido", "text")],
+            r"objectives\.2\.pairs\.1: unknown name 'vido' \(did you mean 'video'\?\)",
+        ),
+        ([("video", "vidoe")], r"allowed: audio, text, video"),
+        ([("text", "text")], r"objectives\.2\.pairs\.0: a pair needs two towers, got 'text' twice"),
+        ([("video", "text"), ("text", "video")], r"objectives\.2\.pairs\.1: .*already"),
+    ],
+)
+def test_wrong_pairs_are_refused(pairs: list[tuple[str, str]], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        build(CrossModalOptions(pairs=tuple(pairs)), TOWERS, path="objectives.2")
+
+
+def test_towers_that_cannot_meet_are_refused() -> None:
+    with pytest.raises(ConfigError, match="needs two towers, the model has video"):
+        build(CrossModalOptions(), {"video": TOWERS["video"]})
+    narrow = {**TOWERS, "text": dataclasses.replace(TOWERS["text"], joint_width=2)}
+    with pytest.raises(ConfigError, match=r"objectives\.0\.pairs\.1: 'video' and 'text'.*6 and 2"):
+        build(CrossModalOptions(), narrow)
+    for empty in ({"pairs": []}, {"pairs": [["video"]]}, {"pair": None}, {"weight": -1.0}):
+        with pytest.raises(ConfigError):
+            build_options(CrossModalOptions, empty)

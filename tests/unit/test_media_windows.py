@@ -1,0 +1,102 @@
+"""Windows lie inside the source, sample the instants they promise, and fold what reaches past its end."""
+
+from __future__ import annotations
+
+import doctest
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from mmcl.media import text, windows
+from mmcl.media.windows import Window, centred, fold_times, frame_indices, place_windows, wanted_times
+
+durations = st.floats(0.0, 1e5)
+lengths = st.floats(0.01, 1e4)
+units = st.lists(st.floats(0.0, 1.0, exclude_max=True), min_size=1, max_size=8)
+
+
+@pytest.mark.parametrize("module", [windows, text])
+def test_examples_in_docstrings(module):
+    assert doctest.testmod(module, extraglobs={"np": np}).failed == 0
+
+
+@given(durations, lengths, units)
+def test_random_windows_lie_in_the_source_in_order(duration, length, uniform):
+    placed = place_windows(duration, length, len(uniform), rule="random", uniform=uniform)
+    starts = [window.start_seconds for window in placed]
+    assert starts == sorted(starts) and starts[0] >= 0
+    assert all(window.seconds == pytest.approx(length, rel=1e-6, abs=1e-6) for window in placed)
+    if duration >= length:
+        assert placed[-1].end_seconds <= duration * (1 + 1e-12) + 1e-9
+    else:
+        assert set(starts) == {0.0}
+
+
+def test_random_start_is_u_times_slack():
+    assert place_windows(10, 2, 2, rule="random", uniform=[0.75, 0.25]) == [Window(2, 4), Window(6, 8)]
+
+
+@given(durations, lengths, st.integers(1, 9))
+def test_even_windows_are_symmetric(duration, length, count):
+    placed = place_windows(duration, length, count, rule="even")
+    slack = max(0.0, duration - length)
+    mirrored = [slack - window.start_seconds for window in reversed(placed)]
+    assert mirrored == pytest.approx([window.start_seconds for window in placed], abs=1e-6)
+
+
+def test_one_even_window_is_the_centre():
+    assert place_windows(10, 4, 1, rule="even") == [Window(3, 7)]
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [(float("nan"), 1, 1), (-1.0, 1, 1), (float("inf"), 1, 1), (5, 0, 1), (5, 1, 0)],
+)
+def test_nonsense_is_refused(arguments):
+    with pytest.raises(ValueError):
+        place_windows(*arguments, rule="even")
+
+
+def test_one_number_per_random_window():
+    with pytest.raises(ValueError, match="2 numbers"):
+        place_windows(5, 1, 2, rule="random", uniform=[0.5])
+    with pytest.raises(ValueError, match="rule"):
+        place_windows(5, 1, 2, rule="dense", uniform=[0.5, 0.5])
+    with pytest.raises(ValueError):
+        Window(2.0, 2.0)
+
+
+def test_centred_keeps_the_centre_and_clamps():
+    assert centred(Window(4, 6), 4) == Window(3, 7)
+    assert centred(Window(0, 2), 4) == Window(0, 4)
+    assert centred(Window(8, 10), 4, duration_seconds=10) == Window(6, 10)
+    assert centred(Window(0, 2), 4, duration_seconds=3) == Window(0, 4)
+
+
+def test_wanted_times_are_the_middles_of_equal_slots():
+    assert wanted_times(Window(1, 3), 8, 4).tolist() == (1 + (np.arange(8) + 0.5) / 4).tolist()
+
+
+def test_short_sources_loop_or_hold():
+    window = Window(0, 4)
+    assert wanted_times(window, 4, 1, duration_seconds=1.5).tolist() == [0.5, 0.0, 1.0, 0.5]
+    assert wanted_times(window, 4, 1, duration_seconds=1.5, short="hold").tolist() == [0.5, 1.5, 1.5, 1.5]
+    assert fold_times(np.array([0.5, 2.0]), 0.0).tolist() == [0.0, 0.0]
+
+
+@given(
+    st.lists(st.floats(0.002, 1.0), min_size=1, max_size=40),
+    st.lists(st.floats(-1.0, 50.0), min_size=1, max_size=20),
+)
+def test_frame_indices_against_a_loop(gaps, wanted):
+    times = np.cumsum(gaps)
+    expected = [max([i for i, t in enumerate(times) if t <= w + windows.TOLERANCE_SECONDS], default=0) for w in wanted]
+    found = frame_indices(times, np.array(wanted))
+    assert found.dtype == np.int64 and found.tolist() == expected
+
+
+def test_no_frames_is_an_error():
+    with pytest.raises(ValueError):
+        frame_indices(np.array([]), np.array([0.0]))

@@ -1,0 +1,21 @@
+#!/usr/bin/env bash
+# The tests on a fresh machine: installs into .venv, then checks and tests.
+#   tools/test.sh            the default suite, under 5 minutes on two cores
+#   tools/test.sh --all      everything, with types and the browser, under 25 minutes
+#   tools/test.sh [--all] -k NAME …   further arguments go to pytest
+set -euo pipefail
+. "$(dirname "$0")/environment.sh"
+all=false
+if [ "${1:-}" = "--all" ]; then
+  all=true
+  shift
+fi
+ensure_environment dev
+say "ruff"
+.venv/bin/ruff check --quiet . && .venv/bin/ruff format --quiet --check .
+if $all; then
+  say "mypy --strict mmcl"
+  .venv/bin/mypy --strict mmcl
+  exec .venv/bin/python -m pytest "$@"
+fi
+exec .venv/bin/python -m pytest -m "not slow" "$@"
