@@ -91,15 +91,15 @@ class Comm:
 
     def all_agree(self, flag: bool) -> bool:
         """Whether ``flag`` is true on every rank."""
-        return bool(self.min(torch.tensor(int(flag), device=self._host_device())))
+        return bool(self.min(torch.tensor(int(flag), device=self.host_device)))
 
     def any(self, flag: bool) -> bool:
         """Whether ``flag`` is true on some rank."""
-        return bool(self.max(torch.tensor(int(flag), device=self._host_device())))
+        return bool(self.max(torch.tensor(int(flag), device=self.host_device)))
 
     def gather_objects(self, value: Any) -> list[Any]:
         """A small JSON value of each rank, in rank order. Travels as JSON: nothing is unpickled."""
-        text = torch.frombuffer(bytearray(json.dumps(value).encode()), dtype=torch.uint8).to(self._host_device())
+        text = torch.frombuffer(bytearray(json.dumps(value).encode()), dtype=torch.uint8).to(self.host_device)
         lengths = self.gather(torch.tensor([len(text)], device=text.device)).tolist()
         rows = self.gather(text[None], pad=True).cpu()
         return [json.loads(row[:n].numpy().tobytes()) for row, n in zip(rows, lengths, strict=True)]
@@ -115,7 +115,8 @@ class Comm:
             dist.all_reduce(x, op, self.group)
         return x
 
-    def _host_device(self) -> torch.device:
+    @property
+    def host_device(self) -> torch.device:
         """Where a host value must lie to travel: NCCL alone moves nothing but CUDA tensors."""
         nccl = self.world_size > 1 and dist.get_backend(self.group) == "nccl"
         return torch.device("cuda", torch.cuda.current_device()) if nccl else torch.device("cpu")
@@ -210,17 +211,12 @@ def contrastive(
     """
     if groups is not None and groups.ndim == 1:
         groups = groups[:, None]
-    wants_gradient, b_wants_gradient = _agree(a, b, scale, groups, unpaired_negatives, comm)
+    everyone = torch.ones(len(a), dtype=torch.bool, device=a.device)
+    masks = [everyone if present is None else present for present in (present_a, present_b)]
+    wants_gradient, b_wants_gradient = _agree([a, b, *masks, groups], scale, unpaired_negatives, comm)
     with torch.autocast(a.device.type, enabled=False):
         dtype = torch.float64 if torch.float64 in (a.dtype, b.dtype) else torch.float32
-        everyone = torch.ones(len(a), dtype=torch.bool, device=a.device)
-        plan = _Plan.of(
-            everyone if present_a is None else present_a,
-            everyone if present_b is None else present_b,
-            groups,
-            unpaired_negatives,
-            comm,
-        )
+        plan = _Plan.of(masks[0], masks[1], groups, unpaired_negatives, comm)
         scale = torch.as_tensor(scale, dtype=dtype, device=a.device)
         # Ranks meet in backward as well: one whose own inputs are constants has to come too.
         anchor = torch.zeros((), dtype=dtype, device=a.device, requires_grad=wants_gradient)
@@ -238,22 +234,21 @@ def _unit(x: Tensor, present: Tensor | None) -> Tensor:
 
 
 def _agree(
-    a: Tensor, b: Tensor, scale: Tensor | float, groups: Tensor | None, unpaired_negatives: bool, comm: Comm
+    tensors: list[Tensor | None], scale: Tensor | float, unpaired_negatives: bool, comm: Comm
 ) -> tuple[bool, bool]:
     """Raises on all ranks if one of them cannot go on. Returns whether some rank wants a gradient, and for ``b``."""
-    if a.ndim != 2 or b.ndim != 2:
-        raise ValueError(f"a and b must be (B, D), got {tuple(a.shape)} and {tuple(b.shape)}")
-    wants = [torch.is_grad_enabled() and isinstance(x, Tensor) and x.requires_grad for x in (a, b, scale)]
-    shapes = [*a.shape, *b.shape, *((-1, -1) if groups is None else groups.shape), unpaired_negatives]
-    every = comm.gather(torch.tensor([[*shapes, any(wants), wants[1]]], dtype=torch.int64, device=a.device)).tolist()
-    shape = every[0][:7]
-    if any(facts[:7] != shape for facts in every) or shape[:2] != shape[2:4] or shape[4] not in (-1, shape[0]):
+    wants = [torch.is_grad_enabled() and isinstance(x, Tensor) and x.requires_grad for x in (*tensors[:2], scale)]
+    shapes = [[-1, -1, -1] if x is None else [*x.shape, -1, -1, -1][:3] for x in tensors]
+    facts = [*(size for shape in shapes for size in shape), int(unpaired_negatives), int(any(wants)), int(wants[1])]
+    every = comm.gather(torch.tensor([facts], device=comm.host_device)).tolist()
+    a, b, present_a, present_b, groups = shapes
+    fits = a == b and a[1] >= 0 > a[2] and present_a == present_b == [a[0], -1, -1] and groups[0] in (-1, a[0])
+    if not fits or any(other[:-2] != facts[:-2] for other in every):
         raise ValueError(
-            "a and b must be (B, D), groups (B,) or (B, G) or None, all equal on all ranks, and so unpaired_negatives; "
-            "these four by rank: "
-            + "; ".join(f"{tuple(f[:2])} {tuple(f[2:4])} {tuple(f[4:6])} {bool(f[6])}" for f in every)
+            "a and b must be (B, D), present_a and present_b (B,), groups (B,) or (B, G) or None, all equal on all "
+            f"ranks, as unpaired_negatives; these six by rank, -1 for no axis: {[other[:-2] for other in every]}"
         )
-    return any(facts[7] for facts in every), any(facts[8] for facts in every)
+    return any(other[-2] for other in every), any(other[-1] for other in every)
 
 
 @dataclass(frozen=True, eq=False)
@@ -356,7 +351,7 @@ class _Contrastive(torch.autograd.Function):
                 logits = plan.logits(rows, columns, scale, i, j)
                 row_sums[i] = torch.logaddexp(row_sums[i], logits.logsumexp(1))
                 column_sums[j] = torch.logaddexp(column_sums[j], logits.logsumexp(0))
-        top = comm.max(column_sums).clamp_min(torch.finfo(a.dtype).min)
+        top = comm.max(column_sums)  # −inf, and NaN below, only for columns that do not ask
         column_sums = top + comm.sum((column_sums - top).exp()).log()
         positives = ((a * b).sum(1) * scale)[plan.paired]
         own = (row_sums[plan.row_asks] - positives).sum() - positives.sum()

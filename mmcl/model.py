@@ -21,7 +21,7 @@ from mmcl.encoders.build import TowerOptions, build_encoder
 from mmcl.hub import Pretrained, write_card
 from mmcl.layers import MLPHead
 from mmcl.media.clip import MediaReader
-from mmcl.media.windows import Window, place_windows
+from mmcl.media.windows import place_windows
 from mmcl.objectives.base import ObjectiveMix, Term
 from mmcl.types import (
     AudioSpec,
@@ -253,18 +253,11 @@ def decode_windows(clip: Media, spec: VideoSpec | AudioSpec, windows: int) -> np
     picture = path is not None and path.suffix.lower() in (".jpg", ".jpeg", ".png", ".webp")
     with MediaReader(image=source) if picture else MediaReader(video=source) as media:
         placed = place_windows(media.duration_seconds, spec.seconds, windows, rule="even")
-        found = [_read_window(media, window, spec) for window in placed]
+        found = [media.read(window, spec) for window in placed]
     rows = [row for row in found if row is not None]
     if len(rows) < windows:
         raise SampleError(f"no_{spec.modality}_stream", str(path or "bytes"))
     return np.stack(rows)
-
-
-def _read_window(media: MediaReader, window: Window, spec: VideoSpec | AudioSpec) -> npt.NDArray[Any] | None:
-    if isinstance(spec, VideoSpec):
-        found = media.read_video(window, spec)
-        return None if found is None else found[0]
-    return media.read_audio(window, spec)
 
 
 def fit_clip(clip: Clip, spec: VideoSpec | AudioSpec) -> npt.NDArray[Any]:

@@ -14,6 +14,11 @@ Progress: TypeAlias = Callable[[int, int, str], None]
 PLAIN_SECONDS = 2.0
 
 
+def failures(count: int) -> str:
+    """The note that counts what failed; empty for none."""
+    return f"{count} failed" if count else ""
+
+
 def on_terminal() -> bool:
     return sys.stderr.isatty()
 

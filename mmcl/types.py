@@ -10,11 +10,12 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any, Literal, Protocol, TypeAlias
+from typing import TYPE_CHECKING, Any, Literal, Protocol, TypeAlias
 
-import numpy as np
-import torch
-from torch import Tensor
+if TYPE_CHECKING:  # the values of preparation need neither; torch alone costs seconds and half a gigabyte
+    import numpy as np
+    import torch
+    from torch import Tensor
 
 Modality: TypeAlias = str
 """An open set of names: ``video``, ``audio``, ``text``; later ``image``, ``motion``, ``points``, …"""
@@ -83,12 +84,12 @@ class Clip:
 
     def __post_init__(self) -> None:
         if self.video is not None:
-            if self.video.dtype != np.uint8 or self.video.ndim != 4:
+            if self.video.dtype != "uint8" or self.video.ndim != 4:
                 raise ValueError(f"video must be uint8 (T, C, H, W), got {self.video.dtype} {self.video.shape}")
             if self.frame_times_seconds is None or self.frame_times_seconds.shape != self.video.shape[:1]:
                 raise ValueError("frame_times_seconds must hold one time per frame")
         if self.audio is not None:
-            if self.audio.dtype != np.float32 or self.audio.ndim != 1:
+            if self.audio.dtype != "float32" or self.audio.ndim != 1:
                 raise ValueError(f"audio must be float32 (S,), got {self.audio.dtype} {self.audio.shape}")
             if not self.sample_rate_hz:
                 raise ValueError("audio needs sample_rate_hz")
@@ -293,6 +294,8 @@ class Embeddings:
 
     def present(self, *views: View) -> Tensor:
         """bool ``(B,)``: rows that have all these views."""
+        import torch
+
         return torch.stack([self.batch.views[view].present for view in views]).all(0)
 
     def __iter__(self) -> Iterator[tuple[str, View, Level, Kind]]:

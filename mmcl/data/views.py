@@ -9,9 +9,9 @@ from mmcl.data.collate import Value
 from mmcl.hashing import text_hash, uniform
 from mmcl.media.clip import MediaReader
 from mmcl.media.video import Decoder
-from mmcl.media.windows import Rule, Short, Window, centred, place_windows
+from mmcl.media.windows import Rule, Short, Window, place_windows
 from mmcl.shards.members import Sample
-from mmcl.types import AudioSpec, SampleError, TextSpec, VideoSpec, View
+from mmcl.types import SampleError, TextSpec, View
 
 # what a random number is for, so that no two uses share their numbers
 _WINDOW, _CAPTION = 16, 17
@@ -53,9 +53,10 @@ class ViewMaker:
             ) as media:
                 windows = self._windows(timed, media.duration_seconds, words)
                 for view in timed:
-                    value = _read(media, view, windows[view.clip])
-                    if value is not None:
-                        values[view] = value
+                    assert not isinstance(view.spec, TextSpec)
+                    data = media.read(windows[view.clip], view.spec)
+                    if data is not None:
+                        values[view] = Value(data, windows[view.clip].start_seconds)
         if caption:
             values.update({view: Value(caption) for view in self.views if isinstance(view.spec, TextSpec)})
         if not values:
@@ -76,20 +77,3 @@ class ViewMaker:
         numbers = [float(uniform(*words, _WINDOW, clip)) for clip in clips]
         windows = place_windows(duration_seconds, length_seconds, len(clips), rule=self.rule, uniform=numbers)
         return dict(zip(clips, windows, strict=True))
-
-
-def _read(media: MediaReader, view: View, window: Window) -> Value | None:
-    """One view of one window; None where the sample has no such modality."""
-    spec = view.spec
-    own = window if window.seconds == spec.seconds else centred(window, spec.seconds)
-    if isinstance(spec, VideoSpec):
-        try:
-            found = media.read_video(own, spec)
-        except SampleError as error:
-            if error.reason == "no_video_stream":  # sound in a video file: the picture is missing, the sample is fine
-                return None
-            raise
-        return None if found is None else Value(found[0], own.start_seconds)
-    assert isinstance(spec, AudioSpec)
-    wave = media.read_audio(own, spec)
-    return None if wave is None else Value(wave, own.start_seconds)

@@ -127,7 +127,8 @@ def _split_table(clips: Path, out: Path) -> Path:
 def _make(table: Path, out: Path) -> Path:
     with show_progress("making shards", "clips") as progress:
         report = make_shards(table, out / "shards", MakeOptions(), progress=progress)
-    print(report.summary(out / "shards"))
+    for line in report.lines(out / "shards"):
+        print(line)
     return out / "shards"
 
 

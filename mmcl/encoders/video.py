@@ -27,8 +27,8 @@ class TinyVideoOptions(Options):
     frames: int = Field(default=4, ge=1)
     fps: float = Field(default=2.0, gt=0)
     """frames per second at which a window is sampled; a window lasts ``frames / fps`` seconds"""
-    fit: Literal["crop", "squash"] = "crop"
-    """scale the short side and crop the centre, or scale both sides"""
+    fit: Literal["crop", "squash"] = "squash"
+    """scale both sides, so that so small a picture keeps its edges, or scale the short side and crop the centre"""
     dropout: float = Field(default=0.0, ge=0, lt=1)
 
 

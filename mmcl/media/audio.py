@@ -13,7 +13,15 @@ from typing import Any
 import av
 import numpy as np
 
-from mmcl.media.probe import MediaSource, best_stream, open_container, origin_seconds, read_only, short_message
+from mmcl.media.probe import (
+    DECODE_ERRORS,
+    MediaSource,
+    best_stream,
+    open_container,
+    origin_seconds,
+    read_only,
+    short_message,
+)
 from mmcl.media.windows import Short
 from mmcl.types import SampleError
 
@@ -60,7 +68,7 @@ def read_audio(
         reader = _Reader(container, stream, sample_rate_hz)
         try:
             return _read_folded(reader, start_seconds, samples, duration_seconds, short)
-        except (av.FFmpegError, ValueError) as error:
+        except DECODE_ERRORS as error:
             raise SampleError("decode", f"audio: {short_message(error)}") from error
 
 

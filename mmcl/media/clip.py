@@ -35,7 +35,7 @@ class MediaReader:
         source_size: tuple[int, int] | None = None,
         short: Short = "loop",
     ) -> None:
-        self._video, self._image = video, image if video is None else None
+        self._video, self._image = video, image
         self._audio = audio if audio is not None else video
         self._decoder: Decoder = decoder
         self._threads, self._source_size, self._short = threads, source_size, short
@@ -97,6 +97,23 @@ class MediaReader:
             duration_seconds=self.duration_seconds,
             short=self._short,
         )
+
+    def read(self, window: Window, spec: VideoSpec | AudioSpec) -> np.ndarray | None:
+        """What a tower of this spec eats of a window, taken round its centre where the lengths differ.
+
+        uint8 ``(T, 3, H, W)`` or float32 ``(S,)``; None where the sample has no such modality, also where a video file
+        holds sound alone. Raises ``SampleError`` where a member is damaged.
+        """
+        own = _of_length(window, spec.seconds)
+        if isinstance(spec, AudioSpec):
+            return self.read_audio(own, spec)
+        try:
+            found = self.read_video(own, spec)
+        except SampleError as error:
+            if error.reason == "no_video_stream":
+                return None
+            raise
+        return None if found is None else found[0]
 
     def _reader(self, spec: VideoSpec) -> VideoReader:
         key = (spec.size, spec.fit)

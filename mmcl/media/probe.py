@@ -27,6 +27,10 @@ FORMATS = (
 )
 
 
+DECODE_ERRORS = (av.FFmpegError, ValueError, IndexError, OverflowError, ZeroDivisionError)
+"""what PyAV raises on damaged files: FFmpeg's own errors, and Python's where its tables no longer fit the file"""
+
+
 @dataclass(frozen=True, slots=True)
 class VideoInfo:
     """The video stream that is read (FFmpeg's choice if there are several)."""
@@ -84,7 +88,7 @@ def open_container(source: MediaSource) -> Any:
         file = io.BytesIO(source)
     try:
         return av.open(file, metadata_errors="replace", container_options={"format_whitelist": FORMATS})
-    except (av.FFmpegError, ValueError) as error:
+    except DECODE_ERRORS as error:
         raise SampleError("not_media", f"{name}: {short_message(error)}") from error
 
 
@@ -163,7 +167,7 @@ def _duration_seconds(container: Any, streams: list[Any]) -> float:
         for packet in container.demux(streams):
             if packet.pts is not None and packet.time_base:
                 end = max(end, float((packet.pts + (packet.duration or 0)) * packet.time_base))
-    except av.FFmpegError as error:
+    except DECODE_ERRORS as error:
         raise SampleError("decode", short_message(error)) from error
     return max(0.0, end - origin_seconds(container))
 
@@ -192,7 +196,7 @@ def _rotation_degrees(container: Any, stream: Any) -> int:
         container.seek(0)
         for frame in container.decode(stream):
             return quarter_turns(frame) * 90
-    except av.FFmpegError:
+    except DECODE_ERRORS:
         return 0  # what cannot be decoded is reported by whoever reads it
     return 0
 

@@ -12,11 +12,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, Protocol, TypeAlias
 
-import av
 import numpy as np
 from av.video.reformatter import Interpolation, VideoReformatter
 
 from mmcl.media.probe import (
+    DECODE_ERRORS,
     MediaSource,
     best_stream,
     open_container,
@@ -184,7 +184,7 @@ class _PyAVReader:
                 scaled_size(context.height, context.width, size, fit)
             self._table = _FrameTable.of(self._container, self._stream)
             tick, origin = float(self._stream.time_base), origin_seconds(self._container)
-        except av.FFmpegError as error:
+        except DECODE_ERRORS as error:
             self.close()
             raise SampleError("decode", short_message(error)) from error
         except SampleError:
@@ -204,7 +204,7 @@ class _PyAVReader:
         try:
             for key in np.unique(keys):
                 pictures += self._read_group(numbers[keys == key], int(self._table.key_seek[key]))
-        except (av.FFmpegError, ValueError) as error:
+        except DECODE_ERRORS as error:
             raise SampleError("decode", short_message(error)) from error
         return np.ascontiguousarray(np.stack(pictures)[places].transpose(0, 3, 1, 2))
 

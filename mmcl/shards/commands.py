@@ -2,17 +2,14 @@
 
 from __future__ import annotations
 
-import sys
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
-app = typer.Typer(help="Make and index shards: plain tar files of training samples.", no_args_is_help=True)
+from mmcl.progress import show_progress
 
-Progress = Callable[[int, int, int], None]
+app = typer.Typer(help="Make and index shards: plain tar files of training samples.", no_args_is_help=True)
 
 
 @app.command()
@@ -61,16 +58,8 @@ def make(
         return
     with show_progress("shards", "samples") as progress:
         report = make_shards(input, out, options, progress=progress)
-    failed = sum(report.failures.values())
-    typer.echo(
-        f"{report.samples} samples ({report.reused} were there), {report.seconds:.1f} s of media, "
-        f"{report.num_bytes / 1e6:.1f} MB in {report.shards} shards, {failed} failures"
-    )
-    if failed:
-        reasons = ", ".join(f"{count} {reason}" for reason, count in report.failures.items())
-        typer.echo(f"failures: {reasons}; see {out / 'failures.jsonl'}")
-    for folder in report.folders:
-        typer.echo(f"{folder}")
+    for line in report.lines(out):
+        typer.echo(line)
 
 
 @app.command()
@@ -97,38 +86,3 @@ def index(
         f"{manifest.num_samples} samples in {manifest.num_shards} shards, {report.num_bytes / 1e6:.1f} MB, "
         f"{len(report.problems)} problems"
     )
-
-
-@contextmanager
-def show_progress(title: str, unit: str) -> Iterator[Progress]:
-    """A bar on a terminal; elsewhere a line now and then."""
-    if not sys.stderr.isatty():
-        yield _plain_lines(title, unit)
-        return
-    from rich.console import Console
-    from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
-    from rich.progress import Progress as Bar
-
-    columns = (TextColumn(title), BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[failed]}"))
-    with Bar(*columns, TimeRemainingColumn(), console=Console(stderr=True), transient=True) as bar:
-        task = bar.add_task(title, total=None, failed="")
-
-        def show(done: int, total: int, failed: int) -> None:
-            bar.update(task, completed=done, total=total, failed=f"{failed} failed" if failed else "")
-
-        yield show
-
-
-def _plain_lines(title: str, unit: str) -> Progress:
-    """At every tenth, and not more often than every two seconds."""
-    import time
-
-    last = [0, time.monotonic()]
-
-    def show(done: int, total: int, failed: int) -> None:
-        tenth, now = 10 * done // max(total, 1), time.monotonic()
-        if tenth > last[0] and now - last[1] >= 2:
-            last[:] = [tenth, now]
-            typer.echo(f"{title}: {done} of {total} {unit}" + (f", {failed} failed" if failed else ""), err=True)
-
-    return show

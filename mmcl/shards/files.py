@@ -72,7 +72,7 @@ def writing(path: Path) -> Iterator[None]:
 
 def write_atomically(path: Path, content: bytes) -> None:
     """The whole file under its name, on disk, or nothing. Raises ``RunError`` where it cannot be written."""
-    temporary = path.with_name(f".{path.name}.part")
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.part")
     with writing(path):
         try:
             with temporary.open("wb") as file:

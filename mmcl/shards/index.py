@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import tarfile
 from collections import Counter
-from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -14,6 +13,7 @@ from typing import Any
 import numpy as np
 
 from mmcl.hashing import text_hash
+from mmcl.progress import Progress, failures
 from mmcl.shards.files import write_atomically
 from mmcl.shards.manifest import Manifest, ShardEntry, index_url, write_manifest
 from mmcl.shards.member_index import Member, pack_index
@@ -45,9 +45,7 @@ class IndexReport:
     ignored: dict[str, int]
 
 
-def index_shards(
-    folder: str | Path, *, workers: int = 4, progress: Callable[[int, int, int], None] | None = None
-) -> IndexReport:
+def index_shards(folder: str | Path, *, workers: int = 4, progress: Progress | None = None) -> IndexReport:
     """Writes a side file per ``*.tar`` below ``folder`` (sorted by name) and the manifest; the tars stay as they are.
 
     What is not in order is left out and named, never fatal. Raises ``ConfigError`` where there are no shards,
@@ -72,7 +70,7 @@ def index_shards(
             problems += [f"{name}: {problem}" for problem in contents.problems]
             hashes.append(np.array([text_hash(key) for key in contents.keys], dtype=np.uint64))
             if progress is not None:
-                progress(len(entries), len(names), len(problems))
+                progress(len(entries), len(names), failures(len(problems)))
     if not any(entry.num_samples for entry in entries):
         raise RunError(f"{folder}: no sample in any of {len(names)} shards" + "".join(f"; {p}" for p in problems[:3]))
     repeated = sum(map(len, hashes)) - len(np.unique(np.concatenate(hashes)))

@@ -16,12 +16,13 @@ import shutil
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, TypeAlias
+from typing import Any
 
 import av
 
 import mmcl
 from mmcl.hashing import hash64, text_hash
+from mmcl.progress import Progress, failures
 from mmcl.shards.assemble import Assembler
 from mmcl.shards.files import write_atomically, writing
 from mmcl.shards.inputs import Row, class_numbers, read_rows
@@ -31,9 +32,6 @@ from mmcl.shards.prepare import Job, Prepared, prepare
 from mmcl.shards.transcode import MediaOptions
 from mmcl.shards.writer import MAX_BYTES, MAX_COUNT
 from mmcl.types import ConfigError, RunError
-
-Progress: TypeAlias = Callable[[int, int, int], None]
-"""called with (rows done, rows, failures)"""
 
 _NOT_SETTINGS = {"workers", "timeout_seconds", "media"}
 
@@ -81,6 +79,18 @@ class MakeReport:
     shards: int
     failures: dict[str, int]
     """rows without a sample, by reason; ``failures.jsonl`` names them"""
+
+    def lines(self, out: Path) -> list[str]:
+        """What to tell the user."""
+        failed = sum(self.failures.values())
+        lines = [
+            f"{self.samples} samples ({self.reused} were there), {self.seconds:.1f} s of media, "
+            f"{self.num_bytes / 1e6:.1f} MB in {self.shards} shards, {failed} failures"
+        ]
+        if failed:
+            reasons = ", ".join(f"{count} {reason}" for reason, count in self.failures.items())
+            lines.append(f"failures: {reasons}; see {out / 'failures.jsonl'}")
+        return [*lines, *map(str, self.folders)]
 
 
 def make_shards(
@@ -200,9 +210,9 @@ def _class(row: Row, classes: dict[str, int]) -> int | None:
 
 
 def _said(progress: Progress | None, before: int, total: int, failed: int) -> Callable[[int, int], None]:
-    def said(done: int, failures: int) -> None:
+    def said(done: int, new_failures: int) -> None:
         if progress is not None:
-            progress(before + done, total, failed + failures)
+            progress(before + done, total, failures(failed + new_failures))
 
     return said
 
@@ -245,8 +255,10 @@ def _check_settings(target: Path, settings: dict[str, Any]) -> None:
                 f"{target} holds shards that were not made by this command; choose another --out"
             ) from None
         return
-    except (OSError, ValueError) as error:
-        raise ConfigError(f"{path} cannot be read: {error}") from None
+    except OSError as error:
+        raise RunError(f"cannot read {path}: {error.strerror or error}") from None
+    except ValueError as error:
+        raise ConfigError(f"{path} is not JSON: {error}") from None
     names = [name for name in {**settings, **kept} if name != "made_with" and settings.get(name) != kept.get(name)]
     if names:
         shown = "; ".join(f"{name}: {kept.get(name)} there, {settings.get(name)} asked" for name in names)

@@ -300,6 +300,9 @@ def _target_size(frame: Any, stream: Any, short_side: int) -> tuple[int, int]:
 
 def _frame_rate(stream: Any, fps: float | None) -> Fraction:
     rate = Fraction(stream.average_rate or stream.guessed_rate or 25)
+    # Where the frame rate varies a little, the rate of the densest frames keeps them all.
+    if stream.guessed_rate and rate < stream.guessed_rate <= 2 * rate:
+        rate = Fraction(stream.guessed_rate)
     if not 0 < rate <= MAX_FPS:
         rate = Fraction(25)
     limit = Fraction(fps).limit_denominator(1001) if fps is not None else rate

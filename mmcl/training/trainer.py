@@ -196,7 +196,7 @@ class Trainer:
 
     def _temperatures(self) -> dict[str, float]:
         """τ = 1 / scale of each pair, and their mean."""
-        each = {name: 1 / float(scale.detach()) for name, scale in self.model.scales().items()}
+        each = {name: float(scale.detach().reciprocal()) for name, scale in self.model.scales().items()}
         if not each:
             return {}
         return {"temperature": sum(each.values()) / len(each), **{f"temperature/{k}": v for k, v in each.items()}}
@@ -304,7 +304,7 @@ def _mean_term(terms: list[Term]) -> Term:
         return terms[0]
     loss = torch.stack([term.loss.detach() for term in terms]).mean()
     metrics: Mapping[str, Tensor] = {
-        name: torch.stack([term.metrics[name] for term in terms]).mean() for name in terms[0].metrics
+        name: torch.stack([term.metrics[name].float() for term in terms]).mean() for name in terms[0].metrics
     }
     return Term(loss, metrics)
 

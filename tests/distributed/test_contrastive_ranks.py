@@ -109,7 +109,7 @@ def test_ranks_that_differ_are_refused_on_all_ranks(gloo: GlooPool, case: str) -
     replies = gloo(2, refused, case, timeout_seconds=20.0)
     assert replies[0] == replies[1] and "all equal on all ranks" in replies[0]
     if case == "rows":
-        assert "(4, 5)" in replies[0] and "(5, 5)" in replies[0]
+        assert "[4, 5, -1, 4" in replies[0] and "[5, 5, -1, 5" in replies[0]
 
 
 def one_rank_holds_constants(rank: int, world: int) -> list[Tensor]:

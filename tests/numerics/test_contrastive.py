@@ -211,9 +211,11 @@ def test_a_constant_side_gets_no_gradient() -> None:
 @pytest.mark.parametrize(
     ("wrong", "message"),
     [
-        ({"b": torch.ones(3, 5)}, r"\(4, 5\) \(3, 5\)"),
-        ({"b": torch.ones(4, 6)}, r"\(4, 5\) \(4, 6\)"),
-        ({"b": torch.ones(4)}, r"must be \(B, D\)"),
+        ({"b": torch.ones(3, 5)}, r"4, 5, -1, 3, 5, -1"),
+        ({"b": torch.ones(4, 6)}, r"4, 5, -1, 4, 6, -1"),
+        ({"a": torch.ones(4), "b": torch.ones(4)}, r"4, -1, -1, 4, -1, -1"),
+        ({"a": torch.ones(4, 5, 1), "b": torch.ones(4, 5, 1)}, r"must be \(B, D\)"),
+        ({"present_a": torch.ones(3, dtype=torch.bool)}, r"present_a"),
         ({"groups": torch.ones(3, dtype=torch.int64)}, r"groups"),
     ],
 )

@@ -71,7 +71,7 @@ class GlooPool:
         self.workers: list[tuple[Any, Connection]] = []
 
     def __call__(
-        self, world: int, function: Callable[..., Any], *args: Any, timeout_seconds: float = 60.0
+        self, world: int, function: Callable[..., Any], *args: Any, timeout_seconds: float = 120.0
     ) -> list[Any]:
         if not 1 <= world <= PROCESSES:
             raise ValueError(f"the pool has {PROCESSES} processes, got a world of {world}")

@@ -158,15 +158,28 @@ def write_clip(
 
 
 def write_flash(
-    path: Path, *, flash_seconds: float, seconds: float = 4.0, fps: int = 25, sample_rate_hz: int = 32_000, **options
+    path: Path,
+    *,
+    flash_seconds: float,
+    seconds: float = 4.0,
+    fps: int = 25,
+    sample_rate_hz: int = 32_000,
+    clock_starts_seconds: float = 0.0,
+    **options,
 ) -> Path:
-    """Dark and silent, but for 0.2 s of white and of a beep that begin at the same instant."""
+    """Dark and silent, but for 0.2 s of white and of a beep that begin at the same instant.
+
+    ``clock_starts_seconds``: the file's clock reads that much at its beginning, as in a recording of a broadcast.
+    """
     first, last = round(flash_seconds * fps), round((flash_seconds + 0.2) * fps)
     pictures = [np.full((48, 64, 3), 235 if first <= i < last else 16, np.uint8) for i in range(round(seconds * fps))]
     wave = np.zeros(round(seconds * sample_rate_hz), np.float32)
     beep = tone(1000, 0.2, sample_rate_hz, amplitude=0.8)
     start = round(flash_seconds * sample_rate_hz)
     wave[start : start + len(beep)] = beep
+    if clock_starts_seconds:
+        options["times"] = clock_starts_seconds + np.arange(len(pictures)) / fps
+        options["audio_start_seconds"] = clock_starts_seconds
     return encode(path, pictures, wave, fps=fps, sample_rate_hz=sample_rate_hz, **options)
 
 

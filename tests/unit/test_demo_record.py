@@ -13,6 +13,8 @@ from mmcl.demo.record import (
     AUDIO_HZ,
     HELD_OUT,
     PICTURES_HZ,
+    _record,
+    _Take,
     caption_of,
     list_games,
     play,
@@ -152,7 +154,7 @@ def test_wrong_use_is_refused_in_one_line(recorded, tmp_path):
         record_games(tmp_path, games=["pongg"])
     with pytest.raises(ConfigError, match="no games"):
         record_games(tmp_path, games=[])
-    with pytest.raises(ConfigError, match="'seed': 0.*another folder"):
+    with pytest.raises(ConfigError, match=r"'seed': 0.*another folder"):
         record_games(out, games=["pong"], seed=1, train_seconds=2, test_seconds=1)
     with pytest.raises(ConfigError, match="one second"):
         record_games(tmp_path, games=["pong"], test_seconds=0)
@@ -161,6 +163,18 @@ def test_wrong_use_is_refused_in_one_line(recorded, tmp_path):
         record_games(tmp_path / "file", games=["pong"])
     with pytest.raises(RunError, match=r"no game could be recorded; combat: .*ended its process"):
         record_games(tmp_path / "only", games=["combat"])
+
+
+def test_a_disk_that_fills_up_leaves_nothing_half_written(tmp_path):
+    resource = pytest.importorskip("resource")
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (4096, hard))
+    try:
+        with pytest.raises(OSError):
+            _record(_Take("pong", "test", tmp_path / "pong.mp4", seed=0, frames=120))
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_a_disk_that_cannot_be_written_ends_the_call(tmp_path):

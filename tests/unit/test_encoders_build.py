@@ -58,7 +58,7 @@ def test_options_survive_the_round_trip_through_a_file():
     [("tiny_vidoe", "tiny_video"), ("open_clip:ViT-B-33", "open_clip:ViT-B-32"), ("hf:robertta", "roberta")],
 )
 def test_an_unknown_name_gets_the_nearest(name, near):
-    with pytest.raises(ConfigError, match="tower.name") as caught:
+    with pytest.raises(ConfigError, match=r"tower\.name") as caught:
         _build(name=name)
     assert f"did you mean '{near}'" in str(caught.value)
 

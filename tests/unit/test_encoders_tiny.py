@@ -159,8 +159,8 @@ def test_specs_travel_to_workers(make):
 
 
 def test_specs_say_what_the_options_say():
-    video = TinyVideo(TinyVideoOptions(size=48, frames=3, fps=1.5, fit="squash")).spec
-    assert (video.size, video.frames, video.seconds, video.fit) == (48, 3, 2.0, "squash")
+    video = TinyVideo(TinyVideoOptions(size=48, frames=3, fps=1.5, fit="crop")).spec
+    assert (video.size, video.frames, video.seconds, video.fit) == (48, 3, 2.0, "crop")
     audio = TinyAudio(TinyAudioOptions(sample_rate_hz=8000, seconds=0.75)).spec
     assert audio.samples == 6000
     assert TinyText(TinyTextOptions(max_tokens=5)).spec.tokenizer.max_tokens == 5

@@ -25,7 +25,7 @@ LEVEL = {name: level for level, names in enumerate(LAYERS) for name in names}
 NEIGHBOURS = {
     ("media", "config"),  # `unknown_name` for errors
     ("shards", "config"),
-    ("shards", "media"),  # preparing shards decodes media
+    ("shards", "media"),  # preparing shards decodes and encodes media
     ("distributed", "layers"),
     ("model", "hub"),
     ("recipe", "model"),

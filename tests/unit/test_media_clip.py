@@ -69,14 +69,8 @@ def test_a_short_source_is_folded_with_its_sound(tmp_path, decoder):
     pictures = [numbered_picture(i) for i in range(20)]
     wave = np.concatenate([tone(500, 0.5, 16_000), tone(2000, 0.5, 16_000)])
     path = encode(tmp_path / "a.mkv", pictures, wave, fps=20, audio_codec="flac")
-    options = {
-        "window": Window(0.0, 2.0),
-        "video": path,
-        "video_spec": SQUASHED,
-        "audio_spec": AUDIO,
-        "decoder": decoder,
-    }
-    clip = read_clip("k", **options)
+    options = {"window": Window(0.0, 2.0), "video": path, "decoder": decoder}
+    clip = read_clip("k", video_spec=SQUASHED, audio_spec=AUDIO, **options)
     assert [read_number(frame) for frame in clip.video] == [2, 7, 12, 17] * 2
     assert (np.diff(clip.frame_times_seconds) > 0).all()
     assert loudest_hz(clip.audio[16_500:23_500], 16_000) == pytest.approx(500, abs=5)

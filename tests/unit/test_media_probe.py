@@ -50,9 +50,15 @@ def test_bad_files_have_reasons(tmp_path, damaged_media):
     assert reason(damaged_media["damaged_moov"]) == "no_streams"
 
 
-def test_playlists_and_addresses_are_not_followed(tmp_path):
-    path = write_clip(tmp_path / "a.mp4", colour="red", seconds=1.0)
-    playlist = f"#EXTM3U\n#EXT-X-TARGETDURATION:10\n#EXTINF:1,\n{path}\n#EXT-X-ENDLIST\n".encode()
-    script = f"ffconcat version 1.0\nfile '{path}'\n".encode()
-    assert reason(playlist) == reason(script) == "not_media"
+def test_playlists_and_addresses_are_not_followed(tmp_path, monkeypatch):
+    path = write_clip(tmp_path / "a.ts", colour="red", seconds=1.0)
+    (tmp_path / "list.m3u8").write_text(
+        "#EXTM3U\n#EXT-X-VERSION:3\n#EXT-X-TARGETDURATION:2\n#EXTINF:1.0,\na.ts\n#EXT-X-ENDLIST\n"
+    )
+    (tmp_path / "list.ffconcat").write_text("ffconcat version 1.0\nfile a.ts\n")
+    assert reason(tmp_path / "list.m3u8") == reason(tmp_path / "list.ffconcat") == "not_media"
+    assert reason((tmp_path / "list.ffconcat").read_bytes()) == "not_media"
     assert reason(f"concat:{path}|{path}") == "missing_file"
+    path.rename(tmp_path / "concat:a.ts")
+    monkeypatch.chdir(tmp_path)
+    assert probe("concat:a.ts").video is not None  # the file of that name

@@ -97,6 +97,12 @@ def test_frame_indices_against_a_loop(gaps, wanted):
     assert found.dtype == np.int64 and found.tolist() == expected
 
 
+def test_rounded_frame_times_are_found():
+    exact = np.arange(200) / 24
+    for rounded in (exact.round(3), (exact + 3600).astype(np.float32) - 3600.0):  # Matroska; decord after an hour
+        assert frame_indices(rounded, exact).tolist() == list(range(200))
+
+
 def test_no_frames_is_an_error():
     with pytest.raises(ValueError):
         frame_indices(np.array([]), np.array([0.0]))

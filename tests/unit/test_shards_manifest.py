@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import pickle
+import time
 from pathlib import Path
 
 import numpy as np
@@ -218,3 +219,33 @@ def test_a_damaged_member_index_is_named():
     for broken in (b"", packed[:-1], packed[:80] + b"!" + packed[81:], b"X" + packed[1:], packed + b"x"):
         with pytest.raises(RunError, match=r"x\.members"):
             ShardIndex(broken, "x.members")
+
+
+def test_remote_shards_are_read_by_range(tmp_path, monkeypatch):
+    import fsspec
+
+    from mmcl.shards import files
+
+    write_some(tmp_path)
+    memory = fsspec.filesystem("memory")
+    memory.put(str(tmp_path) + "/", "/bucket/data/", recursive=True)
+    monkeypatch.setattr(files, "REMOTE_SCHEMES", (*files.REMOTE_SCHEMES, "memory"))
+    manifest = load_manifest("memory://bucket/data/")
+    assert manifest.fingerprint == load_manifest(tmp_path).fingerprint
+    sample = ShardReader(manifest).read(1, 2)
+    assert sample.key == "key5" and bytes(sample.members["mp4"]) == bytes([5]) * 500
+    memory.pipe_file("/bucket/data/shard-000001.tar", b"short")
+    with pytest.raises(SampleError, match="unreadable"):
+        ShardReader(manifest).read(1, 2)
+    with pytest.raises(ConfigError, match="missing"):
+        load_manifest("memory://bucket/nothing")
+
+
+@pytest.mark.slow
+def test_a_million_shards_open_at_once(tmp_path):
+    write_manifest(tmp_path, (ShardEntry(f"{i // 1000}/{i}.tar", 10_000, 1, f"{i:064x}") for i in range(1_000_000)))
+    start = time.perf_counter()
+    manifest = load_manifest(tmp_path)
+    assert manifest.num_samples == 10**10 and len(manifest.fingerprint) == 32
+    assert manifest.shard_name(999_999) == "999/999999.tar"
+    assert time.perf_counter() - start < 2

@@ -62,6 +62,15 @@ def test_a_shard_ends_at_its_limits(tmp_path):
     assert len(read_all(tmp_path)) == 10
 
 
+def test_the_order_of_members_does_not_matter(tmp_path):
+    members = {"txt": b"t", "mp4": b"v", "json": b"{}"}
+    for name, order in (("a", sorted(members)), ("b", sorted(members, reverse=True))):
+        with ShardWriter(tmp_path / name) as writer:
+            writer.write("key", {extension: members[extension] for extension in order})
+    first, second = (tmp_path / name / "shard-000000.tar" for name in "ab")
+    assert first.read_bytes() == second.read_bytes()
+
+
 def test_an_error_leaves_no_half_shard(tmp_path):
     with pytest.raises(ZeroDivisionError), ShardWriter(tmp_path) as writer:
         writer.write("a", {"txt": b"x"})
