@@ -95,15 +95,15 @@ def build(options: type[T], tree: dict[str, Any], overrides: Sequence[str] = (),
     try:
         return options.model_validate(tree)
     except ValidationError as error:
-        lines = [_explain(options, issue) for issue in error.errors(include_url=False)]
+        lines = [_explain(options, tree, issue) for issue in error.errors(include_url=False)]
         raise ConfigError(f"{where}: " + "; ".join(dict.fromkeys(lines))) from None
 
 
-def _explain(root: type[BaseModel], issue: Any) -> str:
+def _explain(root: type[BaseModel], tree: dict[str, Any], issue: Any) -> str:
     """One sentence for one mistake: path, value, what is allowed, and the nearest name."""
     location = [str(part) for part in issue["loc"]]
     kind, value = issue["type"], issue["input"]
-    path = ".".join(part for part in location if not _is_union_tag(part))
+    path = ".".join(_without_tags(tree, issue["loc"]))
     if kind == "extra_forbidden":
         allowed = sorted(_fields_at(root, issue["loc"][:-1]))
         return f"{path}: unknown key{nearest(location[-1], allowed)}; allowed: {', '.join(allowed) or 'none'}"
@@ -119,8 +119,16 @@ def _explain(root: type[BaseModel], issue: Any) -> str:
     return f"{path}: {message.removeprefix('value error, ')}, got {shown if len(shown) <= 80 else shown[:77] + '...'}"
 
 
-def _is_union_tag(part: str) -> bool:
-    return part.startswith("function-") or part.endswith("]")
+def _without_tags(node: Any, location: Sequence[int | str]) -> list[str]:
+    """A location without the tags that pydantic adds for unions: they stand nowhere in what the user wrote."""
+    path = []
+    for depth, part in enumerate(location):
+        inside = part in node if isinstance(node, dict) else isinstance(node, list) and isinstance(part, int)
+        if inside or depth == len(location) - 1:
+            path.append(str(part))
+        if inside:
+            node = node[part]
+    return path
 
 
 def _fields_at(model: Any, location: Sequence[int | str]) -> set[str]:

@@ -48,7 +48,7 @@ class TrainOptions(Options):
     """how many ranks this run must have; a launcher that started another number is refused"""
     precision: Literal["fp32", "bf16"] = "fp32"
     threads: PositiveInt | None = None
-    """torch threads per rank on a CPU; null: torch's choice"""
+    """torch threads per rank on a CPU; null: the cores of a rank, less one where workers decode beside it"""
     log_every: PositiveInt = 10
     checkpoint_every: PositiveInt = 100
     keep_checkpoints: PositiveInt = 2

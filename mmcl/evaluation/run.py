@@ -122,7 +122,8 @@ def caption_labels(items: Sequence[EmbeddedItem]) -> np.ndarray:
 def _evaluate(name: str, embedded: EmbeddedShards, items: list[int], labels: np.ndarray, title: str) -> ListResult:
     wanted = np.array(items, dtype=np.int64)
     rows = {}
-    for modality, values in embedded.rows.items():
+    for modality in sorted(embedded.rows, key=lambda name: name != "text"):  # text->video comes first
+        values = embedded.rows[modality]
         owners = embedded.owners[modality].numpy()
         mine = np.flatnonzero(np.isin(owners, wanted))
         captions = _caption_numbers(owners)[mine] if modality == "text" else None

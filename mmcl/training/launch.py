@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Any
 
@@ -31,9 +32,11 @@ def pretrain(config: RunConfig, *, resume: str | None = None) -> bool:
         ConfigError: a wrong configuration, a folder that already holds a run, a checkpoint that does not fit.
         RunError: the run cannot go on.
     """
-    if config.train.threads is not None and not torch.cuda.is_available():
-        torch.set_num_threads(config.train.threads)
     accelerator = build_accelerator(config)
+    if not torch.cuda.is_available():
+        torch.set_num_threads(
+            config.train.threads or spare_threads(config, int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
+        )
     try:
         with RunFolder(Path(config.train.out), writer=accelerator.is_main_process) as folder:
             source = folder.resume_from(resume)
@@ -49,6 +52,17 @@ def pretrain(config: RunConfig, *, resume: str | None = None) -> bool:
     finally:
         # without this a process group sometimes aborts at exit and the launcher reports a failure
         accelerator.end_training()
+
+
+def spare_threads(config: RunConfig, ranks: int) -> int:
+    """Cores of one rank, less one where workers decode beside it.
+
+    More threads than free cores do not share them, they wait for each other by spinning: measured, a step then takes
+    up to a hundred times as long.
+    """
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    decoding = 0 if config.data.in_process else 1
+    return max(1, cores // max(ranks, 1) - decoding)
 
 
 def _headline(trainer: Trainer, source: Path | None) -> str:

@@ -70,7 +70,7 @@ class Trainer:
         options = self.config.train
         if resume is not None:
             self.load(resume)
-            folder.rewind(step=self.progress.step, samples=self.progress.samples)
+        folder.rewind(step=self.progress.step, samples=self.progress.samples)
         self._settle_reducer()
         torch.manual_seed(options.seed + 1 + self.comm.rank)
         if resume is not None:

@@ -1,0 +1,151 @@
+"""Real launches: many processes equal one, and a run that was killed goes on bit for bit."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from support.recipes import ROOT, TINY, tiny_overrides
+
+STEPS = 20
+
+
+def command(processes: int, *overrides: str) -> list[str]:
+    """The run on so many processes, as a user launches it."""
+    launcher = []
+    if processes > 1:
+        launcher = ["-m", "accelerate.commands.launch", "--config_file", str(ROOT / "configs/accelerate/cpu_2.yaml")]
+        launcher += ["--num_processes", str(processes)]
+    return [sys.executable, *launcher, str(ROOT / "pipelines/pretrain.py"), str(TINY), *overrides]
+
+
+def overrides(shards: Path, out: Path, *more: str) -> list[str]:
+    common = (f"train.steps={STEPS}", "train.global_batch=12", "train.log_every=1", "train.checkpoint_every=5")
+    return tiny_overrides(*common, *more, shards=shards / "train", out=out)
+
+
+def launch(processes: int, *arguments: str) -> subprocess.CompletedProcess[str]:
+    done = subprocess.run(
+        command(processes, *arguments), capture_output=True, text=True, timeout=250, check=False, cwd=ROOT
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    return done
+
+
+def losses(out: Path) -> list[float]:
+    return [json.loads(line)["loss"] for line in (out / "metrics.jsonl").read_text().splitlines()]
+
+
+def weights(out: Path) -> dict[str, torch.Tensor]:
+    return load_file(out / "checkpoints" / f"step_{STEPS:08d}" / "model.safetensors")
+
+
+def assert_same_weights(left: Path, right: Path) -> None:
+    a, b = weights(left), weights(right)
+    assert a.keys() == b.keys()
+    for name in a:
+        assert torch.equal(a[name], b[name]), name
+
+
+@pytest.fixture(scope="module")
+def alone(shards_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("alone") / "run"
+    launch(1, *overrides(shards_folder, out))
+    return out
+
+
+@pytest.fixture(scope="module")
+def two(shards_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("two") / "run"
+    done = launch(2, *overrides(shards_folder, out, "train.processes=2"))
+    assert "on 2 process(es)" in done.stdout
+    return out
+
+
+def test_two_processes_equal_one(alone: Path, two: Path) -> None:
+    """The same losses to 1e-4, temperature and all; the holes of silent clips fall unevenly on the ranks."""
+    one, both = losses(alone), losses(two)
+    assert len(one) == len(both) == STEPS
+    for step, (a, b) in enumerate(zip(one, both, strict=True), 1):
+        assert abs(a - b) <= 1e-4 * abs(a), f"step {step}: {a} and {b}"
+
+
+def kill_when(shards: Path, out: Path, processes: int, moment: str) -> None:
+    """Starts a run and kills its whole process group without warning before, in, or after a save."""
+    arguments = command(processes, *overrides(shards, out))
+    process = subprocess.Popen(
+        arguments, cwd=ROOT, start_new_session=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+    )
+    checkpoints, deadline = out / "checkpoints", time.monotonic() + 120
+    try:
+        while time.monotonic() < deadline and process.poll() is None:
+            names = {path.name for path in checkpoints.iterdir()} if checkpoints.exists() else set()
+            logged = len((out / "metrics.jsonl").read_text().splitlines()) if (out / "metrics.jsonl").exists() else 0
+            if moment == "before a save" and logged >= 3:
+                break
+            if moment == "in a save" and any(name.endswith(".partial") for name in names) and logged >= 5:
+                break
+            if moment == "after a save" and "step_00000010" in names:
+                break
+            time.sleep(0.0005)
+        assert process.poll() is None, "the run ended before it could be killed"
+    finally:
+        os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("moment", ["before a save", "in a save", "after a save"])
+def test_a_killed_run_goes_on_bit_for_bit(shards_folder: Path, alone: Path, tmp_path: Path, moment: str) -> None:
+    out = tmp_path / "run"
+    kill_when(shards_folder, out, 1, moment)
+    launch(1, *overrides(shards_folder, out), "--resume")
+    assert_same_weights(out, alone)
+    assert losses(out) == losses(alone)
+
+
+@pytest.mark.slow
+def test_two_killed_processes_go_on_bit_for_bit(shards_folder: Path, two: Path, tmp_path: Path) -> None:
+    out = tmp_path / "run"
+    kill_when(shards_folder, out, 2, "after a save")
+    launch(2, *overrides(shards_folder, out), "--resume")
+    assert_same_weights(out, two)
+
+
+@pytest.mark.slow
+def test_three_processes_resume_bit_for_bit_and_a_stop_file_ends_them_cleanly(
+    shards_folder: Path, alone: Path, tmp_path: Path
+) -> None:
+    """On three ranks DDP would sum in another order after a restart, were its reducer not settled at the start."""
+    whole, out = tmp_path / "whole", tmp_path / "run"
+    launch(3, *overrides(shards_folder, whole))
+    for a, b in zip(losses(alone), losses(whole), strict=True):
+        assert abs(a - b) <= 1e-4 * abs(a)
+    process = subprocess.Popen(command(3, *overrides(shards_folder, out)), cwd=ROOT, stdout=subprocess.DEVNULL)
+    deadline = time.monotonic() + 120
+    while not (out / "metrics.jsonl").exists() and time.monotonic() < deadline:
+        time.sleep(0.01)
+    (out / "stop").touch()
+    assert process.wait(timeout=120) == 0
+    taken = len(losses(out))
+    assert taken < STEPS
+    assert (out / f"checkpoints/step_{taken:08d}").exists()
+    launch(3, *overrides(shards_folder, out), "--resume")
+    assert_same_weights(out, whole)
+
+
+def test_a_wrong_config_is_one_line_and_exit_code_2(tmp_path: Path) -> None:
+    done = subprocess.run(
+        command(1, "train.stpes=3"), capture_output=True, text=True, timeout=120, check=False, cwd=tmp_path
+    )
+    assert done.returncode == 2
+    assert done.stderr.strip().splitlines() == [done.stderr.strip()]
+    assert "did you mean 'steps'?" in done.stderr
