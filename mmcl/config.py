@@ -123,7 +123,7 @@ def _without_tags(node: Any, location: Sequence[int | str]) -> list[str]:
     """A location without the tags that pydantic adds for unions: they stand nowhere in what the user wrote."""
     path = []
     for depth, part in enumerate(location):
-        inside = part in node if isinstance(node, dict) else isinstance(node, list) and isinstance(part, int)
+        inside = part in node if isinstance(node, dict) else isinstance(node, list) and part in range(len(node))
         if inside or depth == len(location) - 1:
             path.append(str(part))
         if inside:

@@ -164,6 +164,8 @@ class View:
     clip: int = 0
     augmentation: str = "none"
     """a name in ``data.augmentations``"""
+    copy: int = 0
+    """views that differ in this alone are independent draws of the same augmentation"""
 
     @property
     def modality(self) -> Modality:
@@ -171,7 +173,7 @@ class View:
 
     def __str__(self) -> str:
         suffix = "" if self.augmentation == "none" else f",{self.augmentation}"
-        return f"{self.modality}[{self.clip}{suffix}]"
+        return f"{self.modality}[{self.clip}{suffix}{f'#{self.copy}' if self.copy else ''}]"
 
 
 @dataclass(frozen=True, slots=True, eq=False)

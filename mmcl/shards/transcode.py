@@ -163,8 +163,7 @@ class _Encoder:
 
     def _add_sound(self, out: Any) -> Any:
         sound = out.add_stream("aac", rate=self.audio_rate, layout="mono")
-        # the default search costs more than the picture does, for a fraction of a decibel
-        sound.options = {"aac_coder": "fast"}
+        # Not the encoder's "fast" search, a third cheaper: about one file in 300 comes out with other bytes (measured).
         sound.bit_rate = _AUDIO_BIT_RATE
         sound.codec_context.thread_count = 1
         sound.codec_context.flags |= av.codec.context.Flags.bitexact
