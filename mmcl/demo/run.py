@@ -57,6 +57,7 @@ def run_demo(out: Path, *, steps: int | None = None, seed: int = 0, clips: Path 
         headline="known" if clips is None else None,
         clips=config.evaluate.clips,
         workers=config.data.workers,
+        decoder=config.data.decoder,
         note=NOTE if clips is None else "",
         titles=TITLES,
     )

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from mmcl.data import ClipStream
 from mmcl.distributed import Comm
+from mmcl.media.video import Decoder
 from mmcl.model import MultimodalModel, average_windows
 from mmcl.progress import show_progress
 from mmcl.shards import load_manifest
@@ -53,6 +54,8 @@ def embed_shards(
     clips: int = 1,
     batch: int = 64,
     workers: int = 2,
+    in_process: bool = False,
+    decoder: Decoder = "decord",
     comm: Comm | None = None,
     device: torch.device | str = "cpu",
 ) -> EmbeddedShards:
@@ -61,6 +64,7 @@ def embed_shards(
     Args:
         clips: evenly spaced windows whose embeddings are averaged.
         batch: rows per forward of one rank.
+        workers: decoding processes of this rank; ``in_process`` decodes in this one.
         comm: with more than one rank each reads its share; every rank returns everything.
 
     Raises:
@@ -83,6 +87,8 @@ def embed_shards(
         workers=workers,
         shuffle=False,
         rule="even",
+        decoder=decoder,
+        in_process=in_process,
         with_metadata=True,
     )
     model = model.eval().to(device)
@@ -173,7 +179,7 @@ def embed_to_folder(checkpoint: Path, shards: str, out: Path, *, clips: int | No
         RunError: nothing could be read, or the folder cannot be written.
     """
     model = MultimodalModel.from_pretrained(checkpoint)
-    embedded = embed_shards(model, shards, clips=clips or 1, workers=workers)
+    embedded = embed_shards(model, shards, clips=clips, workers=workers, decoder=decoder)
     tensors = {f"{modality}.rows": rows for modality, rows in embedded.rows.items()}
     tensors.update({f"{modality}.items": owners for modality, owners in embedded.owners.items()})
     lines = [

@@ -13,16 +13,17 @@ from mmcl.evaluation.embed import EmbeddedItem, EmbeddedShards, embed_shards
 from mmcl.evaluation.gallery import GalleryItem, poster_jpeg, waveform_svg
 from mmcl.evaluation.report import ListResult, ModalityRows, RetrievalReport, evaluate_list, fingerprint, write_report
 from mmcl.media.clip import MediaReader
+from mmcl.media.image import decode_image
+from mmcl.media.video import Decoder, open_video
 from mmcl.media.windows import Window
 from mmcl.model import MultimodalModel
 from mmcl.shards import load_manifest
 from mmcl.shards.manifest import Manifest
 from mmcl.shards.members import Sample, parse_sample
 from mmcl.shards.reader import ShardReader
-from mmcl.types import AudioSpec, ConfigError, SampleError, VideoSpec
+from mmcl.types import AudioSpec, ConfigError, SampleError
 
 PROTOCOL = "paired"
-POSTER_SIZE = 160
 WAVE_RATE_HZ = 4000
 
 
@@ -43,8 +44,9 @@ def evaluate_checkpoint(
     *,
     by: str | None = None,
     headline: str | None = None,
-    clips: int | None = None,
+    clips: int = 1,
     workers: int = 2,
+    decoder: Decoder = "decord",
     note: str = "",
     titles: dict[str, str] | None = None,
 ) -> Evaluation:
@@ -56,7 +58,7 @@ def evaluate_checkpoint(
     Args:
         by: a metadata column; each of its values is a list that is searched on its own.
         headline: the value of ``by`` whose list comes first.
-        clips: windows per sample; default: one.
+        clips: evenly spaced windows per sample whose embeddings are averaged.
         note: a sentence about the data, for the page.
         titles: for people, by list.
 
@@ -65,13 +67,13 @@ def evaluate_checkpoint(
         RunError: nothing could be read, or the report cannot be written.
     """
     model = MultimodalModel.from_pretrained(checkpoint)
-    embedded = embed_shards(model, shards, clips=clips or 1, workers=workers)
+    embedded = embed_shards(model, shards, clips=clips, workers=workers, decoder=decoder)
     lists = split_lists(embedded, by, headline)
     labels = caption_labels(embedded.items)
     results = tuple(
         _evaluate(name, embedded, items, labels, (titles or {}).get(name, "")) for name, items in lists.items()
     )
-    protocol = {"name": PROTOCOL, "right": "same item or same caption", "clips": clips or 1, "by": by}
+    protocol = {"name": PROTOCOL, "right": "same item or same caption", "clips": clips, "by": by}
     report = RetrievalReport(
         PROTOCOL,
         fingerprint(protocol, [item.key for item in embedded.items]),
@@ -79,7 +81,7 @@ def evaluate_checkpoint(
         note=note,
         facts={
             "checkpoint": Path(checkpoint).name,
-            "windows per clip": str(clips or 1),
+            "windows per clip": str(clips),
             "right": "the query's own clip, or one with the same caption",
             **({"unreadable samples": str(len(embedded.skipped))} if embedded.skipped else {}),
         },
@@ -173,11 +175,15 @@ class ShardGallery(Sequence[GalleryItem]):
 def poster_of(sample: Sample) -> bytes | None:
     """A JPEG of the middle of a sample; None where it shows nothing."""
     try:
-        with _reader_of(sample) as media:
-            found = media.read_video(_middle(media, 0.1), VideoSpec(frames=1, size=POSTER_SIZE, fps=10.0, fit="crop"))
+        if sample.video is not None:
+            reader = open_video(sample.video, decoder="pyav")
+            try:
+                return poster_jpeg(reader.read([len(reader.frame_times_seconds) // 2])[0])
+            finally:
+                reader.close()
+        return None if sample.image is None else poster_jpeg(decode_image(sample.image))
     except SampleError:
         return None
-    return None if found is None else poster_jpeg(found[0][0])
 
 
 def waveform_of(sample: Sample) -> bytes | None:

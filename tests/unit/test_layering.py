@@ -17,7 +17,7 @@ LAYERS = [
     {"data", "encoders", "objectives"},
     {"hub", "model", "recipe"},
     {"training", "evaluation", "search"},
-    {"shipped", "demo", "cli"},
+    {"shipped", "demo", "cli", "__main__"},
 ]
 LEVEL = {name: level for level, names in enumerate(LAYERS) for name in names}
 
@@ -29,6 +29,7 @@ NEIGHBOURS = {
     ("distributed", "layers"),
     ("model", "hub"),
     ("recipe", "model"),
+    ("__main__", "cli"),
     ("cli", "demo"),
     ("cli", "shipped"),
     ("demo", "shipped"),

@@ -1,0 +1,126 @@
+"""From a model and shards to a report: everything embedded once, lists by a column, commands that say what is wrong."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file
+from support.recipes import tiny_config
+
+from mmcl.distributed import Comm
+from mmcl.evaluation.embed import EmbeddedShards, embed_shards, embed_to_folder
+from mmcl.evaluation.run import caption_labels, evaluate_checkpoint, split_lists
+from mmcl.model import MultimodalModel
+from mmcl.recipe import build_model
+from mmcl.types import ConfigError
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    torch.manual_seed(0)
+    return build_model(tiny_config())[0].export(tmp_path_factory.mktemp("model") / "model")
+
+
+@pytest.fixture(scope="module")
+def embedded(folder: Path, shards_folder: Path) -> EmbeddedShards:
+    return embed_shards(MultimodalModel.from_pretrained(folder), str(shards_folder / "train"), batch=5, workers=1)
+
+
+def test_everything_is_embedded_once_in_the_order_of_the_shards(embedded: EmbeddedShards) -> None:
+    assert [item.draw for item in embedded.items] == list(range(16))
+    assert len({item.key for item in embedded.items}) == 16
+    assert embedded.rows["video"].shape == (16, 32)
+    assert embedded.owners["video"].tolist() == list(range(16))
+    assert len(embedded.rows["audio"]) == 14, "two clips have no sound"
+    for rows in embedded.rows.values():
+        assert torch.allclose(rows.norm(dim=1), torch.ones(len(rows)), atol=1e-6)
+
+
+def rank_rows(rank: int, world: int, model: str, shards: str) -> dict[str, object]:
+    found = embed_shards(MultimodalModel.from_pretrained(model), shards, batch=2, in_process=True, comm=Comm.current())
+    return {"keys": [item.key for item in found.items], **{m: rows.numpy() for m, rows in found.rows.items()}}
+
+
+def test_three_processes_embed_the_same(folder: Path, shards_folder: Path, embedded: EmbeddedShards, gloo) -> None:
+    """16 samples on 3 ranks of 2 rows: padding is not embedded, every rank returns everything, in order."""
+    for found in gloo(3, rank_rows, str(folder), str(shards_folder / "train")):
+        assert found["keys"] == [item.key for item in embedded.items]
+        for modality, rows in embedded.rows.items():
+            assert np.allclose(found[modality], rows.numpy(), atol=1e-6)
+
+
+def test_lists_by_a_column_with_the_headline_first(embedded: EmbeddedShards) -> None:
+    lists = split_lists(embedded, "group", "red")
+    assert next(iter(lists)) == "red"
+    assert sum(map(len, lists.values())) == 16
+    with pytest.raises(ConfigError, match=r"--by colour.*there are: .*group"):
+        split_lists(embedded, "colour", None)
+    with pytest.raises(ConfigError, match="--headline mauve"):
+        split_lists(embedded, "group", "mauve")
+
+
+def test_items_with_the_same_caption_are_right_answers_of_each_other(embedded: EmbeddedShards) -> None:
+    labels = caption_labels(embedded.items)
+    captions = [item.captions[0] for item in embedded.items]
+    for i in range(16):
+        for j in range(16):
+            assert (labels[i] == labels[j]) == (captions[i] == captions[j])
+
+
+def test_the_report_of_an_untrained_model(folder: Path, shards_folder: Path, tmp_path: Path) -> None:
+    evaluation = evaluate_checkpoint(
+        folder, str(shards_folder / "train"), tmp_path, clips=2, workers=1, note="Made up."
+    )
+    saved = json.loads((tmp_path / "report.json").read_text())
+    assert set(saved["directions"]) == {
+        f"{a}->{b}" for a in ("text", "video", "audio") for b in ("text", "video", "audio") if a != b
+    }
+    assert saved["lists"]["all"]["missing"] == {"audio": 2}
+    assert next(iter(evaluation.report.headline.directions)) == "text->video"
+    page = (tmp_path / "report.html").read_text()
+    assert "data:image/jpeg" in page
+    assert "<svg" in page
+    again = evaluate_checkpoint(folder, str(shards_folder / "train"), tmp_path / "b", clips=2, workers=1)
+    assert again.report.fingerprint == evaluation.report.fingerprint
+
+
+def test_embeddings_are_written(folder: Path, shards_folder: Path, tmp_path: Path) -> None:
+    assert embed_to_folder(folder, str(shards_folder / "test"), tmp_path / "emb", workers=1) == 8
+    tensors = load_file(tmp_path / "emb/embeddings.safetensors")
+    assert tensors["video.rows"].shape == (8, 32)
+    assert tensors["text.items"].tolist() == list(range(8))
+    assert len((tmp_path / "emb/items.jsonl").read_text().splitlines()) == 8
+
+
+@pytest.mark.parametrize(
+    ("arguments", "part"),
+    [
+        (["evaluate", "retrieval", "none", "SHARDS", "--out", "OUT"], "none: no such folder"),
+        (["evaluate", "retrieval", "MODEL", "none", "--out", "OUT"], "none"),
+        (["embed", "MODEL", "none", "--out", "OUT"], "none"),
+        (["export", "none", "--out", "OUT"], "none: no such folder"),
+        (["train", "none.yaml"], "none.yaml: no such file"),
+    ],
+)
+def test_commands_say_what_is_wrong_in_one_line(
+    folder: Path, shards_folder: Path, tmp_path: Path, arguments: list[str], part: str
+) -> None:
+    places = {"MODEL": str(folder), "SHARDS": str(shards_folder / "test"), "OUT": str(tmp_path / "out")}
+    done = subprocess.run(
+        [sys.executable, "-m", "mmcl", *(places.get(argument, argument) for argument in arguments)],
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+        cwd=tmp_path,
+    )
+    assert done.returncode == 2, done.stderr
+    assert part in done.stderr
+    assert len(done.stderr.strip().splitlines()) == 1
+    assert not (tmp_path / "out").exists()
