@@ -82,7 +82,9 @@ def train(
 
 Checkpoint = Annotated[Path, typer.Argument(help="A checkpoint, a run folder, or an exported model.")]
 Shards = Annotated[str, typer.Argument(help="A folder of indexed shards.")]
-Clips = Annotated[int, typer.Option(min=1, help="Windows per sample whose embeddings are averaged.")]
+Clips = Annotated[
+    int | None, typer.Option(min=1, help="Windows per sample whose embeddings are averaged; default: as the run says.")
+]
 Workers = Annotated[int, typer.Option(min=0, help="Decoding processes.")]
 
 
@@ -91,7 +93,7 @@ def embed(
     checkpoint: Checkpoint,
     shards: Shards,
     out: Annotated[Path, typer.Option(help="Folder for embeddings.safetensors and items.jsonl.")],
-    clips: Clips = 1,
+    clips: Clips = None,
     workers: Workers = 2,
 ) -> None:
     """Embed every sample of some shards."""
@@ -110,7 +112,7 @@ def evaluate_retrieval(
         str | None, typer.Option(help="A metadata column: one list per value, each searched on its own.")
     ] = None,
     headline: Annotated[str | None, typer.Option(help="The value of --by that comes first.")] = None,
-    clips: Clips = 1,
+    clips: Clips = None,
     workers: Workers = 2,
 ) -> None:
     """Retrieval between every two modalities, in both directions, with a report to look at."""

@@ -62,7 +62,6 @@ class EvaluateOptions(Options):
 
     clips: PositiveInt = 1
     """evenly spaced windows of a sample whose embeddings are averaged"""
-    batch: PositiveInt = 64
 
 
 class RunConfig(Options):

@@ -12,8 +12,10 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
+from mmcl.config import read_yaml
 from mmcl.data import ClipStream
 from mmcl.distributed import Comm
+from mmcl.hub import model_folder
 from mmcl.media.video import Decoder
 from mmcl.model import MultimodalModel, average_windows
 from mmcl.progress import show_progress
@@ -171,7 +173,16 @@ class _Collected:
         )
 
 
-def embed_to_folder(checkpoint: Path, shards: str, out: Path, *, clips: int | None = None, workers: int = 2) -> int:
+def default_clips(checkpoint: Path | str) -> int:
+    """Windows per sample as the run that wrote a checkpoint says; 1 for a model without its run."""
+    config = model_folder(Path(checkpoint)) / "config.yaml"
+    # read as it is: a run of another version may hold keys that this one does not know
+    return int(read_yaml(config).get("evaluate", {}).get("clips", 1)) if config.exists() else 1
+
+
+def embed_to_folder(
+    checkpoint: Path, shards: str, out: Path, *, clips: int | None = None, workers: int = 2, decoder: Decoder = "decord"
+) -> int:
     """Writes ``embeddings.safetensors`` (rows and owners of each modality) and ``items.jsonl``; returns the items.
 
     Raises:
@@ -179,7 +190,7 @@ def embed_to_folder(checkpoint: Path, shards: str, out: Path, *, clips: int | No
         RunError: nothing could be read, or the folder cannot be written.
     """
     model = MultimodalModel.from_pretrained(checkpoint)
-    embedded = embed_shards(model, shards, clips=clips, workers=workers, decoder=decoder)
+    embedded = embed_shards(model, shards, clips=clips or default_clips(checkpoint), workers=workers, decoder=decoder)
     tensors = {f"{modality}.rows": rows for modality, rows in embedded.rows.items()}
     tensors.update({f"{modality}.items": owners for modality, owners in embedded.owners.items()})
     lines = [

@@ -9,7 +9,7 @@ from typing import overload
 
 import numpy as np
 
-from mmcl.evaluation.embed import EmbeddedItem, EmbeddedShards, embed_shards
+from mmcl.evaluation.embed import EmbeddedItem, EmbeddedShards, default_clips, embed_shards
 from mmcl.evaluation.gallery import GalleryItem, poster_jpeg, waveform_svg
 from mmcl.evaluation.report import ListResult, ModalityRows, RetrievalReport, evaluate_list, fingerprint, write_report
 from mmcl.media.clip import MediaReader
@@ -44,7 +44,7 @@ def evaluate_checkpoint(
     *,
     by: str | None = None,
     headline: str | None = None,
-    clips: int = 1,
+    clips: int | None = None,
     workers: int = 2,
     decoder: Decoder = "decord",
     note: str = "",
@@ -58,7 +58,7 @@ def evaluate_checkpoint(
     Args:
         by: a metadata column; each of its values is a list that is searched on its own.
         headline: the value of ``by`` whose list comes first.
-        clips: evenly spaced windows per sample whose embeddings are averaged.
+        clips: evenly spaced windows per sample whose embeddings are averaged; default: as the checkpoint's run says.
         note: a sentence about the data, for the page.
         titles: for people, by list.
 
@@ -67,6 +67,7 @@ def evaluate_checkpoint(
         RunError: nothing could be read, or the report cannot be written.
     """
     model = MultimodalModel.from_pretrained(checkpoint)
+    clips = clips or default_clips(checkpoint)
     embedded = embed_shards(model, shards, clips=clips, workers=workers, decoder=decoder)
     lists = split_lists(embedded, by, headline)
     labels = caption_labels(embedded.items)
