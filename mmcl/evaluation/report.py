@@ -97,6 +97,8 @@ class RetrievalReport:
     """one or two sentences about the data, shown at the top"""
     facts: Mapping[str, str] = field(default_factory=dict)
     """further lines for people, e.g. the checkpoint: name → value"""
+    right: str = ""
+    """what counts as a right answer, as the end of a sentence; default: the query's own clip, or one of its label"""
 
     def __post_init__(self) -> None:
         if not self.lists:

@@ -22,8 +22,8 @@ from mmcl.evaluation.gallery import GalleryItem
 from mmcl.evaluation.report import COLUMNS, DirectionResult, ListResult, RetrievalReport, missing_lines, table
 from mmcl.types import Modality
 
-PAGE_BYTES = 8 << 20
-"""the page is kept below this: by fewer example queries, in the end by leaving pictures out"""
+GALLERY_BYTES = 8 << 20
+"""the gallery of a page is kept below this: by fewer example queries, in the end by leaving pictures out"""
 PICTURE_BYTES = 64 << 10
 """a larger picture is left out"""
 CAPTION_LETTERS = 280
@@ -33,7 +33,7 @@ EXAMPLES = (12, 8, 4, 2, 1)
 TOP = 5
 
 _BUCKETS = (1, 2, 5, 10, 50, 500)
-_WORDS = {"text": ("caption", "captions"), "audio": ("sound", "sounds"), "video": ("video", "videos")}
+_RIGHT = ("the query's own clip", "a clip with the label of the query")
 
 
 def render_html(report: RetrievalReport, items: Sequence[GalleryItem]) -> str:
@@ -49,7 +49,7 @@ def render_html(report: RetrievalReport, items: Sequence[GalleryItem]) -> str:
         note=f'<p class="note">{escape(report.note)}</p>' if report.note else "",
         facts="".join(f"<div><dt>{escape(name)}</dt><dd>{escape(value)}</dd></div>" for name, value in facts.items()),
         lists="\n".join(_list_section(result) for result in report.lists),
-        right="of the same clip" if report.headline.labels is None else "of a clip with the same label",
+        right=escape(report.right or _RIGHT[report.headline.labels is not None]),
         data=_payload(report, items),
     )
 
@@ -141,7 +141,7 @@ def _payload(report: RetrievalReport, items: Sequence[GalleryItem]) -> str:
     for count, pictures in [*((count, True) for count in EXAMPLES), (EXAMPLES[-1], False)]:
         text = json.dumps(_Gallery(items, pictures).of(report, count), separators=(",", ":"), ensure_ascii=True)
         text = text.replace("<", "\\u003c").replace(">", "\\u003e").replace("&", "\\u0026")
-        if len(text) <= PAGE_BYTES:
+        if len(text) <= GALLERY_BYTES:
             break
     return text
 

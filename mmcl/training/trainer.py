@@ -247,9 +247,11 @@ class Trainer:
     def _load_random_state(self, source: Path) -> None:
         """One's own random state, or, on more ranks than before, another's."""
         saved = ckpt.load_tensors(source / "random.safetensors")
-        torch.set_rng_state(saved["cpu"][self.comm.rank % len(saved["cpu"])])
-        if "cuda" in saved and torch.cuda.is_available():
-            torch.cuda.set_rng_state(saved["cuda"][self.comm.rank % len(saved["cuda"])])
+        # copied: torch crashes on a state that does not start its own memory
+        own = {name: states[self.comm.rank % len(states)].clone() for name, states in saved.items()}
+        torch.set_rng_state(own["cpu"])
+        if "cuda" in own and torch.cuda.is_available():
+            torch.cuda.set_rng_state(own["cuda"])
 
 
 def random_state() -> dict[str, Tensor]:

@@ -55,6 +55,8 @@
     const asked = make("div", "asked");
     asked.append(make("div", "kind", "query: " + (nouns[direction.query] || direction.query)));
     show(asked, direction.query, example.query);
+    const missing = data.items[example.query[0]].missing;
+    if (missing.length) asked.append(make("div", "kind", "this clip has no " + missing.map((m) => nouns[m] || m).join(", no ")));
     const verdict = make("div", example.rank === 1 ? "verdict first" : "verdict");
     verdict.append("right answer at ", make("b", "", "rank " + example.rank), " of " + direction.size);
     if (example.tied) verdict.append(" (expected, tied with " + example.tied + ")");
