@@ -160,7 +160,10 @@ class _Collected:
         if model is None:
             return
         texts = [(number, caption) for number, item in enumerate(self.items) for caption in item.captions]
-        self._rows["text"] = list(model.encode_text([caption for _, caption in texts]))
+        # each wording once: in another batch, padded otherwise, its last bits would differ, and equal texts must tie
+        wordings = list(dict.fromkeys(caption for _, caption in texts))
+        rows = dict(zip(wordings, model.encode_text(wordings), strict=True))
+        self._rows["text"] = [rows[caption] for _, caption in texts]
         self._owners["text"] = [number for number, _ in texts]
 
     def done(self) -> EmbeddedShards:

@@ -72,7 +72,8 @@ def evaluate_checkpoint(
     lists = split_lists(embedded, by, headline)
     labels = caption_labels(embedded.items)
     results = tuple(
-        _evaluate(name, embedded, items, labels, (titles or {}).get(name, "")) for name, items in lists.items()
+        _evaluate(name, embedded, items, labels, (titles or {}).get(name, "all clips" if by is None else ""))
+        for name, items in lists.items()
     )
     protocol = {"name": PROTOCOL, "right": "same item or same caption", "clips": clips, "by": by}
     report = RetrievalReport(
@@ -80,10 +81,10 @@ def evaluate_checkpoint(
         fingerprint(protocol, [item.key for item in embedded.items]),
         results,
         note=note,
+        right="the query's own clip, or one with the same caption",
         facts={
             "checkpoint": Path(checkpoint).name,
             "windows per clip": str(clips),
-            "right": "the query's own clip, or one with the same caption",
             **({"unreadable samples": str(len(embedded.skipped))} if embedded.skipped else {}),
         },
     )

@@ -69,6 +69,7 @@ def test_equals_every_order_of_the_ties(seed: int, sort_above: int, monkeypatch:
 def test_equals_every_order_beyond_the_tenth_place() -> None:
     scores = np.array([[9, 8, 7, 6, 5, 4, 3, 2, 1, 1, 1, 1, 0], [1, 1, 1, 1, 2, 3, 4, 5, 6, 7, 8, 9, 0]]) / 16
     relevant = [[9, 11, 12], [0, 3]]
+    scores, relevant = np.concatenate([scores, scores]), [*relevant, [*range(11)], [*range(1, 13)]]
     found = retrieval_metrics(*as_rows(scores), relevant)
     for name, value in brute_force(scores, relevant).items():
         assert found[name] == pytest.approx(value, abs=1e-9), name
