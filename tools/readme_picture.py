@@ -1,4 +1,4 @@
-"""Makes the README's picture: generated clips (colour = word = tone), shards, a short training, the report, a photograph."""
+"""Makes the picture of the README: generated clips (colour = word = tone), shards, a short training, its report."""
 
 from __future__ import annotations
 
