@@ -11,7 +11,6 @@ import collections
 import contextlib
 import dataclasses
 import json
-import os
 import shutil
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -29,6 +28,7 @@ from mmcl.shards.inputs import Row, class_numbers, read_rows
 from mmcl.shards.manifest import WORK_FOLDER, ShardEntry, write_manifest
 from mmcl.shards.pool import Lost, run_jobs
 from mmcl.shards.prepare import Job, Prepared, prepare
+from mmcl.shards.scan import cores
 from mmcl.shards.transcode import MediaOptions
 from mmcl.shards.writer import MAX_BYTES, MAX_COUNT
 from mmcl.types import ConfigError, RunError
@@ -180,7 +180,7 @@ def _make_split(
     results = run_jobs(
         prepare,
         jobs,
-        workers=options.workers or _cores(),
+        workers=options.workers or cores(),
         timeout_seconds=options.timeout_seconds,
         preload="mmcl.shards.prepare",
     )
@@ -196,11 +196,6 @@ def _make_split(
             said(assembler.samples + len(failures), len(failures))
         entries = assembler.finish()
     return _Split(folder, rows, entries, failures, assembler.reused, assembler.seconds)
-
-
-def _cores() -> int:
-    """Those this process may use, where the system tells."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def _class(row: Row, classes: dict[str, int]) -> int | None:

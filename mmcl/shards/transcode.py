@@ -25,7 +25,16 @@ from PIL import Image
 
 from mmcl.media.audio import read_audio
 from mmcl.media.image import decode_image
-from mmcl.media.probe import MediaInfo, best_stream, open_container, origin_seconds, probe, quarter_turns, short_message
+from mmcl.media.probe import (
+    MAX_PIXELS,
+    MediaInfo,
+    best_stream,
+    open_container,
+    origin_seconds,
+    probe,
+    quarter_turns,
+    short_message,
+)
 from mmcl.shards.members import ROLES
 from mmcl.types import ConfigError, SampleError
 
@@ -246,6 +255,7 @@ class _Pictures:
         first = float(stream.start_time * stream.time_base) - self._origin if stream.start_time else 0.0
         self.declared_end = first + length
         stream.codec_context.thread_count = 1
+        stream.codec_context.options = {"max_pixels": str(MAX_PIXELS)}
 
     def __iter__(self) -> Iterator[tuple[float, Any]]:
         if self._start > 0:
