@@ -89,7 +89,12 @@ def open_container(source: MediaSource) -> Any:
             raise SampleError("empty", "0 bytes")
         file = io.BytesIO(source)
     try:
-        return av.open(file, metadata_errors="replace", container_options={"format_whitelist": FORMATS})
+        return av.open(
+            file,
+            metadata_errors="replace",
+            options={"max_pixels": str(MAX_PIXELS)},  # opening decodes the first pictures of some files
+            container_options={"format_whitelist": FORMATS},
+        )
     except DECODE_ERRORS as error:
         raise SampleError("not_media", f"{name}: {short_message(error)}") from error
 

@@ -21,12 +21,15 @@ def make(
         Path,
         typer.Argument(
             help="A folder of media (captions from NAME.txt or NAME.json beside them), or a CSV, TSV, JSONL or Parquet "
-            "table with a column 'path' and any of: caption, captions (a list), start_seconds, end_seconds, label, "
-            "group, split. Other columns are kept as metadata.",
+            "table with a column 'path' and any of: caption, captions (a list), start_seconds, end_seconds, crop_x, "
+            "crop_y, crop_w, crop_h, label, group, split. Other columns are kept as metadata.",
         ),
     ],
     out: Annotated[Path, typer.Option(help="Folder for the shards; one folder below it per split.")],
     short_side: Annotated[int, typer.Option(help="Pixels of the shorter side; smaller videos keep their size.")] = 128,
+    crop: Annotated[
+        str, typer.Option(help="X:Y:W:H, what to keep of each picture, in its own pixels; columns crop_x, … win.")
+    ] = "",
     fps: Annotated[float | None, typer.Option(help="Frames per second at most; default: as the source.")] = None,
     gop: Annotated[int, typer.Option(help="Frames between key frames; short ones make random access fast.")] = 16,
     crf: Annotated[int, typer.Option(help="Quality of H.264: 0 is lossless, 51 the worst.")] = 23,
@@ -45,10 +48,12 @@ def make(
     are skipped and named in failures.jsonl.
     """
     from mmcl.shards.make import MakeOptions, describe_plan, make_shards
-    from mmcl.shards.transcode import MediaOptions
+    from mmcl.shards.transcode import MediaOptions, parse_crop
 
     options = MakeOptions(
-        media=MediaOptions(short_side=short_side, fps=fps, gop=gop, crf=crf, audio_rate_hz=audio_rate),
+        media=MediaOptions(
+            short_side=short_side, fps=fps, gop=gop, crf=crf, audio_rate_hz=audio_rate, crop=parse_crop(crop)
+        ),
         max_count=max_count,
         max_bytes=max_size << 20,
         shuffle=None if keep_order else shuffle,

@@ -144,6 +144,8 @@ def describe_plan(input: str | Path, out: str | Path, options: MakeOptions | Non
         f"video: H.264, short side {media.short_side} px at most, {fps}, a key frame every {media.gop} frames; "
         f"sound: AAC, mono, {media.audio_rate_hz} Hz at most",
     ]
+    if media.crop is not None:
+        lines.append(f"of each picture only {':'.join(map(str, media.crop))} (X:Y:W:H)")
     for name, part in _by_split(rows, options.shuffle).items():
         missing = sum(row.problem is None and not Path(row.path).is_file() for _, row in part)
         bad = sum(row.problem is not None for _, row in part)
@@ -230,7 +232,8 @@ def _by_split(rows: list[Row], seed: int | None) -> dict[str, list[tuple[int, Ro
 def _settings(input: str | Path, options: MakeOptions) -> dict[str, Any]:
     settings = {name: value for name, value in dataclasses.asdict(options).items() if name not in _NOT_SETTINGS}
     source = str(Path(input).expanduser().absolute())
-    return {"format": 1, "input": source, **settings, **dataclasses.asdict(options.media)}
+    found = {"format": 1, "input": source, **settings, **dataclasses.asdict(options.media)}
+    return dict(json.loads(_json(found)))  # as it comes back from the file
 
 
 def _made_with() -> dict[str, Any]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import math
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from html import escape
 
@@ -24,10 +25,13 @@ figure { margin: 0; border: 1px solid var(--line); border-radius: 6px; padding: 
 figcaption { font-weight: 600; margin-bottom: .4rem; overflow-wrap: anywhere; }
 svg, img { display: block; width: 100%; height: auto; }
 svg rect { fill: var(--fill); } svg path { stroke: var(--fill); } svg text { fill: var(--ink); font-size: 11px; }
-svg text.dim { fill: var(--dim); }
+svg text.dim { fill: var(--dim); font-size: 11px; }
 ul { margin: .5rem 0 0; padding-left: 1.1rem; overflow-wrap: anywhere; }
 .dim { color: var(--dim); font-size: .85rem; overflow-wrap: anywhere; } .bad { color: #c0392b; }
 """
+
+
+_FEW = 6
 
 
 def render_page(title: str, about: str, facts: Mapping[str, str], cards: Sequence[str]) -> str:
@@ -64,14 +68,16 @@ def bars(title: str, counts: Mapping[str, int]) -> str:
 def histogram(values: Sequence[float], most_bins: int = 12) -> dict[str, int]:
     """Counts of values in at most ``most_bins`` ranges of one round width; what lies far above goes into the last.
 
-    >>> histogram([1, 1, 2, 4])
-    {'1': 2, '2': 1, '3': 0, '4': 1}
-    >>> histogram([0.5] * 99 + [2.6, 100.0])
-    {'0.4–0.6': 99, '0.6–0.8': 0, '0.8–1': 0, '1–1.2': 0, '1.2–1.4': 0, '1.4–1.6': 0, '1.6–1.8': 0, '1.8–2': 0, \
-'2–2.2': 0, '2.2–2.4': 0, '2.4–2.6': 0, '2.6 and more': 2}
+    A handful of different values are counted one by one.
+
+    >>> histogram([2.5, 3, 2.5])
+    {'2.5': 2, '3': 1}
+    >>> list(histogram([*range(200), 100_000]).items())[-2:]
+    [('160–179', 20), ('180 and more', 21)]
     """
-    if not values:
-        return {}
+    distinct = Counter(values)
+    if len(distinct) <= _FEW:
+        return {f"{value:g}": distinct[value] for value in sorted(distinct)}
     ordered = sorted(values)
     low, high = ordered[0], ordered[min(len(ordered) - 1, math.floor(0.99 * len(ordered)))]
     whole = all(float(value).is_integer() for value in values)

@@ -217,7 +217,8 @@ def _check_shard(reader: ShardReader, shard: int, _: int, *, whole: bool) -> tup
         return problems, {}
     contents = read_tar(Path(url))
     problems += [Problem("", "tar", problem) for problem in contents.problems]
-    there = [(key, sorted(files)) for key, files in zip(contents.keys, contents.members, strict=True)]
+    keys = [key.encode("utf-8", "replace").decode() for key in contents.keys]  # as the index keeps them
+    there = [(key, sorted(files)) for key, files in zip(keys, contents.members, strict=True)]
     if there != [(index.key(i), sorted(index.members(i))) for i in range(index.num_samples)]:
         problems.append(Problem("", "index_differs", "the tar holds other files; `mmcl shards index` reads it again"))
     return problems, dict(contents.ignored)
