@@ -30,6 +30,9 @@ def make(
     crop: Annotated[
         str, typer.Option(help="X:Y:W:H, what to keep of each picture, in its own pixels; columns crop_x, … win.")
     ] = "",
+    windows: Annotated[
+        str, typer.Option(help="SECONDS[:STRIDE]: cut every row into windows; default: one sample per row.")
+    ] = "",
     fps: Annotated[float | None, typer.Option(help="Frames per second at most; default: as the source.")] = None,
     gop: Annotated[int, typer.Option(help="Frames between key frames; short ones make random access fast.")] = 16,
     crf: Annotated[int, typer.Option(help="Quality of H.264: 0 is lossless, 51 the worst.")] = 23,
@@ -47,6 +50,7 @@ def make(
     Run it again to go on after an interruption, or to take in new rows: what is done is kept. Files that cannot be used
     are skipped and named in failures.jsonl.
     """
+    from mmcl.shards.cut import parse_windows
     from mmcl.shards.make import MakeOptions, describe_plan, make_shards
     from mmcl.shards.transcode import MediaOptions, parse_crop
 
@@ -57,6 +61,7 @@ def make(
         max_count=max_count,
         max_bytes=max_size << 20,
         shuffle=None if keep_order else shuffle,
+        windows=parse_windows(windows),
         workers=workers,
         timeout_seconds=timeout,
     )

@@ -4,7 +4,8 @@ A table needs ``path`` (relative ones count from the table's folder) and may hav
 in CSV written as JSON), ``start_seconds``, ``end_seconds``, ``crop_x``, ``crop_y``, ``crop_w``, ``crop_h`` (pixels),
 ``label``, ``group``, ``split``; every other column is kept as metadata. A folder gives every media
 file below it, sorted by name, with the caption and facts of ``NAME.txt`` or ``NAME.json`` beside it; names of
-subfolders mean nothing. A table that cannot be read is a ``ConfigError``; a row that cannot be used carries its problem.
+subfolders mean nothing. A table that cannot be read is a ``ConfigError``; a row that cannot be used carries its
+problem.
 """
 
 from __future__ import annotations
@@ -61,7 +62,7 @@ def read_rows(source: str | Path) -> list[Row]:
         rows = list(_folder_rows(path))
         if not rows:
             raise ConfigError(f"{source} holds no media files ({', '.join(sorted(_MEDIA))})")
-        return _with_keys(rows)
+        return with_keys(rows)
     if not path.exists():
         raise ConfigError(f"{source} is not there: a folder of media or a table ({', '.join(TABLES)}) is needed")
     if path.suffix.lower() not in TABLES:
@@ -69,7 +70,7 @@ def read_rows(source: str | Path) -> list[Row]:
     rows = [_table_row(path.parent, record) for record in _records(path)]
     if not rows:
         raise ConfigError(f"{source} has no rows")
-    return _with_keys(rows)
+    return with_keys(rows)
 
 
 def _records(path: Path) -> Iterator[Mapping[str, Any]]:
@@ -265,7 +266,7 @@ def _plain(value: Any) -> Any:
     return value if value is None or isinstance(value, (str, int, bool)) else str(value)
 
 
-def _with_keys(rows: list[Row]) -> list[Row]:
+def with_keys(rows: list[Row]) -> list[Row]:
     """Keys from path and stretch, so that a row keeps its key when others come and go; repeated rows are named."""
     seen: Counter[str] = Counter()
     whole: set[str] = set()

@@ -23,8 +23,9 @@ import mmcl
 from mmcl.hashing import hash64, text_hash
 from mmcl.progress import Progress, failures
 from mmcl.shards.assemble import Assembler
+from mmcl.shards.cut import Windows, check_windows, cut_rows
 from mmcl.shards.files import write_atomically, writing
-from mmcl.shards.inputs import Row, class_numbers, read_rows
+from mmcl.shards.inputs import Row, class_numbers, read_rows, with_keys
 from mmcl.shards.manifest import WORK_FOLDER, ShardEntry, write_manifest
 from mmcl.shards.pool import Lost, run_jobs
 from mmcl.shards.prepare import Job, Prepared, prepare
@@ -48,6 +49,8 @@ class MakeOptions:
     shuffle: int | None = 0
     """Seed of the order of samples; None: the order of the input. Shuffled by default: neighbours of a table are alike
     (clips of one film), and every reader mixes only within a window."""
+    windows: Windows | None = None
+    """(length, stride) in seconds: samples are the windows of each row; None: each row is one sample"""
     workers: int | None = None
     """processes; None: as many as there are cores"""
     timeout_seconds: float = 300.0
@@ -57,6 +60,8 @@ class MakeOptions:
         for name in ("max_count", "max_bytes"):
             if getattr(self, name) < 1:
                 raise ConfigError(f"{name}={getattr(self, name)}: at least 1")
+        if self.windows is not None:
+            check_windows(self.windows)
         if self.workers is not None and self.workers < 1:
             raise ConfigError(f"workers={self.workers}: at least 1")
         if not self.timeout_seconds > 0:
@@ -103,8 +108,8 @@ def make_shards(
     be written or no row could be used.
     """
     options, target = options or MakeOptions(), Path(out).expanduser().absolute()
-    rows = read_rows(input)
     _check_settings(target, _settings(input, options))
+    rows = _read_rows(input, options)
     splits = _by_split(rows, options.shuffle)
     classes = class_numbers(rows)
     with _work_folder(target) as work:
@@ -135,12 +140,12 @@ def make_shards(
 def describe_plan(input: str | Path, out: str | Path, options: MakeOptions | None = None) -> list[str]:
     """What ``make_shards`` would do, in lines; reads the table, looks whether the files are there, writes nothing."""
     options, target = options or MakeOptions(), Path(out).expanduser().absolute()
-    rows = read_rows(input)
+    rows = _read_rows(input, options)
     _check_settings(target, _settings(input, options))
     media = options.media
     fps = "at the source's frame rate" if media.fps is None else f"at {media.fps:g} frames per second at most"
     lines = [
-        f"{len(rows)} rows of {input}",
+        f"{len(rows)} {'rows' if options.windows is None else 'windows'} of {input}",
         f"video: H.264, short side {media.short_side} px at most, {fps}, a key frame every {media.gop} frames; "
         f"sound: AAC, mono, {media.audio_rate_hz} Hz at most",
     ]
@@ -154,6 +159,14 @@ def describe_plan(input: str | Path, out: str | Path, options: MakeOptions | Non
         if missing or bad:
             lines.append(f"  of these, {missing} files are missing and {bad} rows cannot be used")
     return lines
+
+
+def _read_rows(input: str | Path, options: MakeOptions) -> list[Row]:
+    rows = read_rows(input)
+    if options.windows is None:
+        return rows
+    seconds = options.timeout_seconds
+    return with_keys(cut_rows(rows, options.windows, workers=options.workers or cores(), timeout_seconds=seconds))
 
 
 @dataclass(frozen=True, slots=True)
@@ -192,6 +205,8 @@ def _make_split(
                 result = Prepared(reason=result.reason, detail=result.detail)
             if result.reason:
                 failure = {"row": number, "path": row.path, "key": row.key, "split": row.split}
+                if row.start_seconds is not None:
+                    failure["start_seconds"] = row.start_seconds
                 failures.append({**failure, "reason": result.reason, "detail": result.detail})
             else:
                 assembler.add(row.key, result)

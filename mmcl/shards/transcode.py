@@ -352,7 +352,8 @@ def _constant_rate(pictures: _Pictures, rate: Fraction) -> Iterator[tuple[int, A
     held: Any = None
     slot = 0
     for seconds, frame in pictures:
-        due = round(seconds * float(rate))
+        # Half a frame off is always the later one: rounding to even would drop and repeat every other frame.
+        due = math.floor(seconds * float(rate) + 0.5 + 1e-4)
         if due > MAX_FRAMES:
             raise SampleError("too_large", f"a frame at {seconds:.0f} s, at most {MAX_FRAMES} frames are written")
         while held is not None and slot < due:
