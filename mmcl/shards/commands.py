@@ -33,6 +33,10 @@ def make(
     windows: Annotated[
         str, typer.Option(help="SECONDS[:STRIDE]: cut every row into windows; default: one sample per row.")
     ] = "",
+    subtitles: Annotated[
+        bool, typer.Option("--subtitles", help="One sample per cue of NAME.srt or NAME.vtt beside a video.")
+    ] = False,
+    merge_cues: Annotated[float, typer.Option(help="Join neighbouring cues until a sample has so many seconds.")] = 0.0,
     fps: Annotated[float | None, typer.Option(help="Frames per second at most; default: as the source.")] = None,
     gop: Annotated[int, typer.Option(help="Frames between key frames; short ones make random access fast.")] = 16,
     crf: Annotated[int, typer.Option(help="Quality of H.264: 0 is lossless, 51 the worst.")] = 23,
@@ -61,6 +65,8 @@ def make(
         max_count=max_count,
         max_bytes=max_size << 20,
         shuffle=None if keep_order else shuffle,
+        subtitles=subtitles,
+        merge_cues_seconds=merge_cues,
         windows=parse_windows(windows),
         workers=workers,
         timeout_seconds=timeout,

@@ -30,6 +30,7 @@ from mmcl.shards.manifest import WORK_FOLDER, ShardEntry, write_manifest
 from mmcl.shards.pool import Lost, run_jobs
 from mmcl.shards.prepare import Job, Prepared, prepare
 from mmcl.shards.scan import cores
+from mmcl.shards.subtitles import cut_by_subtitles
 from mmcl.shards.transcode import MediaOptions
 from mmcl.shards.writer import MAX_BYTES, MAX_COUNT
 from mmcl.types import ConfigError, RunError
@@ -49,6 +50,10 @@ class MakeOptions:
     shuffle: int | None = 0
     """Seed of the order of samples; None: the order of the input. Shuffled by default: neighbours of a table are alike
     (clips of one film), and every reader mixes only within a window."""
+    subtitles: bool = False
+    """samples are the cues of the SRT or WebVTT file beside each video, their texts the captions"""
+    merge_cues_seconds: float = 0.0
+    """neighbouring cues are joined until a sample is so long"""
     windows: Windows | None = None
     """(length, stride) in seconds: samples are the windows of each row; None: each row is one sample"""
     workers: int | None = None
@@ -62,6 +67,8 @@ class MakeOptions:
                 raise ConfigError(f"{name}={getattr(self, name)}: at least 1")
         if self.windows is not None:
             check_windows(self.windows)
+        if not 0 <= self.merge_cues_seconds <= 1e6 or (self.merge_cues_seconds and not self.subtitles):
+            raise ConfigError(f"merge_cues_seconds={self.merge_cues_seconds}: at least 0, and only with subtitles")
         if self.workers is not None and self.workers < 1:
             raise ConfigError(f"workers={self.workers}: at least 1")
         if not self.timeout_seconds > 0:
@@ -145,7 +152,7 @@ def describe_plan(input: str | Path, out: str | Path, options: MakeOptions | Non
     media = options.media
     fps = "at the source's frame rate" if media.fps is None else f"at {media.fps:g} frames per second at most"
     lines = [
-        f"{len(rows)} {'rows' if options.windows is None else 'windows'} of {input}",
+        f"{len(rows)} {'rows' if options.windows is None and not options.subtitles else 'stretches'} of {input}",
         f"video: H.264, short side {media.short_side} px at most, {fps}, a key frame every {media.gop} frames; "
         f"sound: AAC, mono, {media.audio_rate_hz} Hz at most",
     ]
@@ -163,10 +170,12 @@ def describe_plan(input: str | Path, out: str | Path, options: MakeOptions | Non
 
 def _read_rows(input: str | Path, options: MakeOptions) -> list[Row]:
     rows = read_rows(input)
-    if options.windows is None:
-        return rows
-    seconds = options.timeout_seconds
-    return with_keys(cut_rows(rows, options.windows, workers=options.workers or cores(), timeout_seconds=seconds))
+    if options.subtitles:
+        rows = cut_by_subtitles(rows, merge_seconds=options.merge_cues_seconds)
+    if options.windows is not None:
+        workers, seconds = options.workers or cores(), options.timeout_seconds
+        rows = cut_rows(rows, options.windows, workers=workers, timeout_seconds=seconds)
+    return rows if options.windows is None and not options.subtitles else with_keys(rows)
 
 
 @dataclass(frozen=True, slots=True)
@@ -246,6 +255,8 @@ def _by_split(rows: list[Row], seed: int | None) -> dict[str, list[tuple[int, Ro
 
 def _settings(input: str | Path, options: MakeOptions) -> dict[str, Any]:
     settings = {name: value for name, value in dataclasses.asdict(options).items() if name not in _NOT_SETTINGS}
+    if not options.subtitles:  # as folders have it that are older than this setting
+        del settings["subtitles"], settings["merge_cues_seconds"]
     source = str(Path(input).expanduser().absolute())
     found = {"format": 1, "input": source, **settings, **dataclasses.asdict(options.media)}
     return dict(json.loads(_json(found)))  # as it comes back from the file

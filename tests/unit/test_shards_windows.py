@@ -97,7 +97,7 @@ def test_what_cannot_be_measured_is_named_and_pictures_stay(damaged_media, tmp_p
     report = make_shards(table, tmp_path / "out", MakeOptions(windows=(1.0, 1.0), workers=2))
     assert report.samples == 5 and report.failures == {"missing_file": 1, "not_media": 1}
     plan = describe_plan(table, tmp_path / "other", MakeOptions(windows=(1.0, 1.0), workers=1))
-    assert plan[0].startswith("7 windows of")
+    assert plan[0].startswith("7 stretches of")
     with pytest.raises(ConfigError, match="windows"):
         make_shards(table, tmp_path / "out", MakeOptions(windows=(1.0, 0.5)))
 
