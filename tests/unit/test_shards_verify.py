@@ -214,6 +214,7 @@ def test_the_command_lists_quarantines_repairs_and_exits_3(mixed, tmp_path):
     again = run("verify", fixed, "--workers", 2, "--quarantine", listed)
     assert again.exit_code == 0 and "all good" in again.output and "0 keys added" in again.output
     assert len(listed.read_text().splitlines()) == 6
+    assert write_quarantine(listed, verify_shards(mixed, TWO)) == 0  # they are named already
 
 
 def test_repair_is_refused_before_the_work_where_it_would_harm(mixed, tmp_path):
@@ -235,6 +236,18 @@ def test_a_hostile_key_cannot_write_to_the_terminal(tmp_path):
     write_shards(tmp_path, {"k\x1b[2J\u202e": {"mp4": b"no"}})
     lines = verify_shards(tmp_path, VerifyOptions(workers=1)).lines()
     assert all(line.isprintable() for line in lines) and "\\x1b[2J\\u202e.mp4: not_media" in "".join(lines)
+
+
+def test_damage_that_a_decoder_hides_is_found(tmp_path):
+    """FFmpeg paints over four lost bytes and goes on."""
+    data = bytearray(write_clip(tmp_path / "a.mp4", colour="cyan", seconds=2.0, audio=False).read_bytes())
+    start, end = data.index(b"mdat") + 8, data.index(b"moov")
+    place = start + (end - start) * 7 // 10
+    data[place : place + 4] = b"\xaa" * 4
+    problems = check_files(RawSample("k", {"mp4": bytes(data)}, Source(0, 0)), decoder="pyav")
+    assert [(problem.reason, problem.detail.split(" at ")[0]) for problem in problems] == [
+        ("decode", "a damaged frame")
+    ]
 
 
 def test_frames_after_the_first_are_decoded_too(tmp_path):
