@@ -42,7 +42,7 @@ class Page(HTMLParser):
 
 def check_page(text: str) -> Page:
     page = Page(text)
-    assert "script" not in page.tags and not page.handlers
+    assert not page.tags & {"script", "u", "b"} and not page.handlers
     assert all(address.startswith("data:image/jpeg;base64,") for address in page.addresses)
     assert "default-src 'none'" in text and 'http://example.org/x.png"' not in text
     return page
@@ -67,7 +67,7 @@ def various(tmp_path_factory) -> Path:
             "sound": {"flac": sound.read_bytes()},
             "picture": {"jpg": (work / "d.jpg").read_bytes(), "txt": b"green"},
             "words": {"txt": b"nothing but words"},
-            EVIL.split(">")[0]: {"mp4": b"damaged", "txt": b"x"},
+            "<u>key": {"mp4": b"damaged", "txt": b"x"},
         },
         max_count=4,
     )
