@@ -21,6 +21,8 @@ MediaSource: TypeAlias = bytes | bytearray | memoryview | str | Path
 """The bytes of a file, or its path."""
 
 MICROSECONDS = 1_000_000
+MAX_PIXELS = 8192 * 8192
+"""of one picture, as stored and as scaled"""
 FORMATS = (
     "mov,mp4,m4a,3gp,3g2,mj2,matroska,webm,avi,mpegts,mpeg,mpegvideo,flv,live_flv,asf,ogg,nut,mxf,ivf,h264,hevc,m4v,"
     "mjpeg,gif,apng,wav,w64,rf64,aiff,au,caf,flac,mp3,mp2,aac,ac3,eac3,dts,amr,wv,tta,ape"
@@ -87,7 +89,12 @@ def open_container(source: MediaSource) -> Any:
             raise SampleError("empty", "0 bytes")
         file = io.BytesIO(source)
     try:
-        return av.open(file, metadata_errors="replace", container_options={"format_whitelist": FORMATS})
+        return av.open(
+            file,
+            metadata_errors="replace",
+            options={"max_pixels": str(MAX_PIXELS)},  # opening decodes the first pictures of some files
+            container_options={"format_whitelist": FORMATS},
+        )
     except DECODE_ERRORS as error:
         raise SampleError("not_media", f"{name}: {short_message(error)}") from error
 
@@ -142,7 +149,7 @@ def probe(source: MediaSource) -> MediaInfo:
     """Describes a file without decoding it, except for one frame of video to learn its rotation.
 
     Raises ``SampleError``: ``missing_file``, ``unreadable``, ``empty`` (no bytes), ``not_media``, ``no_streams``
-    (a container without video and audio), ``too_large`` (see ``video.MAX_PIXELS``).
+    (a container without video and audio), ``too_large`` (see ``MAX_PIXELS``).
     """
     with closing(open_container(source)) as container:
         video, audio = best_stream(container, "video"), best_stream(container, "audio")
@@ -179,6 +186,8 @@ def _audio_info(stream: Any) -> AudioInfo:
 
 def _video_info(container: Any, stream: Any) -> VideoInfo:
     context = stream.codec_context
+    if (context.width or 0) * (context.height or 0) > MAX_PIXELS:
+        raise SampleError("too_large", f"{context.width}×{context.height} pixels, at most {MAX_PIXELS} are read")
     fps = float(stream.average_rate or 0)
     return VideoInfo(
         codec=context.name,
@@ -192,6 +201,7 @@ def _video_info(container: Any, stream: Any) -> VideoInfo:
 
 def _rotation_degrees(container: Any, stream: Any) -> int:
     stream.codec_context.thread_count = 1
+    stream.codec_context.options = {"max_pixels": str(MAX_PIXELS)}  # the stream may say other than the container
     try:
         container.seek(0)
         for frame in container.decode(stream):

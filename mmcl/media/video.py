@@ -17,6 +17,7 @@ from av.video.reformatter import Interpolation, VideoReformatter
 
 from mmcl.media.probe import (
     DECODE_ERRORS,
+    MAX_PIXELS,
     MediaSource,
     best_stream,
     open_container,
@@ -33,8 +34,6 @@ from mmcl.types import ConfigError, SampleError
 Decoder: TypeAlias = Literal["decord", "pyav", "torchcodec"]
 Fit: TypeAlias = Literal["crop", "squash"]
 
-MAX_PIXELS = 8192 * 8192
-"""of one picture, as stored and as scaled"""
 MAX_FRAMES = 4_000_000
 """of one file; a day at 46 frames per second"""
 

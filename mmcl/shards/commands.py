@@ -9,7 +9,10 @@ import typer
 
 from mmcl.progress import show_progress
 
-app = typer.Typer(help="Make and index shards: plain tar files of training samples.", no_args_is_help=True)
+app = typer.Typer(
+    help="Make, index, check, count, show and rewrite shards: plain tar files of training samples.",
+    no_args_is_help=True,
+)
 
 
 @app.command()
@@ -18,12 +21,22 @@ def make(
         Path,
         typer.Argument(
             help="A folder of media (captions from NAME.txt or NAME.json beside them), or a CSV, TSV, JSONL or Parquet "
-            "table with a column 'path' and any of: caption, captions (a list), start_seconds, end_seconds, label, "
-            "group, split. Other columns are kept as metadata.",
+            "table with a column 'path' and any of: caption, captions (a list), start_seconds, end_seconds, crop_x, "
+            "crop_y, crop_w, crop_h, label, group, split. Other columns are kept as metadata.",
         ),
     ],
     out: Annotated[Path, typer.Option(help="Folder for the shards; one folder below it per split.")],
     short_side: Annotated[int, typer.Option(help="Pixels of the shorter side; smaller videos keep their size.")] = 128,
+    crop: Annotated[
+        str, typer.Option(help="X:Y:W:H, what to keep of each picture, in its own pixels; columns crop_x, … win.")
+    ] = "",
+    windows: Annotated[
+        str, typer.Option(help="SECONDS[:STRIDE]: cut every row into windows; default: one sample per row.")
+    ] = "",
+    subtitles: Annotated[
+        bool, typer.Option("--subtitles", help="One sample per cue of NAME.srt or NAME.vtt beside a video.")
+    ] = False,
+    merge_cues: Annotated[float, typer.Option(help="Join neighbouring cues until a sample has so many seconds.")] = 0.0,
     fps: Annotated[float | None, typer.Option(help="Frames per second at most; default: as the source.")] = None,
     gop: Annotated[int, typer.Option(help="Frames between key frames; short ones make random access fast.")] = 16,
     crf: Annotated[int, typer.Option(help="Quality of H.264: 0 is lossless, 51 the worst.")] = 23,
@@ -41,14 +54,20 @@ def make(
     Run it again to go on after an interruption, or to take in new rows: what is done is kept. Files that cannot be used
     are skipped and named in failures.jsonl.
     """
+    from mmcl.shards.cut import parse_windows
     from mmcl.shards.make import MakeOptions, describe_plan, make_shards
-    from mmcl.shards.transcode import MediaOptions
+    from mmcl.shards.transcode import MediaOptions, parse_crop
 
     options = MakeOptions(
-        media=MediaOptions(short_side=short_side, fps=fps, gop=gop, crf=crf, audio_rate_hz=audio_rate),
+        media=MediaOptions(
+            short_side=short_side, fps=fps, gop=gop, crf=crf, audio_rate_hz=audio_rate, crop=parse_crop(crop)
+        ),
         max_count=max_count,
         max_bytes=max_size << 20,
         shuffle=None if keep_order else shuffle,
+        subtitles=subtitles,
+        merge_cues_seconds=merge_cues,
+        windows=parse_windows(windows),
         workers=workers,
         timeout_seconds=timeout,
     )
@@ -86,3 +105,137 @@ def index(
         f"{manifest.num_samples} samples in {manifest.num_shards} shards, {report.num_bytes / 1e6:.1f} MB, "
         f"{len(report.problems)} problems"
     )
+
+
+Shards = Annotated[str, typer.Argument(help="A folder of indexed shards.")]
+Workers = Annotated[int | None, typer.Option(min=1, help="Processes; default: one per core.")]
+Seed = Annotated[int, typer.Option(help="Seed of what is drawn at random.")]
+Timeout = Annotated[float, typer.Option(help="Seconds per sample; then its process is ended and the sample named.")]
+
+
+@app.command()
+def verify(
+    shards: Shards,
+    sample: Annotated[int | None, typer.Option(min=1, help="Decode so many, drawn at random; default: all.")] = None,
+    seed: Seed = 0,
+    checksums: Annotated[
+        bool | None, typer.Option(help="Read whole tars and compare them with the index; default: without --sample.")
+    ] = None,
+    decoder: Annotated[str, typer.Option(help="What runs decode with: decord, pyav or torchcodec.")] = "decord",
+    tolerance: Annotated[float, typer.Option(help="Seconds that picture, sound and JSON may differ by.")] = 0.5,
+    quarantine: Annotated[Path | None, typer.Option(help="Add the bad samples to this JSONL file.")] = None,
+    repair: Annotated[Path | None, typer.Option(help="Write the shards without them into this new folder.")] = None,
+    workers: Workers = None,
+    timeout: Timeout = 120.0,
+) -> None:
+    """Decode every sample to its end, as a run would, and name what cannot be used.
+
+    Every sample is decoded in a child process: one that crashes or hangs the decoder is one line. Exit code 3 where
+    anything was found.
+    """
+    from mmcl.shards.files import new_folder
+    from mmcl.shards.verify import VerifyOptions, repair_shards, verify_shards, write_quarantine
+    from mmcl.types import ConfigError
+
+    options = VerifyOptions(
+        sample=sample,
+        seed=seed,
+        checksums=checksums,
+        decoder=decoder,  # type: ignore[arg-type]  # checked where it arrives
+        tolerance_seconds=tolerance,
+        workers=workers,
+        timeout_seconds=timeout,
+    )
+    if repair is not None:
+        if sample is not None:
+            raise ConfigError("--repair keeps what was found good: it goes with all samples, not with --sample")
+        new_folder(repair)  # refused now, not after hours of decoding
+    with show_progress("verify", "checks") as progress:
+        report = verify_shards(shards, options, progress=progress)
+    for line in report.lines():
+        typer.echo(line)
+    if quarantine is not None:
+        typer.echo(f"{quarantine}: {write_quarantine(quarantine, report)} keys added")
+    if repair is not None:
+        manifest = repair_shards(report, repair)
+        typer.echo(f"{repair}: {manifest.num_samples} samples in {manifest.num_shards} shards")
+    if not report.ok:
+        raise typer.Exit(3)
+
+
+@app.command()
+def stats(
+    shards: Shards,
+    out: Annotated[Path | None, typer.Option(help="Folder for stats.json and stats.html.")] = None,
+    sample: Annotated[int | None, typer.Option(min=1, help="Look at so many, drawn at random; default: all.")] = None,
+    seed: Seed = 0,
+    workers: Workers = None,
+    timeout: Timeout = 60.0,
+) -> None:
+    """Count what shards hold: seconds, sizes, rates, codecs, captions, duplicates, what is missing."""
+    from mmcl.shards.stats import shard_stats, write_stats
+
+    with show_progress("stats", "samples") as progress:
+        found = shard_stats(
+            shards, sample=sample, seed=seed, workers=workers, timeout_seconds=timeout, progress=progress
+        )
+    for line in found.lines():
+        typer.echo(line)
+    if out is not None:
+        for path in write_stats(found, out, shards):
+            typer.echo(str(path))
+
+
+@app.command()
+def preview(
+    shards: Shards,
+    out: Annotated[Path, typer.Option(help="The page to write.")] = Path("preview.html"),
+    count: Annotated[int, typer.Option(min=1, help="Samples on the page, drawn at random.")] = 48,
+    seed: Seed = 0,
+    workers: Workers = None,
+    timeout: Timeout = 60.0,
+) -> None:
+    """A page of frames, sound and captions of some samples; one file, opens anywhere."""
+    from mmcl.shards.preview import preview_shards
+
+    with show_progress("preview", "samples") as progress:
+        page = preview_shards(
+            shards, out, count=count, seed=seed, workers=workers, timeout_seconds=timeout, progress=progress
+        )
+    typer.echo(str(page))
+
+
+@app.command()
+def reshard(
+    shards: Annotated[list[str], typer.Argument(help="Folders of indexed shards; several become one.")],
+    out: Annotated[Path, typer.Option(help="A new folder; one folder below it per part.")],
+    max_count: Annotated[int, typer.Option(min=1, help="Samples per shard at most.")] = 1_000,
+    max_size: Annotated[int, typer.Option(min=1, help="Megabytes per shard at most.")] = 512,
+    shuffle: Annotated[
+        int | None, typer.Option(help="Seed of one random order over all samples; default: keep the order.")
+    ] = None,
+    split: Annotated[
+        str, typer.Option(help="Parts and their shares, e.g. train=0.9,test=0.1; a group stays together.")
+    ] = "",
+    split_seed: Annotated[int, typer.Option(help="Seed of which group goes where.")] = 0,
+    rename: Annotated[bool, typer.Option("--rename", help="Number keys that come twice instead of stopping.")] = False,
+) -> None:
+    """Write the same samples into other shards: of another size, shuffled over all of them, split, or merged.
+
+    The old shards stay as they are.
+    """
+    from mmcl.shards.reshard import ReshardOptions, parse_split
+    from mmcl.shards.reshard import reshard as run
+
+    options = ReshardOptions(
+        max_count=max_count,
+        max_bytes=max_size << 20,
+        shuffle=shuffle,
+        split=parse_split(split),
+        split_seed=split_seed,
+        rename=rename,
+    )
+    with show_progress("reshard", "samples") as progress:
+        report = run(shards, out, options, progress=progress)
+    for line in report.lines():
+        typer.echo(line)

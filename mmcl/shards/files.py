@@ -70,6 +70,16 @@ def writing(path: Path) -> Iterator[None]:
         raise RunError(f"cannot write {error.filename or path}{hint}") from None
 
 
+def new_folder(path: str | Path) -> Path:
+    """A folder that was not there before, or is empty. Raises ``ConfigError`` on any other, ``RunError``."""
+    folder = Path(path).expanduser().absolute()
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise ConfigError(f"{path} is there already; shards are rewritten into a new folder only")
+    with writing(folder):
+        folder.mkdir(parents=True, exist_ok=True)
+    return folder
+
+
 def write_atomically(path: Path, content: bytes) -> None:
     """The whole file under its name, on disk, or nothing. Raises ``RunError`` where it cannot be written."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}.part")

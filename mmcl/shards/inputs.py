@@ -1,10 +1,11 @@
 """The rows that shards are made of: a folder of media, or a CSV, TSV, JSONL or Parquet table.
 
 A table needs ``path`` (relative ones count from the table's folder) and may have ``caption`` or ``captions`` (a list;
-in CSV written as JSON), ``start_seconds``, ``end_seconds``, ``label``, ``group``, ``split``; every other column is kept
-as metadata. A folder gives every media file below it, sorted by name, with the caption and facts of ``NAME.txt`` or
-``NAME.json`` beside it; names of subfolders mean nothing. A table that cannot be read is a ``ConfigError``; a row that
-cannot be used carries its problem.
+in CSV written as JSON), ``start_seconds``, ``end_seconds``, ``crop_x``, ``crop_y``, ``crop_w``, ``crop_h`` (pixels),
+``label``, ``group``, ``split``; every other column is kept as metadata. A folder gives every media
+file below it, sorted by name, with the caption and facts of ``NAME.txt`` or ``NAME.json`` beside it; names of
+subfolders mean nothing. A table that cannot be read is a ``ConfigError``; a row that cannot be used carries its
+problem.
 """
 
 from __future__ import annotations
@@ -23,7 +24,8 @@ from typing import Any
 from mmcl.shards.members import ROLES, clean_captions, decode_text, parse_json, read_captions
 from mmcl.types import ConfigError, SampleError
 
-COLUMNS = ("path", "caption", "captions", "start_seconds", "end_seconds", "label", "group", "split")
+CROP_COLUMNS = ("crop_x", "crop_y", "crop_w", "crop_h")
+COLUMNS = ("path", "caption", "captions", "start_seconds", "end_seconds", *CROP_COLUMNS, "label", "group", "split")
 TABLES = (".csv", ".tsv", ".jsonl", ".ndjson", ".parquet")
 _MEDIA = {extension for extension, role in ROLES.items() if role in ("video", "image", "audio")}
 _SAFE_SPLIT = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]{0,63}")
@@ -42,6 +44,8 @@ class Row:
     captions: tuple[str, ...] = ()
     start_seconds: float | None = None
     end_seconds: float | None = None
+    crop: tuple[int, int, int, int] | None = None
+    """(x, y, width, height) in pixels; None: as for all rows"""
     label: int | str | None = None
     group: str = ""
     """default: ``name``"""
@@ -58,7 +62,7 @@ def read_rows(source: str | Path) -> list[Row]:
         rows = list(_folder_rows(path))
         if not rows:
             raise ConfigError(f"{source} holds no media files ({', '.join(sorted(_MEDIA))})")
-        return _with_keys(rows)
+        return with_keys(rows)
     if not path.exists():
         raise ConfigError(f"{source} is not there: a folder of media or a table ({', '.join(TABLES)}) is needed")
     if path.suffix.lower() not in TABLES:
@@ -66,7 +70,7 @@ def read_rows(source: str | Path) -> list[Row]:
     rows = [_table_row(path.parent, record) for record in _records(path)]
     if not rows:
         raise ConfigError(f"{source} has no rows")
-    return _with_keys(rows)
+    return with_keys(rows)
 
 
 def _records(path: Path) -> Iterator[Mapping[str, Any]]:
@@ -179,10 +183,15 @@ def _table_row(folder: Path, record: Mapping[str, Any]) -> Row:
             captions=_captions(record),
             start_seconds=start,
             end_seconds=end,
+            crop=_crop(record),
             label=_label(record.get("label")),
             group=str(record.get("group", "")) or name,
             split=_split(record.get("split")),
-            metadata={column: _plain(value) for column, value in record.items() if column not in COLUMNS and column},
+            metadata={
+                column: _plain(value)
+                for column, value in record.items()
+                if column and column not in (*COLUMNS, *CROP_COLUMNS)
+            },
         )
     except SampleError as error:
         return replace(row, problem=(error.reason, error.detail))
@@ -215,6 +224,21 @@ def _seconds(record: Mapping[str, Any], column: str) -> float | None:
     return seconds
 
 
+def _crop(record: Mapping[str, Any]) -> tuple[int, int, int, int] | None:
+    values = [record.get(column) for column in CROP_COLUMNS]
+    if all(value is None for value in values):
+        return None
+    try:
+        numbers = [float(str(value)) for value in values]
+        x, y, width, height = (int(number) if number.is_integer() else -1 for number in numbers)
+    except ValueError:
+        x = y = width = height = -1
+    if min(x, y) < 0 or min(width, height) < 2:
+        shown = ", ".join(f"{column}={str(value)[:20]}" for column, value in zip(CROP_COLUMNS, values, strict=True))
+        raise SampleError("bad_row", f"{shown}: four whole numbers of pixels are needed")
+    return x, y, width, height
+
+
 def _label(value: Any) -> int | str | None:
     if value is None or (isinstance(value, (int, str)) and not isinstance(value, bool)):
         return value
@@ -242,13 +266,13 @@ def _plain(value: Any) -> Any:
     return value if value is None or isinstance(value, (str, int, bool)) else str(value)
 
 
-def _with_keys(rows: list[Row]) -> list[Row]:
+def with_keys(rows: list[Row]) -> list[Row]:
     """Keys from path and stretch, so that a row keeps its key when others come and go; repeated rows are named."""
     seen: Counter[str] = Counter()
     whole: set[str] = set()
     keyed = []
     for row in rows:
-        place = json.dumps([row.name, row.start_seconds, row.end_seconds])
+        place = json.dumps([row.name, row.start_seconds, row.end_seconds, *(row.crop or ())])
         everything = json.dumps([place, row.captions, row.label, row.group, row.split, row.metadata], sort_keys=True)
         repeated = everything in whole
         whole.add(everything)

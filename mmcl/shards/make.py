@@ -11,7 +11,6 @@ import collections
 import contextlib
 import dataclasses
 import json
-import os
 import shutil
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -24,11 +23,14 @@ import mmcl
 from mmcl.hashing import hash64, text_hash
 from mmcl.progress import Progress, failures
 from mmcl.shards.assemble import Assembler
+from mmcl.shards.cut import Windows, check_windows, cut_rows
 from mmcl.shards.files import write_atomically, writing
-from mmcl.shards.inputs import Row, class_numbers, read_rows
+from mmcl.shards.inputs import Row, class_numbers, read_rows, with_keys
 from mmcl.shards.manifest import WORK_FOLDER, ShardEntry, write_manifest
 from mmcl.shards.pool import Lost, run_jobs
 from mmcl.shards.prepare import Job, Prepared, prepare
+from mmcl.shards.scan import cores
+from mmcl.shards.subtitles import cut_by_subtitles
 from mmcl.shards.transcode import MediaOptions
 from mmcl.shards.writer import MAX_BYTES, MAX_COUNT
 from mmcl.types import ConfigError, RunError
@@ -48,6 +50,12 @@ class MakeOptions:
     shuffle: int | None = 0
     """Seed of the order of samples; None: the order of the input. Shuffled by default: neighbours of a table are alike
     (clips of one film), and every reader mixes only within a window."""
+    subtitles: bool = False
+    """samples are the cues of the SRT or WebVTT file beside each video, their texts the captions"""
+    merge_cues_seconds: float = 0.0
+    """neighbouring cues are joined until a sample is so long"""
+    windows: Windows | None = None
+    """(length, stride) in seconds: samples are the windows of each row; None: each row is one sample"""
     workers: int | None = None
     """processes; None: as many as there are cores"""
     timeout_seconds: float = 300.0
@@ -57,6 +65,10 @@ class MakeOptions:
         for name in ("max_count", "max_bytes"):
             if getattr(self, name) < 1:
                 raise ConfigError(f"{name}={getattr(self, name)}: at least 1")
+        if self.windows is not None:
+            check_windows(self.windows)
+        if not 0 <= self.merge_cues_seconds <= 1e6 or (self.merge_cues_seconds and not self.subtitles):
+            raise ConfigError(f"merge_cues_seconds={self.merge_cues_seconds}: at least 0, and only with subtitles")
         if self.workers is not None and self.workers < 1:
             raise ConfigError(f"workers={self.workers}: at least 1")
         if not self.timeout_seconds > 0:
@@ -103,8 +115,8 @@ def make_shards(
     be written or no row could be used.
     """
     options, target = options or MakeOptions(), Path(out).expanduser().absolute()
-    rows = read_rows(input)
     _check_settings(target, _settings(input, options))
+    rows = _read_rows(input, options)
     splits = _by_split(rows, options.shuffle)
     classes = class_numbers(rows)
     with _work_folder(target) as work:
@@ -135,15 +147,17 @@ def make_shards(
 def describe_plan(input: str | Path, out: str | Path, options: MakeOptions | None = None) -> list[str]:
     """What ``make_shards`` would do, in lines; reads the table, looks whether the files are there, writes nothing."""
     options, target = options or MakeOptions(), Path(out).expanduser().absolute()
-    rows = read_rows(input)
+    rows = _read_rows(input, options)
     _check_settings(target, _settings(input, options))
     media = options.media
     fps = "at the source's frame rate" if media.fps is None else f"at {media.fps:g} frames per second at most"
     lines = [
-        f"{len(rows)} rows of {input}",
+        f"{len(rows)} {'rows' if options.windows is None and not options.subtitles else 'stretches'} of {input}",
         f"video: H.264, short side {media.short_side} px at most, {fps}, a key frame every {media.gop} frames; "
         f"sound: AAC, mono, {media.audio_rate_hz} Hz at most",
     ]
+    if media.crop is not None:
+        lines.append(f"of each picture only {':'.join(map(str, media.crop))} (X:Y:W:H)")
     for name, part in _by_split(rows, options.shuffle).items():
         missing = sum(row.problem is None and not Path(row.path).is_file() for _, row in part)
         bad = sum(row.problem is not None for _, row in part)
@@ -152,6 +166,16 @@ def describe_plan(input: str | Path, out: str | Path, options: MakeOptions | Non
         if missing or bad:
             lines.append(f"  of these, {missing} files are missing and {bad} rows cannot be used")
     return lines
+
+
+def _read_rows(input: str | Path, options: MakeOptions) -> list[Row]:
+    rows = read_rows(input)
+    if options.subtitles:
+        rows = cut_by_subtitles(rows, merge_seconds=options.merge_cues_seconds)
+    if options.windows is not None:
+        workers, seconds = options.workers or cores(), options.timeout_seconds
+        rows = cut_rows(rows, options.windows, workers=workers, timeout_seconds=seconds)
+    return rows if options.windows is None and not options.subtitles else with_keys(rows)
 
 
 @dataclass(frozen=True, slots=True)
@@ -180,7 +204,7 @@ def _make_split(
     results = run_jobs(
         prepare,
         jobs,
-        workers=options.workers or _cores(),
+        workers=options.workers or cores(),
         timeout_seconds=options.timeout_seconds,
         preload="mmcl.shards.prepare",
     )
@@ -190,17 +214,14 @@ def _make_split(
                 result = Prepared(reason=result.reason, detail=result.detail)
             if result.reason:
                 failure = {"row": number, "path": row.path, "key": row.key, "split": row.split}
+                if row.start_seconds is not None:
+                    failure["start_seconds"] = row.start_seconds
                 failures.append({**failure, "reason": result.reason, "detail": result.detail})
             else:
                 assembler.add(row.key, result)
             said(assembler.samples + len(failures), len(failures))
         entries = assembler.finish()
     return _Split(folder, rows, entries, failures, assembler.reused, assembler.seconds)
-
-
-def _cores() -> int:
-    """Those this process may use, where the system tells."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def _class(row: Row, classes: dict[str, int]) -> int | None:
@@ -234,8 +255,11 @@ def _by_split(rows: list[Row], seed: int | None) -> dict[str, list[tuple[int, Ro
 
 def _settings(input: str | Path, options: MakeOptions) -> dict[str, Any]:
     settings = {name: value for name, value in dataclasses.asdict(options).items() if name not in _NOT_SETTINGS}
+    if not options.subtitles:  # as folders have it that are older than this setting
+        del settings["subtitles"], settings["merge_cues_seconds"]
     source = str(Path(input).expanduser().absolute())
-    return {"format": 1, "input": source, **settings, **dataclasses.asdict(options.media)}
+    found = {"format": 1, "input": source, **settings, **dataclasses.asdict(options.media)}
+    return dict(json.loads(_json(found)))  # as it comes back from the file
 
 
 def _made_with() -> dict[str, Any]:

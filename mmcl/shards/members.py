@@ -70,7 +70,7 @@ def parse_sample(raw: RawSample) -> Sample:
     found: dict[str, Bytes] = {}
     ignored: list[str] = []
     for extension, data in raw.members.items():
-        role = ROLES.get(extension) or ROLES.get(extension.rpartition(".")[2])
+        role = role_of(extension)
         if role is None:
             ignored.append(extension)
         else:
@@ -90,7 +90,7 @@ def parse_sample(raw: RawSample) -> Sample:
         found.get("image"),
         found.get("audio"),
         captions,
-        _group(facts),
+        read_group(facts),
         label,
         _duration_seconds(facts),
         _video_size(facts),
@@ -98,6 +98,11 @@ def parse_sample(raw: RawSample) -> Sample:
         raw.source,
         tuple(ignored),
     )
+
+
+def role_of(extension: str) -> Role | None:
+    """What a file of this extension holds; None: the table does not name it."""
+    return ROLES.get(extension) or ROLES.get(extension.rpartition(".")[2])
 
 
 def parse_json(data: Bytes) -> dict[str, Any]:
@@ -165,8 +170,8 @@ def _check_depth(value: Any) -> None:
         level = [item for item in inner if isinstance(item, (dict, list))]
 
 
-def _group(facts: Mapping[str, Any]) -> str | None:
-    """Ours, else the address that video2dataset cut its clips from."""
+def read_group(facts: Mapping[str, Any]) -> str | None:
+    """The group in a sample's JSON: ours, else the address that video2dataset cut its clips from."""
     for name in ("group", "url"):
         value = facts.get(name)
         if isinstance(value, str) and value:

@@ -10,7 +10,7 @@ import hashlib
 import json
 import zlib
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -67,7 +67,7 @@ def prepare(job: Job) -> Prepared:
         path = staged_path(job.staging, name)
         staged = load_staged(path)
         if staged is None:
-            media = transcode(row.path, job.media, start_seconds=row.start_seconds, end_seconds=row.end_seconds)
+            media = transcode(row.path, _options(job), start_seconds=row.start_seconds, end_seconds=row.end_seconds)
             staged = Staged(_members(job, media, name, source_sha256), media.duration_seconds or 0.0)
             _save_staged(path, staged)
         return Prepared(name, sample_bytes(row.key, staged.members), staged.seconds)
@@ -75,12 +75,17 @@ def prepare(job: Job) -> Prepared:
         return Prepared(reason=error.reason, detail=error.detail)
 
 
+def _options(job: Job) -> MediaOptions:
+    return job.media if job.row.crop is None else replace(job.media, crop=job.row.crop)
+
+
 def content_hash(job: Job, source_sha256: str) -> str:
     """32 hexadecimal digits of everything that the sample's bytes depend on."""
     row, media = job.row, job.media
     settings = [media.short_side, media.fps, media.gop, media.crf, media.audio_rate_hz]
     facts = [row.key, row.name, row.start_seconds, row.end_seconds, row.captions, row.group, job.label, row.metadata]
-    text = json.dumps([1, settings, facts, row.label, source_sha256], sort_keys=True)
+    crop = [_options(job).crop] if _options(job).crop is not None else []
+    text = json.dumps([1, settings, facts, row.label, source_sha256, *crop], sort_keys=True)
     return hashlib.sha256(text.encode()).hexdigest()[:32]
 
 
@@ -133,6 +138,8 @@ def _members(job: Job, media: Transcoded, name: str, source_sha256: str) -> dict
         },
         "content_hash": name,
     }
+    if _options(job).crop is not None:
+        facts["source"]["crop"] = _options(job).crop
     if job.label is not None:
         facts["label"] = job.label
         if isinstance(row.label, str):

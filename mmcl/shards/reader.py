@@ -82,6 +82,10 @@ class ShardReader:
             raise IndexError(f"sample {index} of {opened.index.num_samples} in shard {shard}")
         return opened.index.key(index)
 
+    def open_index(self, shard: int) -> ShardIndex:
+        """Where the samples of a shard lie. Raises as ``read`` does where the shard is not the one that was indexed."""
+        return self._shard(shard).index
+
     def _shard(self, shard: int) -> LocalShard | _RemoteShard:
         if self._pid != os.getpid():
             self._start()
@@ -111,7 +115,9 @@ class LocalShard:
                         f"{path} holds {num_bytes} bytes, it was indexed with {index.tar_bytes}: "
                         f"run `mmcl shards index` on its folder again"
                     )
-                self._view = memoryview(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ))
+                # an empty file cannot be mapped
+                mapped = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) if num_bytes else b""
+                self._view = memoryview(mapped)
         except OSError as error:
             raise RunError(f"cannot read {path}: {error.strerror or error}") from None
 

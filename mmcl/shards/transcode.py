@@ -24,8 +24,19 @@ from av.video.reformatter import Interpolation, VideoReformatter
 from PIL import Image
 
 from mmcl.media.audio import read_audio
+from mmcl.media.crop import Crop, Cropper, check_crop
 from mmcl.media.image import decode_image
-from mmcl.media.probe import MediaInfo, best_stream, open_container, origin_seconds, probe, quarter_turns, short_message
+from mmcl.media.probe import (
+    MAX_PIXELS,
+    MediaInfo,
+    best_stream,
+    open_container,
+    origin_seconds,
+    probe,
+    quarter_turns,
+    short_message,
+)
+from mmcl.media.video import MAX_FRAMES
 from mmcl.shards.members import ROLES
 from mmcl.types import ConfigError, SampleError
 
@@ -55,8 +66,12 @@ class MediaOptions:
     """x264's constant quality, 0 (lossless) … 51"""
     audio_rate_hz: int = 32_000
     """at most; the next standard rate above the source's where that is lower"""
+    crop: Crop | None = None
+    """what is kept of every picture; None: all of it"""
 
     def __post_init__(self) -> None:
+        if self.crop is not None and (min(self.crop[:2]) < 0 or min(self.crop[2:]) < 2):
+            raise ConfigError(f"crop={':'.join(map(str, self.crop))}: X:Y:W:H, no side below 2 pixels")
         limits = {"short_side": (16, 4096), "gop": (1, 1000), "crf": (0, 51)}
         for name, (low, high) in limits.items():
             if not low <= getattr(self, name) <= high:
@@ -65,6 +80,21 @@ class MediaOptions:
             raise ConfigError(f"fps={self.fps}: from 0.1 to {MAX_FPS:g}")
         if self.audio_rate_hz not in AUDIO_RATES:
             raise ConfigError(f"audio_rate_hz={self.audio_rate_hz}: one of {', '.join(map(str, AUDIO_RATES))}")
+
+
+def parse_crop(text: str) -> Crop | None:
+    """``X:Y:W:H`` in pixels; None for an empty text. Raises ``ConfigError``.
+
+    >>> parse_crop("0:10:64:48")
+    (0, 10, 64, 48)
+    """
+    if not text:
+        return None
+    parts = text.split(":")
+    if len(parts) != 4 or not all(part.isascii() and part.isdigit() and len(part) < 7 for part in parts):
+        raise ConfigError(f"crop={text[:60]}: X:Y:W:H in whole pixels")
+    x, y, width, height = map(int, parts)
+    return x, y, width, height
 
 
 @dataclass(frozen=True, slots=True)
@@ -91,7 +121,7 @@ def transcode(
     """Encodes the half-open stretch ``[start, end)`` of a file; picture and sound are cut at the same instants.
 
     Raises ``SampleError``: ``missing_file``, ``unreadable``, ``empty``, ``not_media``, ``not_an_image``,
-    ``no_streams``, ``too_large``, ``window_outside``, ``truncated``, ``decode``.
+    ``no_streams``, ``too_large``, ``window_outside``, ``crop_outside``, ``truncated``, ``decode``.
     """
     if ROLES.get(Path(path).suffix[1:].lower()) == "image":
         return _picture(path, options)
@@ -108,6 +138,9 @@ def transcode(
 
 def _picture(path: str | Path, options: MediaOptions) -> Transcoded:
     image = Image.fromarray(decode_image(path).transpose(1, 2, 0))
+    if options.crop is not None:
+        x, y, width, height = check_crop(options.crop, image.width, image.height)
+        image = image.crop((x, y, x + width, y + height))
     scale = min(1.0, options.short_side / min(image.size))
     width, height = (max(1, round(side * scale)) for side in image.size)
     if scale < 1:
@@ -196,7 +229,7 @@ class _Encoder:
             rate = _frame_rate(stream, self.options.fps)
             picture: Any = None
             count = 0
-            pictures = _Pictures(container, stream, self.options.short_side, self.start, self.end)
+            pictures = _Pictures(container, stream, self.options, self.start, self.end)
             for number, frame in _constant_rate(pictures, rate):
                 if picture is None:
                     picture = self._add_picture(out, frame, rate)
@@ -232,10 +265,11 @@ class _Encoder:
 
 
 class _Pictures:
-    """Scaled frames that are on screen within ``[start, end)``, as (seconds since start, frame)."""
+    """Cropped, scaled frames that are on screen within ``[start, end)``, as (seconds since start, frame)."""
 
-    def __init__(self, container: Any, stream: Any, short_side: int, start: float, end: float) -> None:
-        self._container, self._stream, self._short_side = container, stream, short_side
+    def __init__(self, container: Any, stream: Any, options: MediaOptions, start: float, end: float) -> None:
+        self._container, self._stream, self._short_side = container, stream, options.short_side
+        self._cropper = Cropper(options.crop) if options.crop is not None else None
         self._start, self._end = start, end
         self._origin = origin_seconds(container)
         self._reformatter = VideoReformatter()
@@ -246,6 +280,7 @@ class _Pictures:
         first = float(stream.start_time * stream.time_base) - self._origin if stream.start_time else 0.0
         self.declared_end = first + length
         stream.codec_context.thread_count = 1
+        stream.codec_context.options = {"max_pixels": str(MAX_PIXELS)}
 
     def __iter__(self) -> Iterator[tuple[float, Any]]:
         if self._start > 0:
@@ -274,6 +309,8 @@ class _Pictures:
 
     def _scale(self, frame: Any) -> Any:
         turns = quarter_turns(frame)
+        if self._cropper is not None:
+            frame = self._cropper.crop(frame, turns)
         if self._size is None:
             self._size = _target_size(frame, self._stream, self._short_side)
         width, height = self._size
@@ -315,7 +352,10 @@ def _constant_rate(pictures: _Pictures, rate: Fraction) -> Iterator[tuple[int, A
     held: Any = None
     slot = 0
     for seconds, frame in pictures:
-        due = round(seconds * float(rate))
+        # Half a frame off is always the later one: rounding to even would drop and repeat every other frame.
+        due = math.floor(seconds * float(rate) + 0.5 + 1e-4)
+        if due > MAX_FRAMES:
+            raise SampleError("too_large", f"a frame at {seconds:.0f} s, at most {MAX_FRAMES} frames are written")
         while held is not None and slot < due:
             yield slot, held
             slot += 1

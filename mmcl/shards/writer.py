@@ -114,6 +114,12 @@ class ShardWriter:
         if self._shard is not None:
             self._finish()
 
+    def discard(self) -> None:
+        """Takes the unfinished shard away."""
+        if self._shard is not None:
+            self._shard.discard()
+            self._shard = None
+
     def _finish(self) -> None:
         if self._shard is not None:
             self.entries.append(self._shard.close())
@@ -127,8 +133,8 @@ class ShardWriter:
     ) -> None:
         if error is None:
             self.close()
-        elif self._shard is not None:
-            self._shard.discard()
+        else:
+            self.discard()
 
 
 def shard_name(number: int, prefix: str = "shard") -> str:
