@@ -31,6 +31,9 @@ from mmcl.shards.members import parse_sample
 from mmcl.shards.reader import ShardReader
 from mmcl.types import Batch, ConfigError, RunError, SampleError
 
+LOOK_SECONDS = 1.0
+"""between two looks at whether workers live, while a batch is waited for"""
+
 
 @dataclass(frozen=True, slots=True)
 class Plan:
@@ -176,20 +179,24 @@ class PartLoader:
         self.plan = plan
         self._journal = Journal(plan.workers)
         stream = PartStream(plan, first_step, self._journal)
+        self._watch = _Watch(self._journal, timeout_seconds)
         self._processes: list[Any] = []
-        self._watch: _Watch | None = None
         if in_process:
             self._parts: Iterator[Any] = stream.parts(0)
             return
         context = multiprocessing.get_context("forkserver")
         context.set_forkserver_preload(["mmcl.data.loader"])  # a worker then starts in milliseconds, again and again
         loader = DataLoader(
-            stream, batch_size=None, num_workers=plan.workers, multiprocessing_context=context, prefetch_factor=2
+            stream,
+            batch_size=None,
+            num_workers=plan.workers,
+            multiprocessing_context=context,
+            prefetch_factor=2,
+            timeout=LOOK_SECONDS,  # it then raises; asked again, it goes on waiting for the same part
         )
         before = set(multiprocessing.active_children())
         self._parts = iter(loader)
         self._processes = [process for process in multiprocessing.active_children() if process not in before]
-        self._watch = _Watch(self._journal, timeout_seconds)
         self._watch.start()
 
     def next_batch(self) -> list[Batch]:
@@ -203,67 +210,74 @@ class PartLoader:
         return [part for part in parts if part is not None]
 
     def _next_part(self) -> Batch | None:
-        try:
-            part = next(self._parts, None)
-        except (RuntimeError, OSError, EOFError) as error:
-            # a worker that dies fails its parent as a RuntimeError of the loader, or in the middle of a transfer
-            losses = self._losses(patience_seconds=0.0 if isinstance(error, RuntimeError) else 2.0)
-            if not losses:
-                raise
-        else:
-            if self._watch is not None and part is not None:
-                part = unpack(part, self.plan.maker.views)
-            if isinstance(part, Exception):
-                raise part
-            return part
-        raise WorkersLostError(losses)
+        if not self._processes:
+            return next(self._parts, None)
+        while True:
+            try:
+                packed = next(self._parts, None)
+                break
+            except (RuntimeError, OSError, EOFError) as error:
+                # a worker that dies fails its parent as a RuntimeError of the loader, or in the middle of a transfer
+                patience_seconds = 0.0 if isinstance(error, RuntimeError) else 2.0
+                losses = self._losses(patience_seconds)
+                if not losses and not str(error).startswith("DataLoader timed out"):
+                    raise
+            if losses:
+                raise WorkersLostError(losses)
+        part = None if packed is None else unpack(packed, self.plan.maker.views)
+        if isinstance(part, Exception):
+            raise part
+        return part
 
-    def _losses(self, *, patience_seconds: float) -> list[Loss]:
+    def _losses(self, patience_seconds: float) -> list[Loss]:
         wait([process.sentinel for process in self._processes], patience_seconds)
-        dead = {process.pid: process.exitcode for process in self._processes if process.exitcode is not None}
-        hung = self._watch.hung if self._watch is not None else {}
         workers = {self._journal.pid(worker): worker for worker in range(self.plan.workers)}
         losses = []
-        for pid, code in dead.items():
-            note = self._journal.note(workers[pid]) if pid in workers else None
-            if pid in hung:
-                losses.append(Loss(note, "worker_hung", f"took longer than {hung[pid]:g} s (data.timeout_seconds)"))
+        for process in self._processes:
+            if process.exitcode is None:
+                continue
+            note = self._journal.note(workers[process.pid]) if process.pid in workers else None
+            if process.pid in self._watch.ended:
+                limit = f"{self._watch.timeout_seconds:g} s (data.timeout_seconds)"
+                losses.append(Loss(note, "worker_hung", f"took longer than {limit}"))
             else:
-                losses.append(Loss(note, "worker_died", f"its decoding process ended with {_exit_name(code)}"))
+                detail = f"its decoding process ended with {_exit_name(process.exitcode)}"
+                losses.append(Loss(note, "worker_died", detail))
         return losses
 
     def close(self) -> None:
         """Ends the workers, each after the sample that it is at."""
         self._journal.stop()
-        if self._watch is not None:
-            self._watch.done.set()
+        self._watch.done.set()
         self._parts = iter(())
 
 
 class _Watch(threading.Thread):
     """Ends workers that are at one sample for too long.
 
-    Time is counted in steps of this thread, so that a machine or a job that is put to sleep accuses nobody.
+    A thread, since the parent may itself be waiting inside a transfer from a worker that stands still. Time is counted
+    in looks, so that a job or a machine that is put to sleep accuses nobody.
     """
 
     def __init__(self, journal: Journal, timeout_seconds: float) -> None:
         super().__init__(name="decoding-watch", daemon=True)
+        self.timeout_seconds = timeout_seconds
         self.done = threading.Event()
-        self.hung: dict[int, float] = {}
-        """process → the seconds that it was given"""
-        self._journal, self._timeout_seconds = journal, timeout_seconds
+        self.ended: set[int] = set()
+        """processes"""
+        self._journal = journal
 
     def run(self) -> None:
-        step_seconds = min(1.0, self._timeout_seconds / 10)
-        seen: dict[int, tuple[int, int]] = {}
-        while not self.done.wait(step_seconds):
+        look_seconds = min(LOOK_SECONDS, self.timeout_seconds / 5)
+        seen: dict[int, tuple[int, int]] = {}  # worker → its draw, how often it was seen at it
+        while not self.done.wait(look_seconds):
             for worker in range(self._journal.workers):
-                note = self._journal.note(worker)
-                draw, steps = seen.get(worker, (-1, 0))
-                seen[worker] = (-1, 0) if note is None else (note.draw, steps + 1 if note.draw == draw else 0)
-                pid = self._journal.pid(worker)
-                if seen[worker][1] * step_seconds >= self._timeout_seconds and pid not in self.hung:
-                    self.hung[pid] = self._timeout_seconds
+                note, pid = self._journal.note(worker), self._journal.pid(worker)
+                draw, looks = seen.get(worker, (-1, 0))
+                looks = looks + 1 if note is not None and note.draw == draw else 0
+                seen[worker] = (-1 if note is None else note.draw, looks)
+                if looks * look_seconds >= self.timeout_seconds and pid not in self.ended:
+                    self.ended.add(pid)
                     with suppress(ProcessLookupError):
                         os.kill(pid, signal.SIGKILL)
 
