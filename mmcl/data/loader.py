@@ -181,6 +181,7 @@ class PartLoader:
         stream = PartStream(plan, first_step, self._journal)
         self._watch = _Watch(self._journal, timeout_seconds)
         self._processes: list[Any] = []
+        self._in_process = in_process
         if in_process:
             self._parts: Iterator[Any] = stream.parts(0)
             return
@@ -192,7 +193,7 @@ class PartLoader:
             num_workers=plan.workers,
             multiprocessing_context=context,
             prefetch_factor=2,
-            timeout=LOOK_SECONDS,  # it then raises; asked again, it goes on waiting for the same part
+            timeout=LOOK_SECONDS,  # it then raises a RuntimeError; asked again, it goes on waiting for the same part
         )
         before = set(multiprocessing.active_children())
         self._parts = iter(loader)
@@ -210,7 +211,7 @@ class PartLoader:
         return [part for part in parts if part is not None]
 
     def _next_part(self) -> Batch | None:
-        if not self._processes:
+        if self._in_process:
             return next(self._parts, None)
         while True:
             try:
@@ -243,7 +244,9 @@ class PartLoader:
             else:
                 detail = f"its decoding process ended with {_exit_name(process.exitcode)}"
                 losses.append(Loss(note, "worker_died", detail))
-        return losses
+        # one that died before it could be counted was at nothing
+        unseen = self.plan.workers - len(self._processes)
+        return losses + [Loss(None, "worker_died", "its decoding process ended as it started")] * unseen
 
     def close(self) -> None:
         """Ends the workers, each after the sample that it is at."""

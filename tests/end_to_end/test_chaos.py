@@ -118,7 +118,7 @@ def test_every_good_sample_once_and_every_bad_one_named(chaos: tuple[Path, dict[
 
 
 def test_the_deaths_of_a_real_decoder(tmp_path: Path) -> None:
-    """A few wrong bytes in the index of a file: decord 0.6.0 dies of one in twenty of them, and takes nobody with it."""
+    """A few wrong bytes in the index of a file: decord dies of one in twenty of them, and takes nobody with it."""
     good = write_clip(tmp_path / "good.mp4", colour="red", seconds=1.0).read_bytes()
     moov, count = good.index(b"moov"), 120
     with tarfile.open(tmp_path / "0.tar", "w") as tar:
