@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import pickle
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, TypeVar
 
 import numpy as np
@@ -136,3 +137,51 @@ def _interleave_tensors(parts: Sequence[Tensor], *, pad: bool = False) -> Tensor
 
 def _interleave_tuples(parts: Sequence[tuple[T, ...]]) -> tuple[T, ...]:
     return tuple(value for row in zip(*parts, strict=True) for value in row)
+
+
+_ALIGNMENT = 64
+"""bytes; pieces of a packed part begin at multiples of it"""
+
+
+def pack(part: Batch | Exception) -> Tensor:
+    """A part, or the error that ended its worker, as one uint8 tensor: one transfer, whatever the number of views.
+
+    Views are left out, the other side knows them: a tokenizer need not travel with every batch.
+    """
+    if isinstance(part, Batch):
+        arrayed = part.map(Tensor.numpy)
+        part = replace(arrayed, views=dict(enumerate(arrayed.views.values())))  # type: ignore[arg-type]
+    buffers: list[pickle.PickleBuffer] = []
+    body = pickle.dumps(part, protocol=5, buffer_callback=buffers.append)
+    arrays = [np.asarray(buffer.raw()) for buffer in buffers]
+    head = np.array([len(body), len(arrays), *(len(array) for array in arrays)], np.int64).view(np.uint8)
+    pieces = [head, np.frombuffer(body, np.uint8), *arrays]
+    packed = torch.empty(sum(_aligned(len(piece)) for piece in pieces), dtype=torch.uint8)
+    target, start = packed.numpy(), 0
+    for piece in pieces:
+        target[start : start + len(piece)] = piece
+        start += _aligned(len(piece))
+    return packed
+
+
+def unpack(packed: Tensor, views: Sequence[View]) -> Batch | Exception:
+    """What :func:`pack` was given; its tensors are views into ``packed``."""
+    content = packed.numpy()
+    body_bytes, count = content[:16].view(np.int64).tolist()
+    lengths = content[16 : 16 + 8 * count].view(np.int64).tolist()
+    start = _aligned(16 + 8 * count)
+    body = content[start : start + body_bytes]
+    start += _aligned(body_bytes)
+    arrays = []
+    for length in lengths:
+        arrays.append(content[start : start + length])
+        start += _aligned(length)
+    part = pickle.loads(body.data, buffers=arrays)
+    if isinstance(part, Exception):
+        return part
+    batch: Batch = replace(part, views=dict(zip(views, part.views.values(), strict=True))).map(torch.from_numpy)
+    return batch
+
+
+def _aligned(num_bytes: int) -> int:
+    return -(-num_bytes // _ALIGNMENT) * _ALIGNMENT

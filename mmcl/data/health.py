@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import json
+import os
 from collections import Counter, deque
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
 
 from mmcl.types import Batch, RunError
 
@@ -63,3 +67,37 @@ class SkipLimits:
 def skip_records(skipped: Iterable[tuple[int, str, str, str]]) -> list[dict[str, object]]:
     """What ``skipped.jsonl`` holds of each bad sample."""
     return [{"draw": draw, "key": key, "reason": reason, "detail": detail} for draw, key, reason, detail in skipped]
+
+
+def append_quarantine(path: Path, records: Iterable[Mapping[str, Any]]) -> None:
+    """Adds lines to ``quarantine.jsonl``, on disk when this returns.
+
+    Each is one write at the end of the file, so that ranks can share it. A disk that takes no more is said aloud and
+    the run goes on: the keys are in memory and in the next checkpoint.
+    """
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        file = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
+        try:
+            for record in records:
+                os.write(file, (json.dumps(record, ensure_ascii=False) + "\n").encode("utf-8", "replace"))
+            os.fsync(file)
+        finally:
+            os.close(file)
+    except OSError as error:
+        print(f"{path} not written: {error.strerror or error}", flush=True)
+
+
+def read_quarantine(path: Path) -> set[str]:
+    """The keys in ``quarantine.jsonl``; a torn line names nobody."""
+    if not path.exists():
+        return set()
+    keys = map(_quarantined_key, path.read_text(encoding="utf-8", errors="replace").split("\n"))
+    return {key for key in keys if key is not None}
+
+
+def _quarantined_key(line: str) -> str | None:
+    try:
+        return str(json.loads(line)["key"])
+    except (ValueError, KeyError, TypeError):
+        return None

@@ -1,29 +1,46 @@
-"""Worker processes: each decodes its part of every batch of its rank."""
+"""Worker processes: each decodes its part of every batch of its rank. Their death or standstill is noticed and named.
+
+Underneath is a plain ``DataLoader``. What crosses from a worker is one tensor (see ``collate.pack``), so the message
+that announces it is short enough for a pipe to take it whole or not at all: a worker that is killed while it sends
+cannot leave half a message on which its parent would wait for ever.
+"""
 
 from __future__ import annotations
 
 import itertools
+import multiprocessing
+import os
 import signal
-from collections.abc import Iterator
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import suppress
 from dataclasses import dataclass
+from multiprocessing.connection import wait
+from typing import Any
 
 import torch
+from torch import Tensor
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
-from mmcl.data.collate import Row, collate
-from mmcl.data.order import SampleOrder, rank_rows, worker_rows
+from mmcl.data.collate import Row, collate, pack, unpack
+from mmcl.data.journal import Journal, Note, short_name
+from mmcl.data.order import MixedOrder, rank_rows, worker_rows
 from mmcl.data.views import ViewMaker
 from mmcl.shards.manifest import Manifest
 from mmcl.shards.members import parse_sample
 from mmcl.shards.reader import ShardReader
-from mmcl.types import Batch, SampleError
+from mmcl.types import Batch, ConfigError, RunError, SampleError
+
+LOOK_SECONDS = 1.0
+"""between two looks at whether workers live, while a batch is waited for"""
 
 
 @dataclass(frozen=True, slots=True)
 class Plan:
     """Everything that a worker must know; picklable, the same for all workers of all ranks but for ``rank``."""
 
-    manifest: Manifest
+    manifests: tuple[Manifest, ...]
+    weights: tuple[int, ...]
     maker: ViewMaker
     global_batch: int
     rank: int
@@ -36,55 +53,87 @@ class Plan:
     """where a finite stream ends; draws from there on are holes"""
     with_metadata: bool
     quarantine: frozenset[str]
-    """keys that are never decoded again: holes in every epoch"""
+    """keys (or places, where a shard itself stopped the worker) that are never decoded again: holes in every epoch"""
 
-
-class PartStream(IterableDataset[Batch]):
-    """The parts that this worker decodes of batches ``first_step``, ``first_step + 1``, …"""
-
-    def __init__(self, plan: Plan, first_step: int) -> None:
-        self.plan, self.first_step = plan, first_step
-
-    def __iter__(self) -> Iterator[Batch]:
-        plan = self.plan
-        info = get_worker_info()
-        worker = 0 if info is None else info.id
-        if info is not None:
-            torch.set_num_threads(1)
-            # Ctrl-C reaches every process of a terminal; the trainer still wants batches for its last step
-            signal.signal(signal.SIGINT, signal.SIG_IGN)
-        reader = ShardReader(plan.manifest)
-        order = SampleOrder(
-            plan.manifest.sizes,
-            seed=plan.maker.seed,
-            streams=plan.streams,
-            block=plan.block,
-            shuffle=plan.shuffle,
+    def order(self) -> MixedOrder:
+        return MixedOrder(
+            [manifest.sizes for manifest in self.manifests],
+            self.weights,
+            seed=self.maker.seed,
+            streams=self.streams,
+            block=self.block,
+            shuffle=self.shuffle,
         )
+
+    def place(self, source: int, shard: int, index: int) -> str:
+        """Where a sample lies, in words."""
+        return f"{self.manifests[source].shard_url(shard)}#{index}"
+
+
+class PartStream(IterableDataset[Any]):
+    """The parts that one worker decodes of batches ``first_step``, ``first_step + 1``, …
+
+    In a worker process the items are packed; where a run cannot go on, the last one is the error that says why.
+    """
+
+    def __init__(self, plan: Plan, first_step: int, journal: Journal) -> None:
+        self.plan, self.first_step, self.journal = plan, first_step, journal
+
+    def __iter__(self) -> Iterator[Tensor]:
+        info = get_worker_info()
+        assert info is not None
+        torch.set_num_threads(1)
+        # Ctrl-C reaches every process of a terminal; the trainer still wants batches for its last step
+        signal.signal(signal.SIGINT, signal.SIG_IGN)
+        self.journal.open(info.id)
+        try:
+            yield from map(pack, self.parts(info.id))
+        except (RunError, ConfigError) as error:
+            yield pack(error)
+
+    def parts(self, worker: int) -> Iterator[Batch]:
+        """Parts as batches."""
+        plan, journal = self.plan, self.journal
+        readers = [ShardReader(manifest) for manifest in plan.manifests]
+        order = plan.order()
         for step in itertools.count(self.first_step):
             if plan.last_draw is not None and step * plan.global_batch >= plan.last_draw:
                 return
             mine = rank_rows(step, global_batch=plan.global_batch, rank=plan.rank, world_size=plan.world_size)
             draws = worker_rows(mine, worker=worker, workers=plan.workers)
-            epochs, shards, indices = order.locate(draws)
-            rows = [
-                read_row(plan, reader, draw=int(draw), epoch=int(epoch), shard=int(shard), index=int(index))
-                for draw, epoch, shard, index in zip(draws, epochs, shards, indices, strict=True)
-            ]
+            rows = []
+            for draw, *place in zip(draws.tolist(), *(part.tolist() for part in order.locate(draws)), strict=True):
+                if journal.stopped:
+                    return
+                journal.begin(worker, draw)
+                rows.append(read_row(plan, readers, draw, *place, name=lambda key: journal.name(worker, key)))
+            journal.clear(worker)
             yield collate(rows, plan.maker.views, with_metadata=plan.with_metadata)
 
 
-def read_row(plan: Plan, reader: ShardReader, *, draw: int, epoch: int, shard: int, index: int) -> Row:
-    """One draw, decoded; a bad sample becomes a hole that carries its reason."""
+def read_row(
+    plan: Plan,
+    readers: list[ShardReader],
+    draw: int,
+    source: int,
+    epoch: int,
+    shard: int,
+    index: int,
+    *,
+    name: Callable[[str], None],
+) -> Row:
+    """One draw, decoded; a bad sample becomes a hole that carries its reason. ``name`` is told the key first."""
     if plan.last_draw is not None and draw >= plan.last_draw:
         return Row(draw)
-    key = f"{plan.manifest.shard_url(shard)}#{index}"
+    key = plan.place(source, shard, index)
     try:
-        raw = reader.read(shard, index)
-        key = raw.key
         if key in plan.quarantine:
-            return Row(draw, skipped=(key, "quarantined", "stopped a decoder before"))
-        sample = parse_sample(raw)
+            raise SampleError("quarantined", "stopped a decoding worker before")
+        key = readers[source].key(shard, index)
+        name(key)
+        if short_name(key) in plan.quarantine:
+            raise SampleError("quarantined", "stopped a decoding worker before")
+        sample = parse_sample(readers[source].read(shard, index))
         values, caption = plan.maker(sample, epoch=epoch)
     except SampleError as error:
         return Row(draw, skipped=(key, error.reason, error.detail))
@@ -100,18 +149,144 @@ def read_row(plan: Plan, reader: ShardReader, *, draw: int, epoch: int, shard: i
     )
 
 
-def part_loader(plan: Plan, first_step: int, *, in_process: bool) -> DataLoader[Batch]:
-    """A plain ``DataLoader`` whose items are parts, worker by worker in turn.
+@dataclass(frozen=True, slots=True)
+class Loss:
+    """A worker that is no more."""
 
-    Decoders are opened inside the worker, never before a fork: workers start by forkserver.
+    note: Note | None
+    """what it was decoding; None: nothing"""
+    reason: str
+    """``worker_died`` or ``worker_hung``"""
+    detail: str
+
+
+class WorkersLostError(Exception):
+    """Workers died, or stood still and were ended."""
+
+    def __init__(self, losses: list[Loss]) -> None:
+        super().__init__("; ".join(loss.detail for loss in losses))
+        self.losses = losses
+
+
+class PartLoader:
+    """The parts of a rank's batches from ``first_step`` on, from worker processes.
+
+    Workers start by forkserver: decoders are opened inside the worker, never before a fork, and a worker is no child of
+    the training process, so its death is noticed where its batch is waited for and never in the middle of a step.
     """
-    stream = PartStream(plan, first_step)
-    if in_process:
-        return DataLoader(stream, batch_size=None)
-    return DataLoader(
-        stream,
-        batch_size=None,
-        num_workers=plan.workers,
-        multiprocessing_context="forkserver",
-        prefetch_factor=2,
-    )
+
+    def __init__(self, plan: Plan, first_step: int, *, in_process: bool, timeout_seconds: float) -> None:
+        self.plan = plan
+        self._journal = Journal(plan.workers)
+        stream = PartStream(plan, first_step, self._journal)
+        self._watch = _Watch(self._journal, timeout_seconds)
+        self._processes: list[Any] = []
+        self._in_process = in_process
+        if in_process:
+            self._parts: Iterator[Any] = stream.parts(0)
+            return
+        context = multiprocessing.get_context("forkserver")
+        context.set_forkserver_preload(["mmcl.data.loader"])  # a worker then starts in milliseconds, again and again
+        loader = DataLoader(
+            stream,
+            batch_size=None,
+            num_workers=plan.workers,
+            multiprocessing_context=context,
+            prefetch_factor=2,
+            timeout=LOOK_SECONDS,  # it then raises a RuntimeError; asked again, it goes on waiting for the same part
+        )
+        before = set(multiprocessing.active_children())
+        self._parts = iter(loader)
+        self._processes = [process for process in multiprocessing.active_children() if process not in before]
+        self._watch.start()
+
+    def next_batch(self) -> list[Batch]:
+        """The parts of the next batch, one of each worker; none at the end of a finite stream.
+
+        Raises:
+            WorkersLostError: workers are gone; this loader is of no more use.
+            RunError, ConfigError: shards are missing or are not what they were.
+        """
+        parts = (self._next_part() for _ in range(self.plan.workers))
+        return [part for part in parts if part is not None]
+
+    def _next_part(self) -> Batch | None:
+        if self._in_process:
+            return next(self._parts, None)
+        while True:
+            try:
+                packed = next(self._parts, None)
+                break
+            except (RuntimeError, OSError, EOFError) as error:
+                # a worker that dies fails its parent as a RuntimeError of the loader, or in the middle of a transfer
+                patience_seconds = 0.0 if isinstance(error, RuntimeError) else 2.0
+                losses = self._losses(patience_seconds)
+                if not losses and not str(error).startswith("DataLoader timed out"):
+                    raise
+            if losses:
+                raise WorkersLostError(losses)
+        part = None if packed is None else unpack(packed, self.plan.maker.views)
+        if isinstance(part, Exception):
+            raise part
+        return part
+
+    def _losses(self, patience_seconds: float) -> list[Loss]:
+        wait([process.sentinel for process in self._processes], patience_seconds)
+        workers = {self._journal.pid(worker): worker for worker in range(self.plan.workers)}
+        losses = []
+        for process in self._processes:
+            if process.exitcode is None:
+                continue
+            note = self._journal.note(workers[process.pid]) if process.pid in workers else None
+            if process.pid in self._watch.ended:
+                limit = f"{self._watch.timeout_seconds:g} s (data.timeout_seconds)"
+                losses.append(Loss(note, "worker_hung", f"took longer than {limit}"))
+            else:
+                detail = f"its decoding process ended with {_exit_name(process.exitcode)}"
+                losses.append(Loss(note, "worker_died", detail))
+        # one that died before it could be counted was at nothing
+        unseen = self.plan.workers - len(self._processes)
+        return losses + [Loss(None, "worker_died", "its decoding process ended as it started")] * unseen
+
+    def close(self) -> None:
+        """Ends the workers, each after the sample that it is at."""
+        self._journal.stop()
+        self._watch.done.set()
+        self._parts = iter(())
+
+
+class _Watch(threading.Thread):
+    """Ends workers that are at one sample for too long.
+
+    A thread, since the parent may itself be waiting inside a transfer from a worker that stands still. Time is counted
+    in looks, so that a job or a machine that is put to sleep accuses nobody.
+    """
+
+    def __init__(self, journal: Journal, timeout_seconds: float) -> None:
+        super().__init__(name="decoding-watch", daemon=True)
+        self.timeout_seconds = timeout_seconds
+        self.done = threading.Event()
+        self.ended: set[int] = set()
+        """processes"""
+        self._journal = journal
+
+    def run(self) -> None:
+        look_seconds = min(LOOK_SECONDS, self.timeout_seconds / 5)
+        seen: dict[int, tuple[int, int]] = {}  # worker → its draw, how often it was seen at it
+        while not self.done.wait(look_seconds):
+            for worker in range(self._journal.workers):
+                note, pid = self._journal.note(worker), self._journal.pid(worker)
+                draw, looks = seen.get(worker, (-1, 0))
+                looks = looks + 1 if note is not None and note.draw == draw else 0
+                seen[worker] = (-1 if note is None else note.draw, looks)
+                if looks * look_seconds >= self.timeout_seconds and pid not in self.ended:
+                    self.ended.add(pid)
+                    with suppress(ProcessLookupError):
+                        os.kill(pid, signal.SIGKILL)
+
+
+def _exit_name(code: int) -> str:
+    if code < 0:
+        with suppress(ValueError):
+            return signal.Signals(-code).name
+    return f"exit code {code}"

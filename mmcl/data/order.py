@@ -10,7 +10,9 @@ permuted. In-epoch draw ``g`` is position ``g div streams`` of stream ``g mod st
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from functools import reduce
+from math import gcd
 from typing import Protocol
 
 import numpy as np
@@ -112,6 +114,110 @@ class SampleOrder:
                 self.sizes, seed=self.seed, epoch=number, streams=self.streams, block=self.block
             )
         return self._epochs[number]
+
+
+MAX_PERIOD = 10_000
+
+
+class MixedOrder:
+    """Draw number → (source, epoch, shard, index) where several sources are mixed by weight; each has its own epochs.
+
+    Weights are integers out of P, their sum, spread evenly over a table of P rows. With A = ``streams`` columns, draw g
+    is column ``c = g mod A``, row ``ρ = g div A``; with ``h = ⌊cP/A⌋`` its source is ``k = table[(ρ + h) mod P]`` and
+    the draw number there is ``A·v + c``, v being the visits of this column to k so far. So shares are exact over P
+    rows, every sample comes once per epoch of its source, and a worker keeps to its own streams of each source.
+
+    Raises:
+        ValueError: weights below 1, or a table of more than 10,000 rows.
+    """
+
+    def __init__(
+        self,
+        sizes: Sequence[Integers],
+        weights: Sequence[int],
+        *,
+        seed: int = 0,
+        streams: int = 64,
+        block: int = 256,
+        shuffle: bool = True,
+    ) -> None:
+        self.weights = reduced_weights(weights)
+        self.period = sum(self.weights)
+        if min(self.weights) < 1 or self.period > MAX_PERIOD:
+            raise ValueError(f"weights must be at least 1 and their sum at most {MAX_PERIOD:,}, got {list(weights)}")
+        self.columns = streams
+        self.sources = [SampleOrder(s, seed=seed, streams=streams, block=block, shuffle=shuffle) for s in sizes]
+        self.table = spread_evenly(self.weights)
+        visits = self.table[None] == np.arange(len(self.weights))[:, None]
+        # before[k, ρ]: rows of source k above row ρ of the table
+        self.before: Integers = np.concatenate(
+            [np.zeros((len(self.weights), 1), np.int64), np.cumsum(visits, 1, dtype=np.int64)], 1
+        )
+
+    def locate(self, draws: Integers) -> tuple[Integers, Integers, Integers, Integers]:
+        """Sources, epochs, shards and indices of draws, each int64 with the shape of ``draws``."""
+        draws = np.asarray(draws, np.int64)
+        source, own = self.source_draws(draws)
+        epoch, shard, index = (np.empty_like(draws) for _ in range(3))
+        for number, order in enumerate(self.sources):
+            here = source == number
+            if here.any():
+                epoch[here], shard[here], index[here] = order.locate(own[here])
+        return source, epoch, shard, index
+
+    def source_draws(self, draws: Integers) -> tuple[Integers, Integers]:
+        """Sources of draws, and their draw numbers there."""
+        column, row = draws % self.columns, draws // self.columns
+        shift = self._shift(column)
+        source = self.table[(row + shift) % self.period]
+        visits = self._visits(source, row + shift) - self._visits(source, shift)
+        return source, self.columns * visits + column
+
+    def drawn(self, draws: int) -> list[int]:
+        """How many of the first ``draws`` draws came from each source."""
+        column = np.arange(self.columns, dtype=np.int64)
+        rows = draws // self.columns + (column < draws % self.columns)
+        shift = self._shift(column)
+        return [
+            int(
+                (
+                    self._visits(np.full_like(column, k), rows + shift) - self._visits(np.full_like(column, k), shift)
+                ).sum()
+            )
+            for k in range(len(self.weights))
+        ]
+
+    def _shift(self, column: Integers) -> Integers:
+        return column * self.period // self.columns
+
+    def _visits(self, source: Integers, rows: Integers) -> Integers:
+        """Rows of a source among the first ``rows`` rows of the table, repeated without end."""
+        whole, rest = np.divmod(rows, self.period)
+        visits: Integers = whole * self.before[source, -1] + self.before[source, rest]
+        return visits
+
+
+def reduced_weights(weights: Sequence[int]) -> tuple[int, ...]:
+    """70 and 30 are 7 and 3."""
+    divisor = max(reduce(gcd, weights, 0), 1)
+    return tuple(weight // divisor for weight in weights)
+
+
+def spread_evenly(weights: Sequence[int]) -> Integers:
+    """Each source k in ``weights[k]`` of ``sum(weights)`` rows, as evenly spaced as can be: int64 ``(P,)``."""
+    share = np.array(weights, np.int64)
+    credit, table = np.zeros_like(share), []
+    for _ in range(int(share.sum())):
+        credit += share
+        source = int(np.argmax(credit))
+        credit[source] -= share.sum()
+        table.append(source)
+    return np.array(table, np.int64)
+
+
+def stream_sharing(streams: int, workers: int) -> int:
+    """How many of all ``workers`` (of all ranks) read each stream; 1 where their number divides ``streams``."""
+    return workers // gcd(streams, workers)
 
 
 def sample_order(

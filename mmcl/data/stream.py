@@ -2,18 +2,28 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from mmcl.data.collate import interleave
-from mmcl.data.loader import Plan, part_loader
-from mmcl.data.order import fitting_workers
+from mmcl.data.health import append_quarantine
+from mmcl.data.loader import Loss, PartLoader, Plan, WorkersLostError
+from mmcl.data.order import MAX_PERIOD, fitting_workers, reduced_weights, stream_sharing
 from mmcl.data.views import ViewMaker
 from mmcl.media.video import Decoder
 from mmcl.media.windows import Rule, Short
+from mmcl.shards.files import is_remote
 from mmcl.shards.manifest import Manifest
-from mmcl.types import Batch, ConfigError, View
+from mmcl.types import Batch, ConfigError, RunError, View
+
+IDLE_LOSSES = 3
+"""workers that may be lost one after the other, before a batch is whole, without having been at any sample"""
+SAMPLE_LOSSES = 100
+"""samples that may cost a worker before one batch is whole"""
 
 
 class ClipStream:
@@ -22,8 +32,11 @@ class ClipStream:
     Global batch t is draws ``t·B … (t+1)·B − 1``; rank r holds draws ``t·B + r + i·W``. Which samples these are depends
     on the manifest, ``seed``, ``streams`` and ``block`` alone, never on ranks, workers or failures.
 
+    A worker that dies, or is at one sample for longer than ``timeout_seconds``, costs that sample alone: its key is
+    quarantined, a hole from then on, and the workers start again at the last batch that was handed out.
+
     Args:
-        manifest: the shards.
+        source: the shards; or several, each with a weight in whole numbers, to be mixed.
         views: what to decode of each sample.
         global_batch: rows of all ranks together; ``world_size`` must divide it.
         workers: decoding processes of this rank; lowered to a divisor of the rank's rows. 0 means one.
@@ -31,14 +44,17 @@ class ClipStream:
         rule: ``random`` windows and captions, or ``even`` ones.
         in_process: decode in this process.
         with_metadata: batches carry captions and metadata.
+        allow_shared_streams: let several workers read each stream of remote shards.
+        quarantine_file: where quarantined keys are noted before the workers start again.
 
     Raises:
-        ConfigError: an empty manifest, or a batch that the ranks cannot share equally.
+        ConfigError: an empty manifest, a batch that the ranks cannot share equally, weights that cannot be mixed,
+            remote streams that several workers would read.
     """
 
     def __init__(
         self,
-        manifest: Manifest,
+        source: Manifest | Sequence[tuple[Manifest, int]],
         views: Sequence[View],
         *,
         global_batch: int,
@@ -54,9 +70,13 @@ class ClipStream:
         short: Short = "loop",
         in_process: bool = False,
         with_metadata: bool = False,
+        timeout_seconds: float = 120.0,
+        allow_shared_streams: bool = False,
+        quarantine_file: Path | None = None,
     ) -> None:
-        if manifest.num_samples == 0:
-            raise ConfigError(f"data.shards: {manifest.url} holds no samples")
+        sources = [(source, 1)] if isinstance(source, Manifest) else list(source)
+        manifests = tuple(manifest for manifest, _ in sources)
+        _check_sources(sources, shuffle=shuffle)
         if global_batch % world_size:
             nearest = max(world_size, round(global_batch / world_size) * world_size)
             raise ConfigError(
@@ -64,9 +84,19 @@ class ClipStream:
             )
         rows = global_batch // world_size
         self.workers = fitting_workers(workers, rows)
-        self.in_process = in_process
+        self.in_process, self.timeout_seconds, self.quarantine_file = in_process, timeout_seconds, quarantine_file
+        self.sharing = stream_sharing(streams, world_size * (1 if in_process else self.workers)) if shuffle else 1
+        """workers that read each stream"""
+        if self.sharing > 1 and not allow_shared_streams and any(is_remote(manifest.url) for manifest in manifests):
+            readers = world_size * self.workers
+            raise ConfigError(
+                f"data.streams: {streams} streams of remote shards on {readers} decoding workers (all ranks together): "
+                f"each would be read by {self.sharing} of them; choose a multiple of {readers}, e.g. "
+                f"{-(-streams // readers) * readers}, or set data.allow_shared_streams=true"
+            )
         self.plan = Plan(
-            manifest=manifest,
+            manifests=manifests,
+            weights=reduced_weights([weight for _, weight in sources]),
             maker=ViewMaker(tuple(views), seed=seed, rule=rule, decoder=decoder, short=short),
             global_batch=global_batch,
             rank=rank,
@@ -75,7 +105,7 @@ class ClipStream:
             streams=streams,
             block=block,
             shuffle=shuffle,
-            last_draw=None if shuffle else manifest.num_samples,
+            last_draw=None if shuffle else manifests[0].num_samples,
             with_metadata=with_metadata,
             quarantine=frozenset(),
         )
@@ -83,18 +113,47 @@ class ClipStream:
         """samples drawn so far by all ranks together: the position"""
 
     @property
-    def epoch(self) -> float:
-        """Epochs drawn so far."""
-        return self.draws / self.plan.manifest.num_samples
+    def num_samples(self) -> int:
+        """Samples of all sources."""
+        return sum(manifest.num_samples for manifest in self.plan.manifests)
+
+    @property
+    def num_shards(self) -> int:
+        """Shards of all sources."""
+        return sum(manifest.num_shards for manifest in self.plan.manifests)
+
+    @property
+    def epochs(self) -> list[float]:
+        """Epochs drawn so far, of each source its own."""
+        drawn = self.plan.order().drawn(self.draws)
+        return [count / manifest.num_samples for count, manifest in zip(drawn, self.plan.manifests, strict=True)]
+
+    @property
+    def quarantine(self) -> frozenset[str]:
+        """Keys that are never decoded again."""
+        return self.plan.quarantine
+
+    def add_quarantine(self, keys: Iterable[str]) -> None:
+        """Makes holes of these keys from the next batch on."""
+        new = frozenset(keys) - self.plan.quarantine
+        if new:  # another plan: a running loader is built again
+            self.plan = replace(self.plan, quarantine=self.plan.quarantine | new)
 
     def fingerprint(self) -> dict[str, Any]:
         """What the order depends on; a state is only good for an equal one."""
-        return {
-            "manifest": self.plan.manifest.fingerprint,
-            "samples": self.plan.manifest.num_samples,
+        manifests = self.plan.manifests
+        same: dict[str, Any] = {
             "seed": self.plan.maker.seed,
             "streams": self.plan.streams,
             "block": self.plan.block,
+        }
+        if len(manifests) == 1:
+            return {"manifest": manifests[0].fingerprint, "samples": manifests[0].num_samples, **same}
+        return {
+            "manifest": [manifest.fingerprint for manifest in manifests],
+            "samples": [manifest.num_samples for manifest in manifests],
+            "weights": list(self.plan.weights),
+            **same,
         }
 
     def state_dict(self) -> dict[str, Any]:
@@ -109,7 +168,9 @@ class ClipStream:
         """
         saved, mine = state["fingerprint"], self.fingerprint()
         different = [
-            f"{name}: {saved.get(name)!r} then, {mine[name]!r} now" for name in mine if saved.get(name) != mine[name]
+            f"{name}: {saved.get(name)!r} then, {mine.get(name)!r} now"
+            for name in {**mine, **saved}
+            if saved.get(name) != mine.get(name)
         ]
         if different:
             raise ConfigError(
@@ -124,12 +185,94 @@ class ClipStream:
         self.plan = replace(self.plan, quarantine=frozenset(state["quarantine"]))
 
     def __iter__(self) -> Iterator[Batch]:
-        """Batches from the current position; the position moves when a batch is handed out."""
-        plan = self.plan
-        parts = iter(part_loader(plan, self.draws // plan.global_batch, in_process=self.in_process))
-        while True:
-            batch = [part for part in (next(parts, None) for _ in range(plan.workers)) if part is not None]
-            if not batch:
-                return
-            self.draws += plan.global_batch
-            yield interleave(batch)
+        """Batches from the current position; the position moves when a batch is handed out.
+
+        Raises:
+            RunError: shards are missing or changed; workers are lost again and again.
+        """
+        loader: PartLoader | None = None
+        losses: list[Loss] = []
+        try:
+            while True:
+                if loader is not None and loader.plan is not self.plan:
+                    loader.close()
+                    loader = None
+                if loader is None:
+                    step = self.draws // self.plan.global_batch
+                    loader = PartLoader(
+                        self.plan, step, in_process=self.in_process, timeout_seconds=self.timeout_seconds
+                    )
+                try:
+                    parts = loader.next_batch()
+                except WorkersLostError as lost:
+                    losses += lost.losses
+                    self._quarantine(lost.losses)
+                    _check_losses(losses)
+                    loader.close()
+                    loader = None
+                    continue
+                if not parts:
+                    return
+                losses.clear()
+                self.draws += self.plan.global_batch
+                yield interleave(parts)
+        finally:
+            if loader is not None:
+                loader.close()
+
+    def _quarantine(self, losses: Sequence[Loss]) -> None:
+        """Notes what lost workers were at: first on disk, then for the workers that come after them."""
+        records = []
+        for loss in losses:
+            if loss.note is None:
+                print(f"rank {self.plan.rank}: a decoding worker was lost, {loss.detail}; going on", flush=True)
+                continue
+            key = loss.note.key
+            if key is None:
+                source, _, shard, index = (int(part) for part in self.plan.order().locate(np.array(loss.note.draw)))
+                key = self.plan.place(source, shard, index)
+            print(f"rank {self.plan.rank}: sample {key} is quarantined: {loss.detail}", flush=True)
+            records.append(
+                {
+                    "key": key,
+                    "draw": loss.note.draw,
+                    "rank": self.plan.rank,
+                    "reason": loss.reason,
+                    "detail": loss.detail,
+                }
+            )
+        if records and self.quarantine_file is not None:
+            append_quarantine(self.quarantine_file, records)
+        self.add_quarantine(str(record["key"]) for record in records)
+
+
+def _check_sources(sources: Sequence[tuple[Manifest, int]], *, shuffle: bool) -> None:
+    for manifest, weight in sources:
+        if manifest.num_samples == 0:
+            raise ConfigError(f"data.shards: {manifest.url} holds no samples")
+        if weight < 1:
+            raise ConfigError(
+                f"data.sources: the weight of {manifest.url} must be a whole number from 1 on, got {weight}"
+            )
+    if not sources or (len(sources) > 1 and not shuffle):
+        raise ConfigError(f"data.sources: {len(sources)} sources; a stream in order reads exactly one")
+    period = sum(reduced_weights([weight for _, weight in sources]))
+    if period > MAX_PERIOD:
+        raise ConfigError(
+            f"data.sources: the weights, without common factor, add up to {period:,}, at most {MAX_PERIOD:,}"
+        )
+
+
+def _check_losses(losses: Sequence[Loss]) -> None:
+    """A loader that never gets anywhere stops the run."""
+    idle = [loss for loss in losses if loss.note is None]
+    if len(idle) >= IDLE_LOSSES:
+        raise RunError(
+            f"{len(idle)} decoding workers were lost while they were at no sample ({idle[-1].detail}): "
+            "is there enough memory, and shared memory (/dev/shm)?"
+        )
+    if len(losses) >= SAMPLE_LOSSES:
+        raise RunError(
+            f"{len(losses)} samples cost a decoding worker before one batch was whole (last: {losses[-1].detail}): "
+            "try data.decoder=pyav, or `mmcl shards verify`"
+        )

@@ -95,7 +95,7 @@ def embed_shards(
     )
     model = model.eval().to(device)
     collected = _Collected(list(towers))
-    total = -(-stream.plan.manifest.num_samples // (batch * comm.world_size))
+    total = -(-stream.num_samples // (batch * comm.world_size))
     for rows in _progress(stream, total, quiet=comm.rank > 0):
         moved = rows.to(device)
         embedded = {
@@ -107,7 +107,7 @@ def embed_shards(
         collected.add(rows, {m: comm.gather(e).cpu() for m, e in embedded.items()}, views, comm)
     collected.add_texts(model if "text" in towers else None)
     if not collected.items:
-        raise RunError(f"{shards}: none of {stream.plan.manifest.num_samples} samples could be read")
+        raise RunError(f"{shards}: none of {stream.num_samples} samples could be read")
     return collected.done()
 
 

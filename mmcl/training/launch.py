@@ -68,13 +68,18 @@ def spare_threads(config: RunConfig, ranks: int) -> int:
 def _headline(trainer: Trainer, source: Path | None) -> str:
     stream, config = trainer.stream, trainer.config
     lines = [
-        f"{stream.plan.manifest.num_samples:,} samples in {stream.plan.manifest.num_shards:,} shards, "
+        f"{stream.num_samples:,} samples in {stream.num_shards:,} shards, "
         f"{parameter_counts(trainer.model)['total']:,} parameters, {config.train.steps:,} steps of "
         f"{config.train.global_batch} on {trainer.comm.world_size} process(es) with {stream.workers} decoding worker(s)"
     ]
     if stream.workers != config.data.workers and config.data.workers > 0:
         lines.append(
             f"data.workers lowered from {config.data.workers} to {stream.workers}: it must divide a rank's rows"
+        )
+    if stream.sharing > 1:
+        lines.append(
+            f"each of data.streams={stream.plan.streams} streams is read by {stream.sharing} decoding workers: "
+            "a multiple of ranks × workers is read by one"
         )
     if source is not None:
         lines.append(f"going on from {source}")

@@ -19,6 +19,7 @@ class RunFolder:
     def __init__(self, path: Path, *, writer: bool = True) -> None:
         self.path, self.writer = path, writer
         self.metrics, self.skipped = path / "metrics.jsonl", path / "skipped.jsonl"
+        self.quarantine = path / "quarantine.jsonl"
         self.stop_file = path / "stop"
         self._lock: Any = None
 

@@ -17,7 +17,7 @@ import mmcl
 from mmcl.config import to_yaml
 from mmcl.data import ClipStream
 from mmcl.data.collate import holes
-from mmcl.data.health import SkipLimits, skip_records
+from mmcl.data.health import SkipLimits, read_quarantine, skip_records
 from mmcl.distributed import Comm
 from mmcl.model import TrainStep
 from mmcl.objectives.base import Term
@@ -70,6 +70,9 @@ class Trainer:
         options = self.config.train
         if resume is not None:
             self.load(resume)
+        self.stream.quarantine_file = folder.quarantine
+        self.stream.add_quarantine(read_quarantine(folder.quarantine))
+        self._share_quarantine()
         folder.rewind(step=self.progress.step, samples=self.progress.samples)
         self._settle_reducer()
         torch.manual_seed(options.seed + 1 + self.comm.rank)
@@ -168,7 +171,13 @@ class Trainer:
         for name, value in self.step_module.named_buffers():
             value.copy_(buffers[name])
 
+    def _share_quarantine(self) -> None:
+        """What stopped a worker of one rank is a hole on all."""
+        for keys in self.comm.gather_objects(sorted(self.stream.quarantine)):
+            self.stream.add_quarantine(keys)
+
     def _log(self, folder: RunFolder, meter: Meter, term: Term, grad_norm: Tensor) -> None:
+        self._share_quarantine()
         skipped = [record for rank in self.comm.gather_objects(meter.take_skipped()) for record in rank]
         self.progress.skipped += len(skipped)
         record = {
@@ -181,6 +190,7 @@ class Trainer:
             "learning_rate": self.optimizer.param_groups[0]["lr"],
             **meter.rates(self.config.train.global_batch * self.config.train.accumulate),
             "skipped": self.progress.skipped,
+            **self._epochs(),
         }
         if not self.accelerator.is_main_process:
             return
@@ -201,8 +211,14 @@ class Trainer:
             return {}
         return {"temperature": sum(each.values()) / len(each), **{f"temperature/{k}": v for k, v in each.items()}}
 
+    def _epochs(self) -> dict[str, float]:
+        """Epochs drawn so far, of each source of a mixture its own."""
+        epochs = self.stream.epochs
+        return {"epoch": epochs[0]} if len(epochs) == 1 else {f"epoch/{n}": epoch for n, epoch in enumerate(epochs)}
+
     def save(self, folder: RunFolder) -> None:
         """Writes a checkpoint; every rank hands in its random state."""
+        self._share_quarantine()
         random = {
             name: self.comm.gather(value[None].to(self.accelerator.device)).cpu()
             for name, value in random_state().items()
@@ -315,7 +331,7 @@ def build_stream(config: RunConfig, views: tuple[View, ...], comm: Comm) -> Clip
     """The stream of this rank, as the configuration says."""
     data = config.data
     return ClipStream(
-        load_manifest(data.shards),
+        [(load_manifest(shards), weight) for shards, weight in data.weighted],
         views,
         global_batch=config.train.global_batch,
         seed=config.train.seed,
@@ -327,6 +343,8 @@ def build_stream(config: RunConfig, views: tuple[View, ...], comm: Comm) -> Clip
         decoder=data.decoder,
         short=data.short,
         in_process=data.in_process,
+        timeout_seconds=data.timeout_seconds,
+        allow_shared_streams=data.allow_shared_streams,
     )
 
 

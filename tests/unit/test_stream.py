@@ -75,7 +75,7 @@ def test_every_sample_comes_once_per_epoch(shards_folder: Path) -> None:
     assert set(keys[16:]) == set(keys[:16])
     assert keys[:16] != keys[16:]
     assert source.draws == 32
-    assert source.epoch == 2.0
+    assert source.epochs == [2.0]
 
 
 def test_rows_hold_what_they_should(shards_folder: Path) -> None:
