@@ -12,7 +12,7 @@ from mmcl.config import Options, build, read_yaml
 from mmcl.data.options import DataOptions
 from mmcl.model import ModelOptions, MultimodalModel
 from mmcl.objectives import OBJECTIVES, ObjectiveOptions
-from mmcl.objectives.base import ObjectiveMix
+from mmcl.objectives.base import Objective, ObjectiveMix, check_needs
 
 PositiveInt = Annotated[int, Field(ge=1)]
 Fraction = Annotated[float, Field(ge=0, le=1)]
@@ -30,6 +30,15 @@ class OptimizerOptions(Options):
     """linear warm-up from 0, then half a cosine down to 0 at the last step"""
     clip_norm: Annotated[float, Field(gt=0)] | None = 1.0
     """largest gradient norm over all parameters; null: no clipping"""
+
+
+class MomentumOptions(Options):
+    """Moving averages of towers and heads, for objectives that ask for them (MoCo, BYOL, …)."""
+
+    start: Fraction = 0.996
+    """share that a copy keeps of itself in the first step (BYOL 0.996; persistency MoCo 0.994; MoCo 0.999)"""
+    schedule: Literal["cosine", "constant"] = "cosine"
+    """half a cosine up to 1 at the last step, or ``start`` throughout"""
 
 
 class TrainOptions(Options):
@@ -55,6 +64,7 @@ class TrainOptions(Options):
     trackers: tuple[str, ...] = ()
     """names of Accelerate trackers: tensorboard, wandb, trackio, …"""
     optimizer: OptimizerOptions = OptimizerOptions()
+    momentum: MomentumOptions = MomentumOptions()
 
 
 class EvaluateOptions(Options):
@@ -90,16 +100,23 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
 
 
 def build_model(config: RunConfig) -> tuple[MultimodalModel, ObjectiveMix]:
-    """The model and its objectives, freshly initialised from torch's random state."""
+    """The model and its objectives, freshly initialised from torch's random state.
+
+    Raises:
+        ConfigError: an objective asks for what no tower gives; names its path.
+    """
     model = MultimodalModel(config.model)
     towers = model.tower_infos()
-    objectives, weights = {}, {}
+    objectives: dict[str, Objective] = {}
+    weights: dict[str, float] = {}
     for number, options in enumerate(config.objectives):
         name = options.name if options.name not in objectives else f"{options.name}_{number}"
         objectives[name] = OBJECTIVES[options.name].build(options, towers, path=f"objectives.{number}")
+        check_needs(objectives[name].needs, towers, path=f"objectives.{number}")
         weights[name] = options.weight
     mix = ObjectiveMix(objectives, weights)
     model.add_scales(mix.scales)
+    model.serve(mix.needs)
     return model, mix
 
 

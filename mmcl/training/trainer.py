@@ -25,6 +25,7 @@ from mmcl.progress import on_terminal, show_progress
 from mmcl.recipe import RunConfig, build_model
 from mmcl.shards import load_manifest
 from mmcl.training import checkpoint as ckpt
+from mmcl.training.momentum import advance, momentum_at
 from mmcl.training.optim import build_optimizer, learning_rate_factor, set_learning_rate
 from mmcl.training.run_folder import RunFolder
 from mmcl.training.signals import StopRequest
@@ -123,6 +124,8 @@ class Trainer:
         self.optimizer.zero_grad(set_to_none=True)
         for term in terms:
             self.mix.commit(term.pending)
+        momentum = momentum_at(self.progress.step, self.config.train.steps, self.config.train.momentum)
+        advance(self.model.ema_pairs() + self.mix.ema_pairs(), momentum)
         return _mean_term(terms), grad_norm
 
     def _backward(self, batch: Batch, parts: int) -> Term:
