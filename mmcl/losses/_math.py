@@ -101,7 +101,7 @@ def log_sum_of_candidates(
     numbers = torch.arange(len(anchors), device=anchors.device)
     if len(anchors) <= tile:
         return part(anchors, numbers)
-    parts = zip(anchors.split(tile), numbers.split(tile), strict=True)
+    parts = zip(torch.split(anchors, tile), torch.split(numbers, tile), strict=True)
     return torch.cat([checkpoint(part, *own, use_reentrant=False) for own in parts])
 
 

@@ -30,5 +30,5 @@ def advance(pairs: Iterable[tuple[nn.Module, nn.Module]], momentum: float) -> No
     for online, copied in pairs:
         for source, target in zip(online.parameters(), copied.parameters(), strict=True):
             target.lerp_(source, 1 - momentum)
-        for source, target in zip(online.buffers(), copied.buffers(), strict=True):
-            target.copy_(source)
+        for buffer, same in zip(online.buffers(), copied.buffers(), strict=True):
+            same.copy_(buffer)
