@@ -5,8 +5,9 @@ from __future__ import annotations
 import copy
 import math
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated, Any, TypeAlias
+from typing import Annotated, Any, Literal, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
@@ -186,7 +187,19 @@ class MultimodalModel(Pretrained):
 
     def forward(self, batch: Batch, needs: Iterable[Need]) -> Embeddings:
         """Runs each tower once per view that is needed of it, on the present rows alone."""
-        return Embeddings(self.encode(batch, needs), batch, self.scales())
+        return self.embeddings(self.encode(batch, needs), batch)
+
+    def embeddings(self, values: Values, batch: Batch) -> Embeddings:
+        """Values that were encoded before, with the temperatures of now."""
+        return Embeddings(values, batch, self.scales())
+
+    def learning_values(self, values: Values) -> list[tuple[str, View, Level, Kind]]:
+        """The keys of those that towers or heads learn from."""
+        return [key for key in values if self._learns(key[0], key[3])]
+
+    def _learns(self, tower: str, kind: Kind) -> bool:
+        parts = (p for module in (self.towers[tower], self.heads[tower]) for p in module.parameters())
+        return kind == "online" and any(p.requires_grad for p in parts)
 
     def encode(self, batch: Batch, needs: Iterable[Need], *, learning_only: bool = False) -> Values:
         """The values of :class:`Embeddings`. Towers that learn run first, so that with ``learning_only``, which leaves
@@ -196,7 +209,7 @@ class MultimodalModel(Pretrained):
         for need in needs:
             levels = runs.setdefault((need.tower, need.view, need.kind), [])
             levels += [level for level in need.levels if level not in levels]
-        learns = {run: run[2] == "online" and any(p.requires_grad for p in self._parts(run[0])) for run in runs}
+        learns = {run: self._learns(run[0], run[2]) for run in runs}
         values: dict[tuple[str, View, Level, Kind], Tensor] = {}
         for run in sorted(runs, key=lambda run: not learns[run]):
             tower, view, kind = run
@@ -206,9 +219,6 @@ class MultimodalModel(Pretrained):
                 for level, value in self.encode_view(tower, batch.views[view], runs[run], kind).items():
                     values[(tower, view, level, kind)] = value
         return values
-
-    def _parts(self, tower: str) -> Iterable[nn.Parameter]:
-        return (p for module in (self.towers[tower], self.heads[tower]) for p in module.parameters())
 
     def encode_view(
         self, tower: str, view: ViewBatch, levels: Sequence[Level], kind: Kind = "online"
@@ -342,6 +352,15 @@ def fit_clip(clip: Clip, spec: VideoSpec | AudioSpec) -> npt.NDArray[Any]:
     return np.pad(wave, (0, spec.samples - len(wave)))
 
 
+@dataclass(frozen=True, eq=False)
+class CachePass:
+    """One pass of the gradient cache through :class:`TrainStep`."""
+
+    stage: Literal["features", "loss", "replay"]
+    values: Values = field(default_factory=dict)
+    """``loss``: the features of the whole batch; ``replay``: the gradient of those of these rows"""
+
+
 class TrainStep(nn.Module):
     """What the launcher wraps: towers, heads, temperatures and objectives in one forward, so in one reducer."""
 
@@ -349,8 +368,20 @@ class TrainStep(nn.Module):
         super().__init__()
         self.model, self.mix = model, mix
 
-    def forward(self, batch: Batch) -> Term:
-        term: Term = self.mix(self.model(batch, self.mix.needs), Comm.current())
+    def forward(self, batch: Batch, cache: CachePass | None = None) -> Term | Values | Tensor:
+        """The terms of a batch; under the gradient cache what its pass asks for: features, terms, or a number whose
+        gradient is that of the features pulled through the towers.
+        """
+        if cache is not None and cache.stage == "features":
+            return self.model.encode(batch, self.mix.needs)
+        if cache is not None and cache.stage == "replay":
+            found = self.model.encode(batch, self.mix.needs, learning_only=True)
+            pulled = [(found[key] * gradient).sum() for key, gradient in cache.values.items()]
+            # every parameter takes part, so that every gradient is reduced, the objectives' of the loss pass too
+            touched = [0.0 * p.sum() for p in self.parameters() if p.requires_grad]
+            return torch.stack([x.float() if x.dtype != torch.float64 else x for x in (*pulled, *touched)]).sum()
+        embeddings = self.model(batch, self.mix.needs) if cache is None else self.model.embeddings(cache.values, batch)
+        term: Term = self.mix(embeddings, Comm.current())
         return term
 
 

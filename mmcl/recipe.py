@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, TypeAlias
 
-from pydantic import Field, field_validator
+from pydantic import Discriminator, Field, Tag, field_validator
 
 from mmcl.config import Options, build, read_yaml
 from mmcl.data.options import DataOptions
@@ -18,18 +18,57 @@ PositiveInt = Annotated[int, Field(ge=1)]
 Fraction = Annotated[float, Field(ge=0, le=1)]
 
 
-class OptimizerOptions(Options):
-    """AdamW (Loshchilov & Hutter 2019); norms, biases and temperatures are never decayed."""
+class ScheduleOptions(Options):
+    """What every optimizer has; norms, biases and temperatures are never decayed."""
 
+    warmup_steps: Annotated[int, Field(ge=0)] = 20
+    """linear warm-up from 0, then half a cosine down to 0 at the last step"""
+    clip_norm: Annotated[float, Field(gt=0)] | None = 1.0
+    """largest gradient norm over all parameters; null: no clipping"""
+
+
+class AdamWOptions(ScheduleOptions):
+    """AdamW (Loshchilov & Hutter 2019)."""
+
+    name: Literal["adamw"] = "adamw"
     learning_rate: Annotated[float, Field(gt=0)] = 1e-3
     weight_decay: Annotated[float, Field(ge=0)] = 0.1
     beta1: Fraction = 0.9
     beta2: Fraction = 0.98
     epsilon: Annotated[float, Field(gt=0)] = 1e-8
-    warmup_steps: Annotated[int, Field(ge=0)] = 20
-    """linear warm-up from 0, then half a cosine down to 0 at the last step"""
-    clip_norm: Annotated[float, Field(gt=0)] | None = 1.0
-    """largest gradient norm over all parameters; null: no clipping"""
+
+
+class SGDOptions(ScheduleOptions):
+    """Stochastic gradient descent with momentum."""
+
+    name: Literal["sgd"] = "sgd"
+    learning_rate: Annotated[float, Field(gt=0)] = 0.1
+    weight_decay: Annotated[float, Field(ge=0)] = 1e-4
+    momentum: Fraction = 0.9
+    clip_norm: Annotated[float, Field(gt=0)] | None = None
+
+
+class LARSOptions(ScheduleOptions):
+    """SGD with layer-wise rates for large batches (You et al. 2017, arXiv 1708.03888)."""
+
+    name: Literal["lars"] = "lars"
+    learning_rate: Annotated[float, Field(gt=0)] = 0.6
+    weight_decay: Annotated[float, Field(ge=0)] = 1e-6
+    momentum: Fraction = 0.9
+    trust: Annotated[float, Field(gt=0)] = 1e-3
+    """size of a step relative to the weights, times the learning rate"""
+    clip_norm: Annotated[float, Field(gt=0)] | None = None
+
+
+def _optimizer_name(options: Any) -> Any:
+    """AdamW where no name is given."""
+    return options.get("name", "adamw") if isinstance(options, dict) else getattr(options, "name", None)
+
+
+OptimizerOptions: TypeAlias = Annotated[
+    Annotated[AdamWOptions, Tag("adamw")] | Annotated[SGDOptions, Tag("sgd")] | Annotated[LARSOptions, Tag("lars")],
+    Discriminator(_optimizer_name),
+]
 
 
 class MomentumOptions(Options):
@@ -50,6 +89,9 @@ class TrainOptions(Options):
     """optimizer steps"""
     global_batch: PositiveInt
     """rows of one loss over all ranks"""
+    micro_batch: PositiveInt | None = None
+    """rows per forward of a rank; smaller than its share of the batch: the same loss and gradients in less memory for
+    a second forward (gradient cache); null: all at once"""
     accumulate: PositiveInt = 1
     """losses whose gradients are averaged into one optimizer step; each sees its own global batch"""
     seed: int = 0
@@ -63,7 +105,7 @@ class TrainOptions(Options):
     keep_checkpoints: PositiveInt = 2
     trackers: tuple[str, ...] = ()
     """names of Accelerate trackers: tensorboard, wandb, trackio, …"""
-    optimizer: OptimizerOptions = OptimizerOptions()
+    optimizer: OptimizerOptions = AdamWOptions()
     momentum: MomentumOptions = MomentumOptions()
 
 

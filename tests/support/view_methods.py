@@ -5,12 +5,11 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from support.exactness import TOWERS, Subject
-
 from mmcl.config import build as build_options
 from mmcl.objectives import OBJECTIVES
 from mmcl.objectives.base import Objective, ObjectiveMix
 from mmcl.types import TowerInfo
+from support.exactness import TOWERS, Subject
 
 SMALL = {"hidden": 6, "out": 5}
 EXTRAS: dict[str, dict[str, Any]] = {
