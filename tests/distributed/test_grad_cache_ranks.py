@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from functools import lru_cache
 
 import pytest
@@ -135,9 +135,13 @@ def test_with_dropout_equals_one_graph_over_the_same_forwards() -> None:
         torch.testing.assert_close(dict(step.named_parameters())[name].grad, gradient, msg=name)
 
 
-def test_momentum_towers_and_objectives_run_once() -> None:
+def test_momentum_towers_and_objectives_run_once_and_gradients_are_reduced_once() -> None:
     step = build_step()
-    calls = {"online": 0, "momentum": 0, "projector": 0}
+    calls = {"online": 0, "momentum": 0, "projector": 0, "unsynced": 0}
+
+    def counting() -> AbstractContextManager[object]:
+        calls["unsynced"] += 1
+        return nullcontext()
 
     def count(name: str) -> object:
         def hook(*_: object) -> None:
@@ -149,7 +153,8 @@ def test_momentum_towers_and_objectives_run_once() -> None:
     step.model.momentum_towers["video"].register_forward_hook(count("momentum"))
     step.mix.objectives["byol"].projector.register_forward_hook(count("projector"))
     views = tuple(dict.fromkeys(need.view for need in step.mix.needs))
-    cached_backward(step, global_batch(0, views, None), micro_batch=4)
+    cached_backward(step, global_batch(0, views, None), micro_batch=4, no_sync=counting)
+    assert calls.pop("unsynced") == 3, "the loss pass and all replays but the last keep their gradients to themselves"
     # views of the video tower online: two draws of one clip and another clip; by momentum: two clips
     assert calls == {"online": 3 * 3 * 2, "momentum": 3 * 2, "projector": 2}
 
