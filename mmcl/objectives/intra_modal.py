@@ -154,6 +154,8 @@ class IntraModalOptions(Options):
 
 
 class DCLMethod(ContrastMethod):
+    """DCL, and DCLW where the options have a sigma."""
+
     decoupled = True
 
     def __init__(self, views: ViewSet, options: DCLOptions | DCLWOptions) -> None:
@@ -163,7 +165,10 @@ class DCLMethod(ContrastMethod):
 
 
 class SimSiamMethod(PredictionMethod):
+    """Prediction of one's own network, on the scale of the paper."""
+
     def distance(self, cosine: Tensor) -> Tensor:
+        """−cos."""
         return -cosine
 
 

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 import torch
-from support.recipes import ROOT, tiny_config
+from support.recipes import ROOT, TINY, tiny_config, tiny_overrides
 
 import mmcl
 from mmcl.recipe import RunConfig
@@ -44,14 +46,11 @@ def test_a_recipe_runs(path: Path, shards_folder: Path, tmp_path: Path) -> None:
     assert len(losses(tmp_path / "run")) == 20
 
 
+SIZES = ("train.steps=6", "train.log_every=1", "train.checkpoint_every=3", "train.global_batch=8")
+
+
 def mixed(shards: Path, out: Path, *overrides: str) -> RunConfig:
-    sizes = ("train.steps=6", "train.log_every=1", "train.checkpoint_every=3", "train.global_batch=8")
-    return tiny_config_of(shards, out, *sizes, *overrides)
-
-
-def tiny_config_of(shards: Path, out: Path, *overrides: str) -> RunConfig:
-    """The tiny run with other objectives; they are set after what belongs to the first of its own."""
-    return tiny_config(MIX, *overrides, shards=shards / "train", out=out)
+    return tiny_config(MIX, *SIZES, *overrides, shards=shards / "train", out=out)
 
 
 def test_a_mix_goes_on_bit_for_bit_and_micro_batches_change_nothing(shards_folder: Path, tmp_path: Path) -> None:
@@ -71,6 +70,23 @@ def test_a_mix_goes_on_bit_for_bit_and_micro_batches_change_nothing(shards_folde
     pretrain(mixed(shards_folder, tmp_path / "cached", "train.micro_batch=3"))
     assert losses(tmp_path / "cached") == pytest.approx(losses(tmp_path / "whole"), rel=1e-4)
     assert len(set(losses(tmp_path / "whole"))) == 6
+
+
+@pytest.mark.slow
+def test_two_processes_with_micro_batches_equal_one(shards_folder: Path, tmp_path: Path) -> None:
+    pretrain(mixed(shards_folder, tmp_path / "one"))
+    launch = ["-m", "accelerate.commands.launch", "--config_file", str(ROOT / "configs/accelerate/cpu_2.yaml")]
+    overrides = tiny_overrides(MIX, *SIZES, "train.micro_batch=3", shards=shards_folder / "train", out=tmp_path / "two")
+    done = subprocess.run(
+        [sys.executable, *launch, str(ROOT / "pipelines/pretrain.py"), str(TINY), *overrides, "train.processes=2"],
+        capture_output=True,
+        text=True,
+        timeout=250,
+        check=False,
+        cwd=ROOT,
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert losses(tmp_path / "two") == pytest.approx(losses(tmp_path / "one"), rel=1e-4)
 
 
 def test_momentum_copies_follow_in_a_run(shards_folder: Path, tmp_path: Path) -> None:
