@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import copy
 import math
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated, Any, TypeAlias
+from typing import Annotated, Any, Literal, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
@@ -42,6 +44,7 @@ from mmcl.types import (
 )
 
 Media: TypeAlias = str | Path | bytes | Clip
+Values: TypeAlias = dict[tuple[str, View, Level, Kind], Tensor]
 
 MAX_LOG_SCALE = math.log(100.0)
 """CLIP's clamp of the learned multiplier (Radford et al. 2021, section 2.5)."""
@@ -70,6 +73,8 @@ class _Description(Options):
 
     model: ModelOptions
     scales: tuple[str, ...] = ()
+    momentum: tuple[str, ...] = ()
+    """towers with a momentum copy"""
 
 
 class MultimodalModel(Pretrained):
@@ -81,6 +86,7 @@ class MultimodalModel(Pretrained):
         encoders = {name: build_encoder(tower) for name, tower in options.towers.items()}
         self.towers = nn.ModuleDict(encoders)
         self.heads = nn.ModuleDict({name: self._head(encoder.width) for name, encoder in encoders.items()})
+        self.momentum_towers, self.momentum_heads = nn.ModuleDict(), nn.ModuleDict()
         self.log_scales = nn.ParameterDict()
 
     def _head(self, width: int) -> nn.Module:
@@ -88,18 +94,24 @@ class MultimodalModel(Pretrained):
         return MLPHead(width, options.head.hidden, options.joint_width, layers=options.head.layers)
 
     def description(self) -> dict[str, Any]:
-        return {"model": self.options.model_dump(mode="json"), "scales": list(self.log_scales)}
+        return {
+            "model": self.options.model_dump(mode="json"),
+            "scales": list(self.log_scales),
+            "momentum": list(self.momentum_towers),
+        }
 
     @classmethod
     def from_description(cls, description: dict[str, Any], *, where: str) -> MultimodalModel:
         described = build(_Description, description, where=where)
         model = cls(described.model)
         model.add_scales(described.scales)
+        for tower in described.momentum:
+            model.add_momentum(tower)
         return model
 
     def export(self, folder: str | Path) -> Path:
-        """The model folder with a card for people."""
-        target = self.save_pretrained(folder)
+        """The model folder with a card for people, without momentum copies."""
+        target = self._without_momentum().save_pretrained(folder)
         towers = ", ".join(f"{name} ({tower.name})" for name, tower in self.options.towers.items())
         counts = parameter_counts(self)
         facts = {
@@ -113,11 +125,44 @@ class MultimodalModel(Pretrained):
         write_card(target, facts)
         return target
 
+    def _without_momentum(self) -> MultimodalModel:
+        if not self.momentum_towers:
+            return self
+        model = MultimodalModel(self.options)
+        model.add_scales(self.log_scales)
+        model.load_state_dict({k: v for k, v in self.state_dict().items() if not k.startswith("momentum_")})
+        return model
+
     def add_scales(self, names: Iterable[str]) -> None:
         """Gives the model a temperature for each name, e.g. one per pair of towers (``"video-text"``)."""
         start = -math.log(self.options.temperature)
         for name in names:
             self.log_scales[name] = nn.Parameter(torch.tensor(start), requires_grad=self.options.learn_temperature)
+
+    def add_momentum(self, tower: str) -> None:
+        """Gives a tower and its head a copy that follows them without a gradient (:meth:`ema_pairs`)."""
+        self.momentum_towers[tower] = copy.deepcopy(self.towers[tower]).requires_grad_(False)
+        self.momentum_heads[tower] = copy.deepcopy(self.heads[tower]).requires_grad_(False)
+
+    def ema_pairs(self) -> list[tuple[nn.Module, nn.Module]]:
+        """(online, momentum copy) of towers and their heads."""
+        copies = [(self.towers, self.momentum_towers), (self.heads, self.momentum_heads)]
+        return [(online[name], copied[name]) for online, copied in copies for name in copied]
+
+    def serve(self, needs: Iterable[Need]) -> None:
+        """Makes the momentum copies that ``needs`` ask for; what none of them uses gets no gradient.
+
+        A parameter that never takes part would keep the ranks waiting for its gradient.
+        """
+        needs = list(needs)
+        for tower in dict.fromkeys(need.tower for need in needs if need.kind == "momentum"):
+            self.add_momentum(tower)
+        online = [need for need in needs if need.kind == "online"]
+        for name in self.towers:
+            if name not in {need.tower for need in online}:
+                self.towers[name].requires_grad_(False)
+            if name not in {need.tower for need in online if "joint" in need.levels}:
+                self.heads[name].requires_grad_(False)
 
     def tower(self, name: str) -> Encoder:
         encoder = self.towers[name]
@@ -142,18 +187,43 @@ class MultimodalModel(Pretrained):
 
     def forward(self, batch: Batch, needs: Iterable[Need]) -> Embeddings:
         """Runs each tower once per view that is needed of it, on the present rows alone."""
+        return self.embeddings(self.encode(batch, needs), batch)
+
+    def embeddings(self, values: Values, batch: Batch) -> Embeddings:
+        """Values that were encoded before, with the temperatures of now."""
+        return Embeddings(values, batch, self.scales())
+
+    def learning_values(self, values: Values) -> list[tuple[str, View, Level, Kind]]:
+        """The keys of those that towers or heads learn from."""
+        return [key for key in values if self._learns(key[0], key[3])]
+
+    def _learns(self, tower: str, kind: Kind) -> bool:
+        parts = (p for module in (self.towers[tower], self.heads[tower]) for p in module.parameters())
+        return kind == "online" and any(p.requires_grad for p in parts)
+
+    def encode(self, batch: Batch, needs: Iterable[Need], *, learning_only: bool = False) -> Values:
+        """The values of :class:`Embeddings`. Towers that learn run first, so that with ``learning_only``, which leaves
+        out the others, they draw the same random numbers.
+        """
         runs: dict[tuple[str, View, Kind], list[Level]] = {}
         for need in needs:
             levels = runs.setdefault((need.tower, need.view, need.kind), [])
             levels += [level for level in need.levels if level not in levels]
+        learns = {run: self._learns(run[0], run[2]) for run in runs}
         values: dict[tuple[str, View, Level, Kind], Tensor] = {}
-        for (tower, view, kind), levels in runs.items():
-            for level, value in self.encode_view(tower, batch.views[view], levels).items():
-                values[(tower, view, level, kind)] = value
-        return Embeddings(values, batch, self.scales())
+        for run in sorted(runs, key=lambda run: not learns[run]):
+            tower, view, kind = run
+            if learning_only and not learns[run]:
+                continue
+            with torch.set_grad_enabled(learns[run] and torch.is_grad_enabled()):
+                for level, value in self.encode_view(tower, batch.views[view], runs[run], kind).items():
+                    values[(tower, view, level, kind)] = value
+        return values
 
-    def encode_view(self, tower: str, view: ViewBatch, levels: Sequence[Level]) -> dict[Level, Tensor]:
-        """Levels of one tower on one view, ``(B, …)``; rows that are not present hold zeros.
+    def encode_view(
+        self, tower: str, view: ViewBatch, levels: Sequence[Level], kind: Kind = "online"
+    ) -> dict[Level, Tensor]:
+        """Levels of one tower, or of its momentum copy, on one view, ``(B, …)``; absent rows hold zeros.
 
         A rank without any present row runs one dummy row whose result is joined with weight 0, so that every rank
         uses every parameter and no collective of DDP or FSDP is missed.
@@ -163,10 +233,11 @@ class MultimodalModel(Pretrained):
         if dummy:
             rows = torch.zeros(1, dtype=torch.long, device=view.data.device)
         mask = None if view.mask is None else view.mask[rows]
-        features: Features = self.towers[tower](view.data[rows], mask)
+        towers, heads = (self.towers, self.heads) if kind == "online" else (self.momentum_towers, self.momentum_heads)
+        features: Features = towers[tower](view.data[rows], mask)
         values: dict[Level, Tensor] = {}
         for level in levels:
-            value = self._level(tower, features, level)
+            value = self._level(tower, heads[tower], features, level)
             out = value.new_zeros((len(view), *value.shape[1:]))
             values[level] = out + 0.0 * value.sum() if dummy else out.index_copy(0, rows, value)
         return values
@@ -219,12 +290,12 @@ class MultimodalModel(Pretrained):
         rows = [self.encode_view(tower, view.map(lambda x: x.to(device)), ["joint"])["joint"].cpu() for view in views]
         return torch.cat(rows) if rows else torch.zeros(0, self.options.joint_width)
 
-    def _level(self, tower: str, features: Features, level: Level) -> Tensor:
+    def _level(self, tower: str, head: nn.Module, features: Features, level: Level) -> Tensor:
         if level == "joint":
             # unit rows in float32, also under autocast: cosines near 1 need the bits
             with torch.autocast(features.pooled.device.type, enabled=False):
                 pooled = features.pooled
-                projected: Tensor = self.heads[tower](pooled if pooled.dtype == torch.float64 else pooled.float())
+                projected: Tensor = head(pooled if pooled.dtype == torch.float64 else pooled.float())
                 return F.normalize(projected, dim=-1)
         if level == "pooled":
             return features.pooled
@@ -281,6 +352,15 @@ def fit_clip(clip: Clip, spec: VideoSpec | AudioSpec) -> npt.NDArray[Any]:
     return np.pad(wave, (0, spec.samples - len(wave)))
 
 
+@dataclass(frozen=True, eq=False)
+class CachePass:
+    """One pass of the gradient cache through :class:`TrainStep`."""
+
+    stage: Literal["features", "loss", "replay"]
+    values: Values = field(default_factory=dict)
+    """``loss``: the features of the whole batch; ``replay``: the gradient of those of these rows"""
+
+
 class TrainStep(nn.Module):
     """What the launcher wraps: towers, heads, temperatures and objectives in one forward, so in one reducer."""
 
@@ -288,8 +368,20 @@ class TrainStep(nn.Module):
         super().__init__()
         self.model, self.mix = model, mix
 
-    def forward(self, batch: Batch) -> Term:
-        term: Term = self.mix(self.model(batch, self.mix.needs), Comm.current())
+    def forward(self, batch: Batch, cache: CachePass | None = None) -> Term | Values | Tensor:
+        """The terms of a batch; under the gradient cache what its pass asks for: features, terms, or a number whose
+        gradient is that of the features pulled through the towers.
+        """
+        if cache is not None and cache.stage == "features":
+            return self.model.encode(batch, self.mix.needs)
+        if cache is not None and cache.stage == "replay":
+            found = self.model.encode(batch, self.mix.needs, learning_only=True)
+            pulled = [(found[key] * gradient).sum() for key, gradient in cache.values.items()]
+            # every parameter takes part, so that every gradient is reduced, the objectives' of the loss pass too
+            touched = [0.0 * p.sum() for p in self.parameters() if p.requires_grad]
+            return torch.stack([x.float() if x.dtype != torch.float64 else x for x in (*pulled, *touched)]).sum()
+        embeddings = self.model(batch, self.mix.needs) if cache is None else self.model.embeddings(cache.values, batch)
+        term: Term = self.mix(embeddings, Comm.current())
         return term
 
 

@@ -4,32 +4,80 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, TypeAlias
 
-from pydantic import Field, field_validator
+from pydantic import Discriminator, Field, Tag, field_validator
 
 from mmcl.config import Options, build, read_yaml
 from mmcl.data.options import DataOptions
 from mmcl.model import ModelOptions, MultimodalModel
 from mmcl.objectives import OBJECTIVES, ObjectiveOptions
-from mmcl.objectives.base import ObjectiveMix
+from mmcl.objectives.base import Objective, ObjectiveMix, check_needs
 
 PositiveInt = Annotated[int, Field(ge=1)]
 Fraction = Annotated[float, Field(ge=0, le=1)]
 
 
-class OptimizerOptions(Options):
-    """AdamW (Loshchilov & Hutter 2019); norms, biases and temperatures are never decayed."""
+class ScheduleOptions(Options):
+    """What every optimizer has; norms, biases and temperatures are never decayed."""
 
+    warmup_steps: Annotated[int, Field(ge=0)] = 20
+    """linear warm-up from 0, then half a cosine down to 0 at the last step"""
+    clip_norm: Annotated[float, Field(gt=0)] | None = 1.0
+    """largest gradient norm over all parameters; null: no clipping"""
+
+
+class AdamWOptions(ScheduleOptions):
+    """AdamW (Loshchilov & Hutter 2019)."""
+
+    name: Literal["adamw"] = "adamw"
     learning_rate: Annotated[float, Field(gt=0)] = 1e-3
     weight_decay: Annotated[float, Field(ge=0)] = 0.1
     beta1: Fraction = 0.9
     beta2: Fraction = 0.98
     epsilon: Annotated[float, Field(gt=0)] = 1e-8
-    warmup_steps: Annotated[int, Field(ge=0)] = 20
-    """linear warm-up from 0, then half a cosine down to 0 at the last step"""
-    clip_norm: Annotated[float, Field(gt=0)] | None = 1.0
-    """largest gradient norm over all parameters; null: no clipping"""
+
+
+class SGDOptions(ScheduleOptions):
+    """Stochastic gradient descent with momentum."""
+
+    name: Literal["sgd"] = "sgd"
+    learning_rate: Annotated[float, Field(gt=0)] = 0.1
+    weight_decay: Annotated[float, Field(ge=0)] = 1e-4
+    momentum: Fraction = 0.9
+    clip_norm: Annotated[float, Field(gt=0)] | None = None
+
+
+class LARSOptions(ScheduleOptions):
+    """SGD with layer-wise rates for large batches (You et al. 2017, arXiv 1708.03888)."""
+
+    name: Literal["lars"] = "lars"
+    learning_rate: Annotated[float, Field(gt=0)] = 0.6
+    weight_decay: Annotated[float, Field(ge=0)] = 1e-6
+    momentum: Fraction = 0.9
+    trust: Annotated[float, Field(gt=0)] = 1e-3
+    """size of a step relative to the weights, times the learning rate"""
+    clip_norm: Annotated[float, Field(gt=0)] | None = None
+
+
+def _optimizer_name(options: Any) -> Any:
+    """AdamW where no name is given."""
+    return options.get("name", "adamw") if isinstance(options, dict) else getattr(options, "name", None)
+
+
+OptimizerOptions: TypeAlias = Annotated[
+    Annotated[AdamWOptions, Tag("adamw")] | Annotated[SGDOptions, Tag("sgd")] | Annotated[LARSOptions, Tag("lars")],
+    Discriminator(_optimizer_name),
+]
+
+
+class MomentumOptions(Options):
+    """Moving averages of towers and heads, for objectives that ask for them (MoCo, BYOL, …)."""
+
+    start: Fraction = 0.996
+    """share that a copy keeps of itself in the first step (BYOL 0.996; persistency MoCo 0.994; MoCo 0.999)"""
+    schedule: Literal["cosine", "constant"] = "cosine"
+    """half a cosine up to 1 at the last step, or ``start`` throughout"""
 
 
 class TrainOptions(Options):
@@ -41,6 +89,9 @@ class TrainOptions(Options):
     """optimizer steps"""
     global_batch: PositiveInt
     """rows of one loss over all ranks"""
+    micro_batch: PositiveInt | None = None
+    """rows per forward of a rank; smaller than its share of the batch: the same loss and gradients in less memory for
+    a second forward (gradient cache); null: all at once"""
     accumulate: PositiveInt = 1
     """losses whose gradients are averaged into one optimizer step; each sees its own global batch"""
     seed: int = 0
@@ -54,7 +105,8 @@ class TrainOptions(Options):
     keep_checkpoints: PositiveInt = 2
     trackers: tuple[str, ...] = ()
     """names of Accelerate trackers: tensorboard, wandb, trackio, …"""
-    optimizer: OptimizerOptions = OptimizerOptions()
+    optimizer: OptimizerOptions = AdamWOptions()
+    momentum: MomentumOptions = MomentumOptions()
 
 
 class EvaluateOptions(Options):
@@ -89,16 +141,23 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
 
 
 def build_model(config: RunConfig) -> tuple[MultimodalModel, ObjectiveMix]:
-    """The model and its objectives, freshly initialised from torch's random state."""
+    """The model and its objectives, freshly initialised from torch's random state.
+
+    Raises:
+        ConfigError: an objective asks for what no tower gives; names its path.
+    """
     model = MultimodalModel(config.model)
     towers = model.tower_infos()
-    objectives, weights = {}, {}
+    objectives: dict[str, Objective] = {}
+    weights: dict[str, float] = {}
     for number, options in enumerate(config.objectives):
         name = options.name if options.name not in objectives else f"{options.name}_{number}"
         objectives[name] = OBJECTIVES[options.name].build(options, towers, path=f"objectives.{number}")
+        check_needs(objectives[name].needs, towers, path=f"objectives.{number}")
         weights[name] = options.weight
     mix = ObjectiveMix(objectives, weights)
     model.add_scales(mix.scales)
+    model.serve(mix.needs)
     return model, mix
 
 

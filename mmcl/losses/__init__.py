@@ -5,6 +5,7 @@ Every function works in float64 if an input is float64, else in float32, inside 
 
 from __future__ import annotations
 
+from mmcl.losses.barlow import barlow, vicreg
 from mmcl.losses.byol import byol
 from mmcl.losses.class_nce import class_nce, jeffreys
 from mmcl.losses.dcl import dcl
@@ -25,6 +26,7 @@ from mmcl.losses.swav import sinkhorn, swav
 
 __all__ = [
     "alignment",
+    "barlow",
     "byol",
     "class_nce",
     "clip",
@@ -46,4 +48,5 @@ __all__ = [
     "swav",
     "tolerance",
     "uniformity",
+    "vicreg",
 ]

@@ -9,6 +9,7 @@ from typing import Any, ParamSpec
 
 import torch
 from torch import Tensor
+from torch.utils.checkpoint import checkpoint
 
 P = ParamSpec("P")
 
@@ -77,6 +78,31 @@ def masked_logsumexp(logits: Tensor, masked: Tensor) -> Tensor:
     # the gradient of a row of −inf alone is NaN; masked_fill would drop it, but anomaly detection stops there
     logits = logits.masked_fill(masked, float("-inf")).masked_fill(nothing[..., None], 0.0)
     return logits.logsumexp(-1).masked_fill(nothing, float("-inf"))
+
+
+def log_sum_of_candidates(
+    anchors: Tensor,
+    candidates: Tensor,
+    hidden: Callable[[Tensor], Tensor],
+    *,
+    temperature: float | Tensor,
+    tile: int = 1024,
+) -> Tensor:
+    """log Σ exp(⟨anchor, candidate⟩ / temperature) of each anchor, ``(B,)``; −inf where no candidate is left.
+
+    ``anchors (B, D)``, ``candidates (M, D)``; ``hidden`` takes numbers of anchors, int64 ``(b,)``, and says which
+    candidates they do not see, bool ``(b, M)``. Anchors are taken ``tile`` at a time and their logits made again for
+    the gradient: no more than ``tile × M`` of them are held at once.
+    """
+
+    def part(rows: Tensor, numbers: Tensor) -> Tensor:
+        return masked_logsumexp(rows @ candidates.T / temperature, hidden(numbers))
+
+    numbers = torch.arange(len(anchors), device=anchors.device)
+    if len(anchors) <= tile:
+        return part(anchors, numbers)
+    parts = zip(torch.split(anchors, tile), torch.split(numbers, tile), strict=True)
+    return torch.cat([checkpoint(part, *own, use_reentrant=False) for own in parts])
 
 
 def distances(x: Tensor) -> Tensor:

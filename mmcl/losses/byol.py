@@ -28,4 +28,11 @@ def byol(predictions: Tensor, targets: Tensor) -> Tensor:
     '4.0'
     """
     matrices(predictions=predictions, targets=targets)
-    return row_mean(2 - 2 * (unit(predictions) * unit(targets.detach())).sum(1))
+    return row_mean(2 - 2 * cosine_rows(predictions, targets))
+
+
+@full_precision
+def cosine_rows(predictions: Tensor, targets: Tensor) -> Tensor:
+    """Cosine of each prediction with its detached target, ``(B,)``; both float ``(B, D)``."""
+    matrices(predictions=predictions, targets=targets)
+    return (unit(predictions) * unit(targets.detach())).sum(1)

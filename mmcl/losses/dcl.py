@@ -6,7 +6,8 @@ import torch
 from torch import Tensor
 
 from mmcl.losses._checks import matrices, positive
-from mmcl.losses._math import full_precision, masked_logsumexp, row_mean, unit
+from mmcl.losses._math import full_precision, row_mean, unit
+from mmcl.losses.nt_xent import nt_xent_rows
 
 
 @full_precision
@@ -37,16 +38,15 @@ def dcl(a: Tensor, b: Tensor, *, temperature: float | Tensor, sigma: float | Non
     if sigma is not None:
         positive("sigma", sigma)
     a, b = unit(a), unit(b)
-    if len(a) < 2:
-        return (a.sum() + b.sum()) * 0.0
-    positives = (a * b).sum(1)
-    weight = 1.0 if sigma is None else 2 - len(a) * (positives.detach() / sigma).softmax(0)
-    pull = weight * positives / temperature
-    return row_mean((_push(a, b, temperature) + _push(b, a, temperature)) / 2 - pull)
+    weight = 1.0 if sigma is None else dcl_weights(a, b, sigma=sigma).detach()
+    numbers = torch.arange(len(a), device=a.device)
+    directions = [
+        nt_xent_rows(x, y, x, y, numbers, temperature=temperature, weight=weight, decoupled=True)
+        for x, y in ((a, b), (b, a))
+    ]
+    return row_mean(torch.stack(directions).mean(0))
 
 
-def _push(anchors: Tensor, others: Tensor, temperature: float | Tensor) -> Tensor:
-    """log-sum-exp ``(B,)`` over all rows of both views but the anchor's own two."""
-    logits = anchors @ torch.cat([anchors, others]).T / temperature
-    own = torch.eye(len(anchors), dtype=torch.bool, device=logits.device).repeat(1, 2)
-    return masked_logsumexp(logits, own)
+def dcl_weights(a: Tensor, b: Tensor, *, sigma: float) -> Tensor:
+    """2 − N · softmax(⟨a_i, b_i⟩ / sigma), ``(N,)``, of all pairs of unit rows ``(N, D)``."""
+    return 2 - len(a) * ((a * b).sum(1) / sigma).softmax(0)

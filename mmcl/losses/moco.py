@@ -34,7 +34,18 @@ def moco(queries: Tensor, keys: Tensor, queue: Tensor, *, temperature: float | T
     matrices(queries=queries, keys=keys)
     matrices(same="columns", queries=queries, queue=queue)
     positive("temperature", temperature)
+    return row_mean(moco_rows(queries, keys, queue, temperature=temperature))
+
+
+@full_precision
+def moco_rows(
+    queries: Tensor, keys: Tensor, queue: Tensor, filled: Tensor | None = None, *, temperature: float | Tensor
+) -> Tensor:
+    """:func:`moco` of each row, ``(B,)``. ``filled`` bool ``(K,)``: rows of the queue that hold a key; None: all."""
     queries, keys, queue = unit(queries), unit(keys.detach()), unit(queue.detach())
     positives = (queries * keys).sum(1, keepdim=True)
-    logits = torch.cat([positives, queries @ queue.T], dim=1) / temperature
-    return row_mean(-logits.log_softmax(1)[:, 0])
+    negatives = queries @ queue.T
+    if filled is not None:
+        negatives = negatives.masked_fill(~filled, float("-inf"))
+    logits = torch.cat([positives, negatives], dim=1) / temperature
+    return -logits.log_softmax(1)[:, 0]

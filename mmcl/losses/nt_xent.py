@@ -1,4 +1,4 @@
-"""SimCLR's loss over two views."""
+"""SimCLR's loss over two views, and its form for rows that are spread over ranks."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from mmcl.losses._checks import matrices, positive
-from mmcl.losses._math import full_precision, row_mean, unit
+from mmcl.losses._math import full_precision, log_sum_of_candidates, row_mean, unit
 
 
 @full_precision
@@ -31,8 +31,56 @@ def nt_xent(a: Tensor, b: Tensor, *, temperature: float | Tensor) -> Tensor:
     """
     matrices(a=a, b=b)
     positive("temperature", temperature)
-    rows = unit(torch.cat([a, b]))
-    itself = torch.eye(len(rows), dtype=torch.bool, device=rows.device)
-    logits = (rows @ rows.T / temperature).masked_fill(itself, float("-inf"))
-    # rolling the columns by B puts every positive on the diagonal
-    return row_mean(-logits.roll(len(a), 1).log_softmax(1).diagonal())
+    a, b = unit(a), unit(b)
+    numbers = torch.arange(len(a), device=a.device)
+    return row_mean(
+        (
+            nt_xent_rows(a, b, a, b, numbers, temperature=temperature)
+            + nt_xent_rows(b, a, b, a, numbers, temperature=temperature)
+        )
+        / 2
+    )
+
+
+@full_precision
+def nt_xent_rows(
+    anchors: Tensor,
+    partners: Tensor,
+    same_view: Tensor,
+    other_view: Tensor,
+    numbers: Tensor,
+    *,
+    temperature: float | Tensor,
+    groups: Tensor | None = None,
+    weight: Tensor | float = 1.0,
+    decoupled: bool = False,
+) -> Tensor:
+    """log Σ exp over the candidates − weight · positive, one direction, ``(B,)``. Rows are taken as unit rows.
+
+    Args:
+        anchors: float ``(B, D)``.
+        partners: float ``(B, D)``, the other view of the anchors.
+        same_view: float ``(N, D)``, all rows of the anchors' view; an anchor does not see itself.
+        other_view: float ``(N, D)``, all rows of the partners' view.
+        numbers: int64 ``(B,)``: where the anchors stand among the N.
+        temperature: divides the cosine.
+        groups: int64 ``(N, G)`` or None; rows of equal number (−1: none) in any column are not each other's negatives.
+        weight: ``(B,)`` or a number, of the positives.
+        decoupled: leave the positive out of the sum (DCL); an anchor without negatives then gives 0.
+    """
+    count = len(same_view)
+    columns = torch.arange(count, device=numbers.device)
+
+    def hidden(rows: Tensor) -> Tensor:
+        own = numbers[rows, None] == columns
+        negatives = own
+        if groups is not None:
+            for group in groups.unbind(1):
+                mine = group[numbers[rows], None]
+                negatives = negatives | ((mine == group) & (mine >= 0))
+        return torch.cat([negatives, negatives if decoupled else negatives & ~own], 1)
+
+    total = log_sum_of_candidates(anchors, torch.cat([same_view, other_view]), hidden, temperature=temperature)
+    alone = total == float("-inf")
+    pull = weight * (anchors * partners).sum(1) / temperature
+    return (total - pull).masked_fill(alone, 0.0)

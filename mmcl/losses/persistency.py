@@ -8,7 +8,8 @@ import torch
 from torch import Tensor
 
 from mmcl.losses._checks import matrix_list, positive
-from mmcl.losses._math import full_precision, row_mean, unit
+from mmcl.losses._math import full_precision, row_mean
+from mmcl.losses.byol import cosine_rows
 from mmcl.losses.moco import moco
 
 
@@ -62,6 +63,5 @@ def persistency_byol(prediction: Tensor, targets: Sequence[Tensor], *, temperatu
     """
     matrix_list("targets", targets, at_least=1, like=("prediction", prediction))
     positive("temperature", temperature)
-    prediction = unit(prediction)
-    cosines = torch.stack([(prediction * unit(clip.detach())).sum(1) for clip in targets])
+    cosines = torch.stack([cosine_rows(prediction, clip) for clip in targets])
     return -row_mean(cosines.mean(0)) / temperature

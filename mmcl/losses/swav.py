@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 
+import torch
 from torch import Tensor
 
 from mmcl.losses._checks import matrices, matrix_list, positive
@@ -11,13 +12,21 @@ from mmcl.losses._math import full_precision, row_mean
 
 
 @full_precision
-def sinkhorn(scores: Tensor, *, epsilon: float = 0.05, iterations: int = 3) -> Tensor:
+def sinkhorn(
+    scores: Tensor,
+    *,
+    epsilon: float = 0.05,
+    iterations: int = 3,
+    over_ranks: Callable[[Tensor], Tensor] | None = None,
+) -> Tensor:
     """Soft assignment of rows to prototypes in which all prototypes get (nearly) the same mass.
 
     Args:
         scores: float ``(B, K)``, similarities to the prototypes, taken as given; detached.
         epsilon: strength of the entropy term, in units of the scores; above 0. Smaller: sharper codes.
         iterations: rounds of balancing prototypes, then rows; at least 1. More: columns nearer to B / K.
+        over_ranks: takes the log-sum-exp of these rows, ``(K,)``, to that of the rows of all ranks; None: these are
+            all.
 
     Returns:
         codes ``(B, K)`` ≥ 0, rows sum to 1, no gradient.
@@ -37,7 +46,10 @@ def sinkhorn(scores: Tensor, *, epsilon: float = 0.05, iterations: int = 3) -> T
     log_codes = scores.detach() / epsilon
     for _ in range(iterations):
         # the masses 1/K and 1/B of the usual form cancel; in logarithms no prototype can underflow to 0/0
-        log_codes = log_codes.log_softmax(0).log_softmax(1)
+        mass = log_codes.logsumexp(0)
+        if over_ranks is not None:
+            mass = over_ranks(mass)
+        log_codes = (log_codes - mass).log_softmax(1)
     return log_codes.exp()
 
 
@@ -66,10 +78,15 @@ def swav(scores: Sequence[Tensor], *, temperature: float = 0.1, epsilon: float =
     matrix_list("scores", scores, at_least=2)
     positive("temperature", temperature)
     predictions = [view.div(temperature).log_softmax(1) for view in scores]
-    loss = scores[0].new_zeros(())
-    for coded in (0, 1):
-        codes = sinkhorn(scores[coded], epsilon=epsilon, iterations=iterations)
-        for view, prediction in enumerate(predictions):
-            if view != coded:
-                loss = loss - row_mean((codes * prediction).sum(1))
-    return loss / (2 * (len(scores) - 1))
+    codes = {coded: sinkhorn(scores[coded], epsilon=epsilon, iterations=iterations) for coded in (0, 1)}
+    return row_mean(swapped_rows(codes, predictions))
+
+
+def swapped_rows(codes: Mapping[int, Tensor], predictions: Sequence[Tensor]) -> Tensor:
+    """Cross-entropy of every view's log-softmax with the codes of every other view, mean over the pairs, ``(B,)``.
+
+    ``codes``: ``(B, K)`` by the number of the view that gave them.
+    """
+    pairs = [(code, view) for code in codes for view in range(len(predictions)) if view != code]
+    rows = [-(codes[code] * predictions[view]).sum(1) for code, view in pairs]
+    return torch.stack(rows).mean(0)

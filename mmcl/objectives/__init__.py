@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import NamedTuple, TypeAlias
+from typing import Annotated, NamedTuple, TypeAlias
+
+from pydantic import Field
 
 from mmcl.config import Options
-from mmcl.objectives import cross_modal
+from mmcl.objectives import cross_modal, intra_modal, persistency
 from mmcl.objectives.base import Objective
 from mmcl.objectives.cross_modal import CrossModalOptions
+from mmcl.objectives.intra_modal import IntraModalOptions
+from mmcl.objectives.persistency import PersistencyOptions
 
 
 class ObjectiveEntry(NamedTuple):
@@ -19,9 +23,12 @@ class ObjectiveEntry(NamedTuple):
 
 OBJECTIVES: dict[str, ObjectiveEntry] = {
     "cross_modal": ObjectiveEntry(CrossModalOptions, cross_modal.build),
+    "intra_modal": ObjectiveEntry(IntraModalOptions, intra_modal.build),
+    "persistency": ObjectiveEntry(PersistencyOptions, persistency.build),
 }
 
-# With a second one: Annotated[CrossModalOptions | OtherOptions, Field(discriminator="name")]
-ObjectiveOptions: TypeAlias = CrossModalOptions
+ObjectiveOptions: TypeAlias = Annotated[
+    CrossModalOptions | IntraModalOptions | PersistencyOptions, Field(discriminator="name")
+]
 
 __all__ = ["OBJECTIVES", "ObjectiveEntry", "ObjectiveOptions"]

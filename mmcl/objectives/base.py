@@ -9,8 +9,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from mmcl.config import unknown_name
 from mmcl.distributed import Comm
-from mmcl.types import Embeddings, Need
+from mmcl.types import ConfigError, Embeddings, Level, Need, TowerInfo
+
+LEVELS: tuple[Level, ...] = ("joint", "pooled", "tokens")
+"""what every tower gives; ``stage:NAME`` comes on top"""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -23,6 +27,26 @@ class Term:
     """detached 0-d tensors to log"""
     pending: Mapping[str, Any] = field(default_factory=dict)
     """what ``commit`` needs once the optimizer has stepped"""
+
+
+def check_needs(needs: Iterable[Need], towers: Mapping[str, TowerInfo], path: str) -> None:
+    """Refuses what no tower can give.
+
+    Raises:
+        ConfigError: an unknown tower or level, or a momentum copy of a tower that does not learn; names ``path``.
+    """
+    for need in needs:
+        if need.tower not in towers:
+            raise unknown_name(path, need.tower, towers)
+        for level in need.levels:
+            if level not in LEVELS and not level.startswith("stage:"):
+                raise unknown_name(f"{path}: tower {need.tower!r}", level, (*LEVELS, "stage:NAME"))
+        if need.kind == "momentum" and not towers[need.tower].trainable:
+            learning = ", ".join(name for name, tower in towers.items() if tower.trainable) or "none"
+            raise ConfigError(
+                f"{path}: a momentum copy of tower {need.tower!r} is needed, but that tower is frozen; "
+                f"towers that learn: {learning}"
+            )
 
 
 class Objective(nn.Module):

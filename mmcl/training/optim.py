@@ -1,30 +1,90 @@
-"""The optimizer and its schedule; all steps are optimizer steps."""
+"""Optimizers and the schedule; all steps are optimizer steps."""
 
 from __future__ import annotations
 
 import math
+from collections.abc import Callable, Iterable
+from typing import Any
 
 import torch
-from torch import nn
-from torch.optim import AdamW, Optimizer
+from torch import Tensor, nn
+from torch.optim import SGD, AdamW, Optimizer
 
-from mmcl.recipe import OptimizerOptions
+from mmcl.recipe import AdamWOptions, LARSOptions, OptimizerOptions
 
 
-def build_optimizer(step: nn.Module, options: OptimizerOptions) -> AdamW:
-    """AdamW with weight decay on matrices and kernels alone: norms, biases and temperatures have fewer than 2 axes."""
+class LARS(Optimizer):
+    """SGD with momentum whose gradients are scaled, matrix by matrix, to the size of the weights.
+
+    g ← (g + wd·p) · trust · ‖p‖ / (‖g‖ + wd·‖p‖ + 1e-8), for parameters of two axes and more; norms and biases take
+    plain steps, and so does a matrix while it or its gradient is zero. The learning rate multiplies the momentum
+    buffer, it does not enter it.
+
+    Source: You et al. 2017 (arXiv 1708.03888), as Feichtenhofer et al. 2021 (arXiv 2104.14558) use it.
+    """
+
+    def __init__(
+        self,
+        params: Iterable[Any],
+        *,
+        lr: float,
+        momentum: float = 0.9,
+        weight_decay: float = 0.0,
+        trust: float = 1e-3,
+    ) -> None:
+        super().__init__(params, {"lr": lr, "momentum": momentum, "weight_decay": weight_decay, "trust": trust})
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], float] | None = None) -> None:  # type: ignore[override]
+        """One step on the gradients that are there; ``closure`` is not supported."""
+        if closure is not None:
+            raise ValueError("LARS takes no closure")
+        for group in self.param_groups:
+            for parameter in group["params"]:
+                if parameter.grad is None:
+                    continue
+                gradient = scaled_gradient(parameter, parameter.grad, group["weight_decay"], group["trust"])
+                state = self.state[parameter]
+                if "momentum_buffer" not in state:
+                    state["momentum_buffer"] = gradient.clone()
+                else:
+                    state["momentum_buffer"].mul_(group["momentum"]).add_(gradient)
+                parameter.sub_(state["momentum_buffer"], alpha=group["lr"])
+
+
+def scaled_gradient(parameter: Tensor, gradient: Tensor, weight_decay: float, trust: float) -> Tensor:
+    """What LARS puts into its momentum.
+
+    >>> scaled_gradient(torch.ones(2, 2), torch.full((2, 2), 0.5), 0.1, 1e-3)[0, 0]
+    tensor(0.0010)
+    """
+    decayed = gradient + weight_decay * parameter
+    if parameter.ndim < 2:
+        return decayed
+    size, steepness = parameter.norm(), gradient.norm()
+    scale = trust * size / (steepness + weight_decay * size + 1e-8)
+    return decayed * torch.where((size > 0) & (steepness > 0), scale, 1.0)
+
+
+def build_optimizer(step: nn.Module, options: OptimizerOptions) -> Optimizer:
+    """With weight decay on matrices and kernels alone: norms, biases and temperatures have fewer than 2 axes."""
     trainable = [parameter for parameter in step.parameters() if parameter.requires_grad]
-    groups = [
+    groups: list[dict[str, Any]] = [
         {"params": [p for p in trainable if p.ndim >= 2], "weight_decay": options.weight_decay},
         {"params": [p for p in trainable if p.ndim < 2], "weight_decay": 0.0},
     ]
-    return AdamW(
-        [group for group in groups if group["params"]],
-        lr=options.learning_rate,
-        betas=(options.beta1, options.beta2),
-        eps=options.epsilon,
-        fused=torch.cuda.is_available(),
-    )
+    groups = [group for group in groups if group["params"]]
+    if isinstance(options, AdamWOptions):
+        return AdamW(
+            groups,
+            lr=options.learning_rate,
+            betas=(options.beta1, options.beta2),
+            eps=options.epsilon,
+            fused=torch.cuda.is_available(),
+        )
+    if isinstance(options, LARSOptions):
+        return LARS(groups, lr=options.learning_rate, momentum=options.momentum, trust=options.trust)
+    return SGD(groups, lr=options.learning_rate, momentum=options.momentum)
 
 
 def learning_rate_factor(step: int, *, warmup_steps: int, steps: int) -> float:

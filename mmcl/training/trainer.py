@@ -25,6 +25,8 @@ from mmcl.progress import on_terminal, show_progress
 from mmcl.recipe import RunConfig, build_model
 from mmcl.shards import load_manifest
 from mmcl.training import checkpoint as ckpt
+from mmcl.training.grad_cache import cached_backward, check_cacheable
+from mmcl.training.momentum import advance, momentum_at
 from mmcl.training.optim import build_optimizer, learning_rate_factor, set_learning_rate
 from mmcl.training.run_folder import RunFolder
 from mmcl.training.signals import StopRequest
@@ -57,7 +59,10 @@ class Trainer:
         self.model, self.mix = build_model(config)
         self.views = tuple(dict.fromkeys(need.view for need in self.mix.needs))
         self.stream = build_stream(config, self.views, self.comm)
-        self.step_module: nn.Module = accelerator.prepare_model(TrainStep(self.model, self.mix))
+        step = TrainStep(self.model, self.mix)
+        if config.train.micro_batch is not None:
+            check_cacheable(step)
+        self.step_module: nn.Module = accelerator.prepare_model(step)
         self.optimizer = build_optimizer(self.step_module, config.train.optimizer)
         self.progress = Progress()
 
@@ -126,9 +131,21 @@ class Trainer:
         self.optimizer.zero_grad(set_to_none=True)
         for term in terms:
             self.mix.commit(term.pending)
+        momentum = momentum_at(self.progress.step, self.config.train.steps, self.config.train.momentum)
+        advance(self.model.ema_pairs() + self.mix.ema_pairs(), momentum)
         return _mean_term(terms), grad_norm
 
     def _backward(self, batch: Batch, parts: int) -> Term:
+        micro_batch = self.config.train.micro_batch
+        if micro_batch is not None and micro_batch < len(batch):
+            return cached_backward(
+                self.step_module,
+                batch,
+                micro_batch=micro_batch,
+                parts=parts,
+                no_sync=lambda: self.accelerator.no_sync(self.step_module),
+                autocast=self.accelerator.autocast,
+            )
         with self.accelerator.autocast():
             term: Term = self.step_module(batch)
         torch.autograd.backward(term.loss / parts)

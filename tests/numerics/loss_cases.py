@@ -126,6 +126,8 @@ CASES = [
         shared=("queue",),
     ),
     Case("byol", losses.byol, pair("predictions", "targets"), detached=("targets",), temperature=False),
+    Case("barlow", losses.barlow, pair("a", "b"), unscaled=("a", "b"), temperature=False),
+    Case("vicreg", losses.vicreg, pair("a", "b"), unscaled=("a", "b"), temperature=False),
     Case(
         "swav",
         lambda x, y, z, temperature=0.2: losses.swav([x, y, z], temperature=temperature),

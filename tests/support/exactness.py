@@ -20,6 +20,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from mmcl.distributed import Comm
 from mmcl.objectives.base import ObjectiveMix, Term
+from mmcl.training.momentum import advance
 from mmcl.types import AudioSpec, Batch, Embeddings, Level, TextSpec, TowerInfo, VideoSpec, View, ViewBatch
 
 INPUT_WIDTH, WIDTH, JOINT_WIDTH, TOKENS = 8, 10, 6, 4
@@ -179,10 +180,7 @@ def train(
         record.gradients.append({name: p.grad.clone() for name, p in parameters.items() if p.grad is not None})
         optimizer.step()
         subject.mix.commit(term.pending)
-        with torch.no_grad():
-            for online, copied in subject.ema_pairs():
-                for source, target in zip(online.parameters(), copied.parameters(), strict=True):
-                    target.lerp_(source, 0.1)
+        advance(subject.ema_pairs(), 0.9)
     record.state = {name: value.clone() for name, value in subject.state_dict().items()}
     return record
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from pathlib import Path
 
@@ -13,7 +14,9 @@ from support.recipes import tiny_config
 import mmcl
 from mmcl.data.collate import holes
 from mmcl.model import MultimodalModel, TrainStep
-from mmcl.recipe import build_model
+from mmcl.objectives.base import check_needs
+from mmcl.recipe import MomentumOptions, build_model
+from mmcl.training.momentum import advance, momentum_at
 from mmcl.types import Clip, ConfigError, Need, SampleError, View, ViewBatch
 
 
@@ -143,3 +146,79 @@ def test_encode_names_what_is_wrong(model: MultimodalModel, media_folder: Path, 
         model.encode_audio([media_folder / "green_0.mp4"])
     with pytest.raises(TypeError, match="list"):
         model.encode_text("one text")
+
+
+def momentum_needs(model: MultimodalModel) -> list[Need]:
+    video, text = View(model.tower("video").spec), View(model.tower("text").spec)
+    return [
+        Need("video", video, ("pooled", "joint")),
+        Need("video", video, ("pooled", "joint"), "momentum"),
+        Need("text", text, ("pooled",)),
+    ]
+
+
+def test_momentum_copies_follow_without_a_gradient() -> None:
+    model = MultimodalModel(tiny_config().model)
+    needs = momentum_needs(model)
+    model.serve(needs)
+    assert list(model.momentum_towers) == ["video"]
+    view = needs[0].view
+    rows = video_rows(model, [True, False, True])
+    batch = dataclasses.replace(holes(3, [need.view for need in needs]), views={view: rows})
+    embeddings = model(batch, needs[:2])
+    for level in ("pooled", "joint"):
+        online, copied = (embeddings.get(need, level) for need in needs[:2])
+        assert torch.equal(online, copied)
+        assert online.requires_grad and not copied.requires_grad
+    (online, copied), *_ = model.ema_pairs()
+    before = [p.clone() for p in copied.parameters()]
+    with torch.no_grad():
+        for parameter in online.parameters():
+            parameter.add_(1.0)
+    advance(model.ema_pairs(), 0.75)
+    for old, new in zip(before, copied.parameters(), strict=True):
+        torch.testing.assert_close(new, old + 0.25)
+        assert not new.requires_grad
+    assert len(model.ema_pairs()) == 2
+
+
+def test_what_no_need_uses_gets_no_gradient() -> None:
+    model = MultimodalModel(tiny_config().model)
+    model.serve(momentum_needs(model))
+    learning = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
+    assert {".".join(name.split(".")[:2]) for name in learning} == {"towers.video", "towers.text", "heads.video"}
+
+
+def test_a_folder_keeps_momentum_copies_and_an_export_leaves_them_out(tmp_path: Path) -> None:
+    model = MultimodalModel(tiny_config().model)
+    model.serve(momentum_needs(model))
+    advance(model.ema_pairs(), 0.5)
+    again = MultimodalModel.from_pretrained(model.save_pretrained(tmp_path / "model"))
+    assert again.state_dict().keys() == model.state_dict().keys()
+    assert all(torch.equal(value, again.state_dict()[name]) for name, value in model.state_dict().items())
+    exported = MultimodalModel.from_pretrained(model.export(tmp_path / "export"))
+    assert not exported.momentum_towers
+    assert torch.equal(exported.encode_text(["a"]), again.encode_text(["a"]))
+
+
+@pytest.mark.parametrize(
+    ("need", "message"),
+    [
+        (("vidoe", ("pooled",), "online"), r"objectives\.3: unknown name 'vidoe' \(did you mean 'video'\?\)"),
+        (("video", ("poold",), "online"), r"objectives\.3: tower 'video': unknown name 'poold'.*pooled"),
+        (("video", ("pooled",), "momentum"), r"objectives\.3: a momentum copy of tower 'video'.*frozen; .*text"),
+    ],
+)
+def test_a_need_that_no_tower_serves_is_refused(need: tuple, message: str) -> None:
+    towers = MultimodalModel(tiny_config().model).tower_infos()
+    towers["video"] = dataclasses.replace(towers["video"], trainable=False)
+    tower, levels, kind = need
+    with pytest.raises(ConfigError, match=message):
+        check_needs([Need(tower, View(towers["video"].spec), levels, kind)], towers, path="objectives.3")
+
+
+def test_the_momentum_schedule() -> None:
+    options = MomentumOptions(start=0.994)
+    figures = [momentum_at(step, 200, options) for step in (0, 50, 100, 200)]
+    assert figures == pytest.approx([0.994, 0.99487868, 0.997, 1.0], abs=1e-8)
+    assert momentum_at(100, 200, MomentumOptions(start=0.9, schedule="constant")) == 0.9

@@ -1,0 +1,222 @@
+"""Contrast inside a modality: two or more views of one tower's input agree."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Annotated, Literal, TypeAlias
+
+from pydantic import Field
+from torch import Tensor
+
+from mmcl.config import Options
+from mmcl.objectives.base import Objective
+from mmcl.objectives.view_methods import (
+    AssignmentMethod,
+    AssignmentOptions,
+    BarlowMethod,
+    BarlowOptions,
+    ContrastMethod,
+    ContrastOptions,
+    PredictionMethod,
+    PredictionOptions,
+    QueueMethod,
+    QueueOptions,
+    VICRegMethod,
+    VICRegOptions,
+)
+from mmcl.objectives.views import Count, Norm, PositiveFloat, PositiveInt, Reduction, ViewSet, learning_tower
+from mmcl.types import ConfigError, TextSpec, TowerInfo, VideoSpec, View
+
+
+class SimCLROptions(ContrastOptions):
+    """NT-Xent over pairs of views (Chen et al. 2020, arXiv 2002.05709)."""
+
+    name: Literal["simclr"] = "simclr"
+    norm: Norm = "batch"
+
+
+class DCLOptions(ContrastOptions):
+    """NT-Xent without the positive in the denominator (Yeh et al. 2021, arXiv 2110.06848)."""
+
+    name: Literal["dcl"] = "dcl"
+    norm: Norm = "batch"
+
+
+class DCLWOptions(ContrastOptions):
+    """DCL whose positives weigh 2 − N·softmax(s / sigma), of mean 1 over the whole batch."""
+
+    name: Literal["dclw"] = "dclw"
+    norm: Norm = "batch"
+    sigma: PositiveFloat = 0.5
+    detach_weight: bool = True
+    """the weight is a number, not something to learn through (the paper; a known implementation differs)"""
+
+
+class MoCoOptions(QueueOptions):
+    """Momentum contrast with a queue and an MLP head (He et al. 2020, arXiv 1911.05722; v2: arXiv 2003.04297)."""
+
+    name: Literal["moco"] = "moco"
+    layers: Annotated[int, Field(ge=1, le=4)] = 2
+    temperature: PositiveFloat = 0.2
+    symmetric: bool = False
+    """every view asks and gives keys; otherwise the first asks and the others give keys"""
+
+
+class BYOLOptions(PredictionOptions):
+    """Each view predicts the momentum targets of the others (Grill et al. 2020, arXiv 2006.07733).
+
+    The paper's value is the sum over the asking views: ``reduction: sum``.
+    """
+
+    name: Literal["byol"] = "byol"
+    layers: Annotated[int, Field(ge=1, le=4)] = 2
+    hidden: PositiveInt = 4096
+    out: PositiveInt = 256
+    norm: Norm = "batch"
+
+
+class SimSiamOptions(PredictionOptions):
+    """Each view predicts the detached projections of the others, without momentum (Chen & He 2021, arXiv 2011.10566).
+
+    The projector has no batch norm after its last layer, unlike the paper's.
+    """
+
+    name: Literal["simsiam"] = "simsiam"
+    out: PositiveInt = 2048
+    norm: Norm = "batch"
+    predictor_hidden: PositiveInt = 512
+
+
+class BarlowTwinsOptions(BarlowOptions):
+    """Redundancy reduction (Zbontar et al. 2021, arXiv 2103.03230)."""
+
+    name: Literal["barlow"] = "barlow"
+    hidden: PositiveInt = 8192
+    out: PositiveInt = 8192
+    norm: Norm = "batch"
+
+
+class IntraVICRegOptions(VICRegOptions):
+    """Variance, invariance, covariance (Bardes et al. 2022, arXiv 2105.04906)."""
+
+    name: Literal["vicreg"] = "vicreg"
+    hidden: PositiveInt = 8192
+    out: PositiveInt = 8192
+    norm: Norm = "batch"
+
+
+class SwAVOptions(AssignmentOptions):
+    """Swapped prediction of balanced codes, with multi-crop (Caron et al. 2020, arXiv 2006.09882).
+
+    The full views give codes, which every other view and crop predicts.
+    """
+
+    name: Literal["swav"] = "swav"
+    layers: Annotated[int, Field(ge=1, le=4)] = 2
+    norm: Norm = "batch"
+    crops: Count = 0
+    """further, small views"""
+    crop_augmentation: str = "none"
+    """a name in ``data.augmentations``"""
+    crop_size: PositiveInt | None = None
+    """pixels, height = width, of crops of a video tower; null: as the tower's"""
+
+
+IntraModalMethod: TypeAlias = Annotated[
+    SimCLROptions
+    | DCLOptions
+    | DCLWOptions
+    | MoCoOptions
+    | BYOLOptions
+    | SimSiamOptions
+    | BarlowTwinsOptions
+    | IntraVICRegOptions
+    | SwAVOptions,
+    Field(discriminator="name"),
+]
+
+
+class IntraModalOptions(Options):
+    """Views of one tower's input agree, by one of nine methods."""
+
+    name: Literal["intra_modal"] = "intra_modal"
+    weight: Annotated[float, Field(ge=0)] = 1.0
+    tower: str
+    method: IntraModalMethod
+    views: Annotated[int, Field(ge=2)] = 2
+    augmentation: str = "none"
+    """a name in ``data.augmentations``; each view is a draw of its own"""
+    windows: Literal["same", "different"] = "same"
+    """all views of one time window, or each of its own"""
+    reduction: Reduction = "mean"
+    """over pairs of views (simclr, dcl, dclw, barlow, vicreg), asking views (moco, byol, simsiam) or coding views"""
+
+
+class DCLMethod(ContrastMethod):
+    """DCL, and DCLW where the options have a sigma."""
+
+    decoupled = True
+
+    def __init__(self, views: ViewSet, options: DCLOptions | DCLWOptions) -> None:
+        super().__init__(views, options)
+        if isinstance(options, DCLWOptions):
+            self.sigma, self.detach_weight = options.sigma, options.detach_weight
+
+
+class SimSiamMethod(PredictionMethod):
+    """Prediction of one's own network, on the scale of the paper."""
+
+    def distance(self, cosine: Tensor) -> Tensor:
+        """−cos."""
+        return -cosine
+
+
+def build(options: IntraModalOptions, towers: Mapping[str, TowerInfo], path: str = "objectives.0") -> Objective:
+    """The objective for these towers.
+
+    Raises:
+        ConfigError: an unknown or frozen tower, or views that its modality does not have.
+    """
+    tower = learning_tower(options.tower, towers, f"{path}.tower")
+    views, method = ViewSet(tower, _views(options, tower, path), options.reduction), options.method
+    everything = range(len(views.views))
+    match method:
+        case SimCLROptions():
+            return ContrastMethod(views, method)
+        case DCLOptions() | DCLWOptions():
+            return DCLMethod(views, method)
+        case MoCoOptions():
+            queries, keys = (everything, everything) if method.symmetric else ([0], everything[1:])
+            return QueueMethod(views, method, queries=queries, keys=keys)
+        case BYOLOptions():
+            return PredictionMethod(views, method, momentum=True)
+        case SimSiamOptions():
+            return SimSiamMethod(views, method, momentum=False)
+        case BarlowTwinsOptions():
+            return BarlowMethod(views, method)
+        case IntraVICRegOptions():
+            return VICRegMethod(views, method)
+        case SwAVOptions():
+            return AssignmentMethod(views, method, coding=range(options.views))
+
+
+def _views(options: IntraModalOptions, tower: TowerInfo, path: str) -> tuple[View, ...]:
+    spec = tower.spec
+    different = options.windows == "different"
+    if different and isinstance(spec, TextSpec):
+        raise ConfigError(f"{path}.windows: 'different' needs a modality with time; {tower.name!r} is a text tower")
+    views = [
+        View(spec, clip=i if different else 0, augmentation=options.augmentation, copy=0 if different else i)
+        for i in range(options.views)
+    ]
+    if isinstance(options.method, SwAVOptions):
+        size = options.method.crop_size
+        if size is not None:
+            if not isinstance(spec, VideoSpec):
+                raise ConfigError(f"{path}.method.crop_size: {size}, but {tower.name!r} is no video tower")
+            spec = dataclasses.replace(spec, size=size)
+        # numbered on, so that a crop is a draw of its own also where it looks like a full view
+        crops = range(options.views, options.views + options.method.crops)
+        views += [View(spec, augmentation=options.method.crop_augmentation, copy=i) for i in crops]
+    return tuple(views)

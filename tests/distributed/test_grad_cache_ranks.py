@@ -1,0 +1,168 @@
+"""The gradient cache leaves the whole batch's loss, gradients and state: micro-batches, processes, dropout."""
+
+from __future__ import annotations
+
+from contextlib import AbstractContextManager, nullcontext
+from functools import lru_cache
+
+import pytest
+import torch
+from support.exactness import Record, assert_same, pick_rows
+from support.gloo import GlooPool
+from support.view_methods import make
+from torch.nn.parallel import DistributedDataParallel
+
+from mmcl.distributed import Comm
+from mmcl.encoders.text import TinyTextOptions
+from mmcl.encoders.video import TinyVideoOptions
+from mmcl.model import CachePass, HeadOptions, ModelOptions, MultimodalModel, TrainStep
+from mmcl.objectives import cross_modal
+from mmcl.objectives.base import ObjectiveMix
+from mmcl.training.grad_cache import cached_backward, check_cacheable, inner, rows_of
+from mmcl.training.momentum import advance
+from mmcl.types import Batch, ConfigError, View, ViewBatch
+
+ROWS = 12
+
+
+def build_step(dropout: float = 0.0) -> TrainStep:
+    torch.manual_seed(3)
+    towers = {
+        "video": TinyVideoOptions(width=8, channels=8, size=16, frames=2, dropout=dropout),
+        "text": TinyTextOptions(width=16, depth=1),
+    }
+    model = MultimodalModel(ModelOptions(towers=towers, joint_width=6, head=HeadOptions(layers=2, hidden=8)))
+    infos = model.tower_infos()
+    objectives = {
+        "cross_modal": cross_modal.build(cross_modal.CrossModalOptions(), infos),
+        "dcl": make("intra_modal", "dcl", {"norm": "batch"}, infos),
+        "moco": make("intra_modal", "moco", {}, infos, tower="text"),
+        "byol": make("persistency", "byol", {}, infos),
+        "swav": make("persistency", "swav", {}, infos),
+    }
+    mix = ObjectiveMix(objectives, dict.fromkeys(objectives, 1.0))
+    model.add_scales(mix.scales)
+    model.serve(mix.needs)
+    return TrainStep(model, mix).double()
+
+
+@lru_cache
+def global_batch(step: int, views: tuple[View, ...], empty_rank: int | None) -> Batch:
+    random = torch.Generator().manual_seed(step)
+    present = {m: torch.rand(ROWS, generator=random) > 0.25 for m in ("video", "text")}
+    if empty_rank is not None:
+        for rows in present.values():
+            rows[empty_rank::2] = False
+    data = {}
+    for view in views:
+        rows = present[view.modality]
+        if view.modality == "text":
+            ids = torch.randint(1, 60, (ROWS, 7), generator=random) * rows[:, None]
+            mask = torch.arange(7) < torch.randint(2, 8, (ROWS, 1), generator=random)
+            data[view] = ViewBatch(ids * mask, rows, mask)
+        else:
+            pixels = torch.randint(0, 256, (ROWS, 2, 3, 16, 16), dtype=torch.uint8, generator=random)
+            data[view] = ViewBatch(pixels * rows[:, None, None, None, None], rows)
+    none = torch.full((ROWS, 1), -1)
+    return Batch(data, tuple(f"{step}-{i}" for i in range(ROWS)), torch.arange(ROWS), none, none[:, 0])
+
+
+def train(rank: int, world: int, micro_batch: int | None, ddp: bool = False) -> Record:
+    """Three optimizer steps; the second has a rank without rows."""
+    step = build_step()
+    wrapped = DistributedDataParallel(step, broadcast_buffers=False) if ddp else step
+    parameters = {name: p for name, p in step.named_parameters() if p.requires_grad}
+    optimizer = torch.optim.SGD(parameters.values(), lr=0.05, momentum=0.9)
+    views = tuple(dict.fromkeys(need.view for need in step.mix.needs))
+    record = Record()
+    for number, empty in enumerate((None, 1, None)):
+        own = pick_rows(global_batch(number, views, empty), torch.arange(rank, ROWS, world))
+        optimizer.zero_grad()
+        if micro_batch is None:
+            term = wrapped(own)
+            term.loss.backward()
+        else:
+            no_sync = wrapped.no_sync if isinstance(wrapped, DistributedDataParallel) else nullcontext
+            term = cached_backward(wrapped, own, micro_batch=micro_batch, no_sync=no_sync)
+        comm = Comm.current()
+        gradients = {n: torch.zeros_like(p) if p.grad is None else p.grad for n, p in parameters.items()}
+        if not ddp:
+            gradients = {name: comm.sum(g) / world for name, g in gradients.items()}
+            for name, p in parameters.items():
+                p.grad = gradients[name].clone()
+        record.losses.append(float(term.loss.detach()))
+        record.metrics.append({name: float(value) for name, value in term.metrics.items()})
+        record.gradients.append({name: gradient.clone() for name, gradient in gradients.items()})
+        optimizer.step()
+        step.mix.commit(term.pending)
+        advance([*step.model.ema_pairs(), *step.mix.ema_pairs()], 0.9)
+    record.state = {name: value.clone() for name, value in step.state_dict().items()}
+    return record
+
+
+def test_equals_the_whole_batch(gloo: GlooPool) -> None:
+    """Also in temperatures, queues, momentum copies; 5 rows per forward leave a short one."""
+    whole = train(0, 1, None)
+    scales = [float(g.norm()) for name, g in whole.gradients[0].items() if "log_scales" in name]
+    assert scales and min(scales) > 1e-4
+    for micro_batch in (1, 5):
+        assert_same(train(0, 1, micro_batch), whole, f"{micro_batch} rows at once")
+    for world in (2, 3):
+        for ddp in (False, True):
+            for rank, record in enumerate(gloo(world, train, 3, ddp)):
+                assert_same(record, whole, f"rank {rank} of {world}, {'DDP' if ddp else 'own averaging'}")
+
+
+def test_with_dropout_equals_one_graph_over_the_same_forwards() -> None:
+    step = build_step(dropout=0.5)
+    views = tuple(dict.fromkeys(need.view for need in step.mix.needs))
+    batch = global_batch(0, views, None)
+    torch.manual_seed(5)
+    parts = [step(rows_of(batch, slice(i, i + 4)), CachePass("features")) for i in range(0, ROWS, 4)]
+    values = {key: torch.cat([part[key] for part in parts]) for key in parts[0]}
+    state = {name: value.clone() for name, value in step.state_dict().items()}
+    loss = step(batch, CachePass("loss", values)).loss
+    loss.backward()
+    after = torch.rand(3)
+    wanted = {name: p.grad.clone() for name, p in step.named_parameters() if p.grad is not None}
+    step.load_state_dict(state)  # running statistics of heads
+    step.zero_grad()
+    torch.manual_seed(5)
+    term = cached_backward(step, batch, micro_batch=4)
+    assert torch.equal(torch.rand(3), after), "random numbers go on as if there had been one forward"
+    torch.testing.assert_close(term.loss, loss.detach())
+    for name, gradient in wanted.items():
+        torch.testing.assert_close(dict(step.named_parameters())[name].grad, gradient, msg=name)
+
+
+def test_momentum_towers_and_objectives_run_once_and_gradients_are_reduced_once() -> None:
+    step = build_step()
+    calls = {"online": 0, "momentum": 0, "projector": 0, "unsynced": 0}
+
+    def counting() -> AbstractContextManager[object]:
+        calls["unsynced"] += 1
+        return nullcontext()
+
+    def count(name: str) -> object:
+        def hook(*_: object) -> None:
+            calls[name] += 1
+
+        return hook
+
+    step.model.towers["video"].register_forward_hook(count("online"))
+    step.model.momentum_towers["video"].register_forward_hook(count("momentum"))
+    step.mix.objectives["byol"].projector.register_forward_hook(count("projector"))
+    views = tuple(dict.fromkeys(need.view for need in step.mix.needs))
+    cached_backward(step, global_batch(0, views, None), micro_batch=4, no_sync=counting)
+    assert calls.pop("unsynced") == 3, "the loss pass and all replays but the last keep their gradients to themselves"
+    # views of the video tower online: two draws of one clip and another clip; by momentum: two clips
+    assert calls == {"online": 3 * 3 * 2, "momentum": 3 * 2, "projector": 2}
+
+
+def test_towers_with_batch_statistics_are_refused() -> None:
+    step = build_step()
+    check_cacheable(step)
+    step.model.towers["video"].frame.append(torch.nn.BatchNorm2d(8))
+    with pytest.raises(ConfigError, match=r"train\.micro_batch: tower 'video' holds batch statistics \(BatchNorm2d\)"):
+        check_cacheable(step)
+    assert inner(torch.nn.DataParallel(step)) is step
