@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from pydantic import Field
 from torch import Tensor, nn
 
-from mmcl.config import Options, build
+from mmcl.config import Options, build, unknown_name
 from mmcl.distributed import Comm
 from mmcl.encoders.base import Encoder
 from mmcl.encoders.build import TowerOptions, build_encoder
@@ -63,6 +63,8 @@ class ModelOptions(Options):
     temperature: Annotated[float, Field(gt=0.01, le=10)] = 0.07
     """where the learned temperatures start"""
     learn_temperature: bool = True
+    frozen: tuple[str, ...] = ()
+    """towers that are not trained, with their heads: no gradient, always in eval mode (teachers, locked towers)"""
 
 
 class _Description(Options):
@@ -82,6 +84,29 @@ class MultimodalModel(Pretrained):
         self.towers = nn.ModuleDict(encoders)
         self.heads = nn.ModuleDict({name: self._head(encoder.width) for name, encoder in encoders.items()})
         self.log_scales = nn.ParameterDict()
+        for number, name in enumerate(options.frozen):
+            if name not in encoders:
+                raise unknown_name(f"model.frozen.{number}", name, encoders)
+            self.towers[name].requires_grad_(False)
+            self.heads[name].requires_grad_(False)
+        self.train()
+
+    def train(self, mode: bool = True) -> MultimodalModel:
+        """As any module, but frozen towers stay in eval mode: no dropout, no running statistics."""
+        super().train(mode)
+        for name in self.options.frozen:
+            self.towers[name].eval()
+            self.heads[name].eval()
+        return self
+
+    def freeze_unused(self, needs: Iterable[Need]) -> None:
+        """Takes the gradient from towers and heads that no need reaches: DDP waits for every parameter that has one."""
+        needed = {(need.tower, level == "joint") for need in needs if need.kind == "online" for level in need.levels}
+        for name in self.towers:
+            if (name, True) not in needed:
+                self.heads[name].requires_grad_(False)
+                if (name, False) not in needed:
+                    self.towers[name].requires_grad_(False)
 
     def _head(self, width: int) -> nn.Module:
         options = self.options
@@ -126,8 +151,11 @@ class MultimodalModel(Pretrained):
 
     def tower_infos(self) -> dict[str, TowerInfo]:
         """What objectives may know of the towers."""
-        width = self.options.joint_width
-        return {name: TowerInfo(name, self.tower(name).spec, self.tower(name).width, width) for name in self.towers}
+        width, frozen = self.options.joint_width, self.options.frozen
+        return {
+            name: TowerInfo(name, self.tower(name).spec, self.tower(name).width, width, name not in frozen)
+            for name in self.towers
+        }
 
     def tower_of(self, modality: str) -> str:
         """The first tower of a modality; :class:`ConfigError` if there is none."""
@@ -163,10 +191,11 @@ class MultimodalModel(Pretrained):
         if dummy:
             rows = torch.zeros(1, dtype=torch.long, device=view.data.device)
         mask = None if view.mask is None else view.mask[rows]
-        features: Features = self.towers[tower](view.data[rows], mask)
         values: dict[Level, Tensor] = {}
-        for level in levels:
-            value = self._level(tower, features, level)
+        with torch.set_grad_enabled(torch.is_grad_enabled() and tower not in self.options.frozen):
+            features: Features = self.towers[tower](view.data[rows], mask)
+            found = [self._level(tower, features, level) for level in levels]
+        for level, value in zip(levels, found, strict=True):
             out = value.new_zeros((len(view), *value.shape[1:]))
             values[level] = out + 0.0 * value.sum() if dummy else out.index_copy(0, rows, value)
         return values

@@ -100,6 +100,7 @@ def build_model(config: RunConfig) -> tuple[MultimodalModel, ObjectiveMix]:
         weights[name] = options.weight
     mix = ObjectiveMix(objectives, weights)
     model.add_scales(mix.scales)
+    model.freeze_unused(mix.needs)
     return model, mix
 
 
