@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import NamedTuple, TypeAlias
+from typing import Annotated, NamedTuple, TypeAlias
+
+from pydantic import Field
 
 from mmcl.config import Options
-from mmcl.objectives import cross_modal
+from mmcl.objectives import compositional_distillation, cross_modal
 from mmcl.objectives.base import Objective
+from mmcl.objectives.compositional_distillation import CompositionalDistillationOptions
 from mmcl.objectives.cross_modal import CrossModalOptions
 
 
@@ -18,10 +21,13 @@ class ObjectiveEntry(NamedTuple):
 
 
 OBJECTIVES: dict[str, ObjectiveEntry] = {
+    "compositional_distillation": ObjectiveEntry(CompositionalDistillationOptions, compositional_distillation.build),
     "cross_modal": ObjectiveEntry(CrossModalOptions, cross_modal.build),
 }
 
-# With a second one: Annotated[CrossModalOptions | OtherOptions, Field(discriminator="name")]
-ObjectiveOptions: TypeAlias = CrossModalOptions
+ObjectiveOptions: TypeAlias = Annotated[
+    CompositionalDistillationOptions | CrossModalOptions,
+    Field(discriminator="name"),
+]
 
 __all__ = ["OBJECTIVES", "ObjectiveEntry", "ObjectiveOptions"]

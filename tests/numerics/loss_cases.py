@@ -80,6 +80,8 @@ class Case:
     """inputs without one row per sample"""
     indirect: tuple[str, ...] = ()
     """inputs that also reach the value through something detached, which finite differences see"""
+    whole: tuple[str, ...] = ()
+    """inputs that are normalised sample by sample, not row by row of a sample"""
     temperature: bool = True
     extra: Callable[[int], Tensors] = field(default=lambda rows: {})
     """labels and masks, one row per sample"""
@@ -152,12 +154,15 @@ CASES = [
         pair("f", "g"),
         extra=labels,
     ),
-    Case(
-        "jeffreys",
-        losses.jeffreys,
-        pair("logits_p", "logits_q"),
-        unscaled=("logits_p", "logits_q"),
-        temperature=False,
+    *(
+        Case(
+            name,
+            getattr(losses, name),
+            pair("logits_p", "logits_q"),
+            unscaled=("logits_p", "logits_q"),
+            temperature=False,
+        )
+        for name in ("jeffreys", "jensen_shannon")
     ),
     Case(
         "local_mutual_information",
@@ -184,6 +189,49 @@ CASES = [
             temperature=False,
         )
         for name in ("similarity_preserving", "relational_distance", "relational_angle", "probabilistic_transfer")
+    ),
+    *(
+        Case(
+            name,
+            getattr(losses, name),
+            lambda rows: {"student": (rows, 3), "teacher": (rows, 3)},
+            detached=("teacher",),
+            unscaled=("student",) if name == "activation_boundary" else ("student", "teacher"),
+            temperature=False,
+        )
+        for name in ("hint", "activation_boundary", "correlation_congruence")
+    ),
+    Case(
+        "variational_information",
+        # numbers that every precision holds
+        lambda s, t: losses.variational_information(s, torch.tensor([-1.0, 0.5, 2.0]).to(s.dtype), t),
+        pair("s", "t"),
+        detached=("t",),
+        unscaled=("s", "t"),
+        temperature=False,
+    ),
+    *(
+        Case(
+            name,
+            getattr(losses, name),
+            lambda rows: {"student": (rows, 4, 3), "teacher": (rows, 4, 2)},
+            detached=("teacher",),
+            whole=("student", "teacher"),
+            temperature=False,
+        )
+        for name in ("attention_transfer", "factor_transfer", "neuron_selectivity")
+    ),
+    *(
+        Case(
+            name,
+            lambda s, u, t, w, loss=getattr(losses, name): loss(s, u, t, w),
+            lambda rows: {"s": (rows, 4, 3), "u": (rows, 4, 2), "t": (rows, 5, 3), "w": (rows, 5, 2)},
+            detached=("t", "w"),
+            unscaled=("s", "u", "t", "w") if name == "flow" else (),
+            whole=("s", "u", "t", "w") if name == "kdsvd" else (),
+            temperature=False,
+        )
+        for name in ("flow", "kdsvd")
     ),
     Case("alignment", losses.alignment, pair("a", "b"), unscaled=("a", "b"), temperature=False),
     Case("uniformity", losses.uniformity, pair("x"), unscaled=("x",), temperature=False),
