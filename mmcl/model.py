@@ -153,8 +153,8 @@ class MultimodalModel(Pretrained):
         """What objectives may know of the towers."""
         width, frozen = self.options.joint_width, self.options.frozen
         return {
-            name: TowerInfo(name, self.tower(name).spec, self.tower(name).width, width, name not in frozen)
-            for name in self.towers
+            name: TowerInfo(name, tower.spec, tower.width, width, name not in frozen, tower.stages)
+            for name, tower in ((name, self.tower(name)) for name in self.towers)
         }
 
     def tower_of(self, modality: str) -> str:
@@ -259,7 +259,11 @@ class MultimodalModel(Pretrained):
             return features.pooled
         if level == "tokens" and features.tokens is not None:
             return features.tokens
-        raise ConfigError(f"tower {tower!r} has no level {level!r}; allowed: joint, pooled, tokens")
+        stage = level.removeprefix("stage:")
+        if level.startswith("stage:") and stage in features.stages:
+            return features.stages[stage]
+        known = ", ".join(["joint", "pooled", "tokens", *(f"stage:{name}" for name in features.stages)])
+        raise ConfigError(f"tower {tower!r} has no level {level!r}; allowed: {known}")
 
 
 def average_windows(rows: Sequence[Tensor]) -> Tensor:

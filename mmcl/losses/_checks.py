@@ -53,7 +53,7 @@ def alike(**tensors: Tensor) -> None:
     if isinstance(first, Tensor) and first.ndim == 3:
         feature_maps(same="shape", **tensors)
     else:
-        matrices(**tensors)
+        _matrices(tensors)
 
 
 def matrix_list(name: str, tensors: Sequence[Tensor], *, at_least: int, like: tuple[str, Tensor] | None = None) -> None:

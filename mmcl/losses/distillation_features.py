@@ -1,6 +1,6 @@
 """What a student copies from a teacher, feature by feature. Teachers are detached.
 
-Features are ``(B, D)`` or, position by position, ``(B, L, D)``; the student's are already mapped to the teacher's shape.
+Features are ``(B, D)`` or, position by position, ``(B, L, D)``; the student's come mapped to the teacher's shape.
 """
 
 from __future__ import annotations

@@ -177,15 +177,17 @@ def _placement(first: Tensor, second: Tensor) -> Tensor:
 def _main_direction(maps: Tensor) -> Tensor:
     direction = _directions(maps)[..., 0]
     largest = direction.abs().argmax(1, keepdim=True)
-    return direction * direction.gather(1, largest).sign()
+    sign: Tensor = direction.gather(1, largest).sign()
+    return direction * sign
 
 
 def _closest_direction(maps: Tensor, target: Tensor) -> Tensor:
     directions = _directions(maps)[..., : min(4, maps.shape[1])]
     cosines = (target[:, :, None] * directions).sum(1)
-    best = cosines.detach().abs().argmax(1, keepdim=True)
-    chosen = directions.gather(2, best[:, None].expand(-1, directions.shape[1], 1))[..., 0]
-    return chosen * cosines.detach().gather(1, best).sign()
+    best: Tensor = cosines.detach().abs().argmax(1, keepdim=True)
+    sign: Tensor = cosines.detach().gather(1, best).sign()
+    chosen: Tensor = directions.gather(2, best[:, None].expand(-1, directions.shape[1], 1))[..., 0]
+    return chosen * sign
 
 
 def _directions(maps: Tensor) -> Tensor:
@@ -200,6 +202,8 @@ class _Eigenvectors(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, matrices: Tensor) -> Tensor:
+        values: Tensor
+        vectors: Tensor
         values, vectors = torch.linalg.eigh(matrices)
         ctx.save_for_backward(values, vectors)
         return vectors
@@ -211,5 +215,5 @@ class _Eigenvectors(torch.autograd.Function):
         gaps = values[:, None, :] - values[:, :, None]
         apart = gaps.abs() > torch.finfo(values.dtype).eps ** 0.5  # of eigenvalues that sum to 1
         mixed = torch.where(apart, vectors.mT @ gradient / gaps.masked_fill(~apart, 1.0), 0.0)
-        full = vectors @ mixed @ vectors.mT
+        full: Tensor = vectors @ mixed @ vectors.mT
         return (full + full.mT) / 2

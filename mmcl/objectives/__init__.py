@@ -8,10 +8,12 @@ from typing import Annotated, NamedTuple, TypeAlias
 from pydantic import Field
 
 from mmcl.config import Options
-from mmcl.objectives import compositional_distillation, cross_modal
+from mmcl.objectives import compositional_distillation, contrastive_distillation, cross_modal, distillation
 from mmcl.objectives.base import Objective
 from mmcl.objectives.compositional_distillation import CompositionalDistillationOptions
+from mmcl.objectives.contrastive_distillation import ContrastiveDistillationOptions
 from mmcl.objectives.cross_modal import CrossModalOptions
+from mmcl.objectives.distillation import DistillationOptions
 
 
 class ObjectiveEntry(NamedTuple):
@@ -22,11 +24,13 @@ class ObjectiveEntry(NamedTuple):
 
 OBJECTIVES: dict[str, ObjectiveEntry] = {
     "compositional_distillation": ObjectiveEntry(CompositionalDistillationOptions, compositional_distillation.build),
+    "contrastive_distillation": ObjectiveEntry(ContrastiveDistillationOptions, contrastive_distillation.build),
     "cross_modal": ObjectiveEntry(CrossModalOptions, cross_modal.build),
+    "distillation": ObjectiveEntry(DistillationOptions, distillation.build),
 }
 
 ObjectiveOptions: TypeAlias = Annotated[
-    CompositionalDistillationOptions | CrossModalOptions,
+    CompositionalDistillationOptions | ContrastiveDistillationOptions | CrossModalOptions | DistillationOptions,
     Field(discriminator="name"),
 ]
 

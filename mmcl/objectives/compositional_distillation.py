@@ -15,8 +15,8 @@ from mmcl.distributed import Comm
 from mmcl.losses import jeffreys, jensen_shannon
 from mmcl.losses.class_nce import class_nce_rows
 from mmcl.objectives.base import Objective, Term
-from mmcl.objectives.ranks import all_rows, mean_over_ranks
-from mmcl.types import ConfigError, Embeddings, Need, RunError, TowerInfo, View
+from mmcl.objectives.ranks import all_rows, classification, mean_over_ranks
+from mmcl.types import ConfigError, Embeddings, Need, TowerInfo, View
 
 
 class CompositionalDistillationOptions(Options):
@@ -101,11 +101,7 @@ class CompositionalDistillation(Objective):
         options = self.options
         rows = embeddings.present(self.student.view)
         if options.classes is not None:
-            labels = embeddings.batch.labels
-            highest = int(comm.gather(labels).amax()) if len(labels) else -1
-            if highest >= options.classes:
-                raise RunError(f"compositional_distillation: label {highest}, but classes is {options.classes}")
-            rows = rows & (labels >= 0)
+            rows = rows & (embeddings.batch.labels >= 0)
         student = embeddings.get(self.student)
         predicted = None if self.classify is None else self.classify(student)
         losses = {"student": self._classification(predicted, embeddings.batch.labels, rows, comm)}
@@ -127,6 +123,7 @@ class CompositionalDistillation(Objective):
     ) -> tuple[Tensor, Tensor]:
         """What one teacher adds to L_v, and its L_u."""
         composition = self.compositions[name]
+        assert isinstance(composition, Composition)
         temperature = self.temperatures[name]
 
         def contrast(f: Tensor, g: Tensor) -> Tensor:
@@ -157,12 +154,7 @@ class CompositionalDistillation(Objective):
         return to_student, to_composition + self._classification(u_classes, rows.labels, rows.present, comm)
 
     def _classification(self, logits: Tensor | None, labels: Tensor, rows: Tensor, comm: Comm) -> Tensor:
-        """Cross-entropy over these rows of all ranks; 0 without classes."""
-        if logits is None:
-            return torch.zeros((), device=labels.device)
-        with torch.autocast(logits.device.type, enabled=False):
-            wide = logits if logits.dtype == torch.float64 else logits.float()
-            return comm.mean(F.cross_entropy(wide, labels.clamp_min(0), reduction="none"), rows)
+        return torch.zeros((), device=labels.device) if logits is None else classification(logits, labels, rows, comm)
 
     def _rows(self, embeddings: Embeddings, present: Tensor, comm: Comm) -> _Rows:
         batch = embeddings.batch

@@ -108,6 +108,8 @@ def valid(rows: int) -> Tensors:
     return {"mask": mask}
 
 
+STAGES = ("student_first", "student_second", "teacher_first", "teacher_second")
+
 CASES = [
     Case("info_nce", lambda q, k, temperature=0.2: losses.info_nce(q, k, temperature=temperature), pair("q", "k")),
     Case("clip", lambda a, b, temperature=0.2: losses.clip(a, b, scale=1 / temperature), pair("a", "b")),
@@ -224,14 +226,14 @@ CASES = [
     *(
         Case(
             name,
-            lambda s, u, t, w, loss=getattr(losses, name): loss(s, u, t, w),
-            lambda rows: {"s": (rows, 4, 3), "u": (rows, 4, 2), "t": (rows, 5, 3), "w": (rows, 5, 2)},
-            detached=("t", "w"),
-            unscaled=("s", "u", "t", "w") if name == "flow" else (),
-            whole=("s", "u", "t", "w") if name == "kdsvd" else (),
+            loss,
+            lambda rows: dict(zip(STAGES, ((rows, 4, 3), (rows, 4, 2), (rows, 5, 3), (rows, 5, 2)), strict=True)),
+            detached=STAGES[2:],
+            unscaled=STAGES if name == "flow" else (),
+            whole=STAGES if name == "kdsvd" else (),
             temperature=False,
         )
-        for name in ("flow", "kdsvd")
+        for name, loss in (("flow", losses.flow), ("kdsvd", losses.kdsvd))
     ),
     Case("alignment", losses.alignment, pair("a", "b"), unscaled=("a", "b"), temperature=False),
     Case("uniformity", losses.uniformity, pair("x"), unscaled=("x",), temperature=False),

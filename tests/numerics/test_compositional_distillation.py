@@ -6,10 +6,10 @@ import re
 
 import pytest
 import torch
+import torch.nn.functional as F
 from support.exactness import TOWERS
 from support.objectives import FROZEN, batch_for, build_objective, embed
 from torch import Tensor
-from torch.nn import functional as F  # noqa: N812
 
 from mmcl import losses
 from mmcl.distributed import Comm
@@ -139,5 +139,5 @@ def test_what_cannot_be_is_refused() -> None:
     with pytest.raises(ConfigError, match=r"objectives\.4\.teachers\.0: the teacher 'audio' is not frozen; add it to"):
         build_objective(NAME, TOWERS, teachers=("audio",))
     objective = build_objective(NAME, teachers=("audio",), classes=2)
-    with pytest.raises(RunError, match="label 2, but classes is 2"):
+    with pytest.raises(RunError, match="label 2, but the objective was given classes: 2"):
         objective(embed(objective, batch_for(objective))[0], Comm())

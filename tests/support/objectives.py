@@ -7,13 +7,13 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
-from support.exactness import TOWERS, make_batch
 from torch import Tensor
 
 from mmcl.config import build as build_options
 from mmcl.objectives import OBJECTIVES
 from mmcl.objectives.base import Objective
 from mmcl.types import Batch, Embeddings, TowerInfo
+from support.exactness import TOWERS, make_batch
 
 FROZEN = {name: dataclasses.replace(tower, trainable=name == "video") for name, tower in TOWERS.items()}
 """a student of video and two teachers"""
