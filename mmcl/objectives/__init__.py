@@ -8,12 +8,13 @@ from typing import Annotated, NamedTuple, TypeAlias
 from pydantic import Field
 
 from mmcl.config import Options
-from mmcl.objectives import compositional_distillation, contrastive_distillation, cross_modal, distillation
+from mmcl.objectives import compositional_distillation, contrastive_distillation, cross_modal, distillation, mutual
 from mmcl.objectives.base import Objective
 from mmcl.objectives.compositional_distillation import CompositionalDistillationOptions
 from mmcl.objectives.contrastive_distillation import ContrastiveDistillationOptions
 from mmcl.objectives.cross_modal import CrossModalOptions
 from mmcl.objectives.distillation import DistillationOptions
+from mmcl.objectives.mutual import MutualOptions
 
 
 class ObjectiveEntry(NamedTuple):
@@ -27,10 +28,15 @@ OBJECTIVES: dict[str, ObjectiveEntry] = {
     "contrastive_distillation": ObjectiveEntry(ContrastiveDistillationOptions, contrastive_distillation.build),
     "cross_modal": ObjectiveEntry(CrossModalOptions, cross_modal.build),
     "distillation": ObjectiveEntry(DistillationOptions, distillation.build),
+    "mutual": ObjectiveEntry(MutualOptions, mutual.build),
 }
 
 ObjectiveOptions: TypeAlias = Annotated[
-    CompositionalDistillationOptions | ContrastiveDistillationOptions | CrossModalOptions | DistillationOptions,
+    CompositionalDistillationOptions
+    | ContrastiveDistillationOptions
+    | CrossModalOptions
+    | DistillationOptions
+    | MutualOptions,
     Field(discriminator="name"),
 ]
 

@@ -19,11 +19,11 @@ FROZEN = {name: dataclasses.replace(tower, trainable=name == "video") for name, 
 """a student of video and two teachers"""
 
 
-def build_objective(name: str, towers: Mapping[str, TowerInfo] = FROZEN, **options: Any) -> Any:
+def build_objective(name: str, infos: Mapping[str, TowerInfo] = FROZEN, /, **options: Any) -> Any:
     """A float64 objective with weights from a fixed seed."""
     torch.manual_seed(3)
     entry = OBJECTIVES[name]
-    return entry.build(build_options(entry.options, {"name": name, **options}), towers, path="objectives.4").double()
+    return entry.build(build_options(entry.options, {"name": name, **options}), infos, path="objectives.4").double()
 
 
 def embed(
