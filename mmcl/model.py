@@ -65,6 +65,8 @@ class ModelOptions(Options):
     learn_temperature: bool = True
     frozen: tuple[str, ...] = ()
     """towers that are not trained, with their heads: no gradient, always in eval mode (teachers, locked towers)"""
+    weights: dict[str, str] = Field(default_factory=dict)
+    """tower: the model folder, checkpoint or run whose tower of the same name it starts from"""
 
 
 class _Description(Options):
@@ -98,6 +100,27 @@ class MultimodalModel(Pretrained):
             self.towers[name].eval()
             self.heads[name].eval()
         return self
+
+    def load_weights(self) -> None:
+        """Gives towers, and their heads where they are of the same shape, the weights that ``weights`` names.
+
+        Raises:
+            ConfigError: a name is no tower here or there, a folder is no model, or the towers differ.
+        """
+        for name, folder in self.options.weights.items():
+            path = f"model.weights.{name}"
+            if name not in self.towers:
+                raise unknown_name("model.weights", name, self.towers)
+            source = MultimodalModel.from_pretrained(folder)
+            if name not in source.towers:
+                raise ConfigError(f"{path}: {folder} has no tower {name!r}; it has: {', '.join(source.towers)}")
+            try:
+                self.towers[name].load_state_dict(source.towers[name].state_dict())
+            except RuntimeError as error:
+                raise ConfigError(f"{path}: {folder} does not fit: {' '.join(str(error).split())[:300]}") from None
+            head, other = self.heads[name].state_dict(), source.heads[name].state_dict()
+            if {k: v.shape for k, v in head.items()} == {k: v.shape for k, v in other.items()}:
+                self.heads[name].load_state_dict(other)
 
     def freeze_unused(self, needs: Iterable[Need]) -> None:
         """Takes the gradient from towers and heads that no need reaches: DDP waits for every parameter that has one."""
@@ -195,6 +218,8 @@ class MultimodalModel(Pretrained):
         with torch.set_grad_enabled(torch.is_grad_enabled() and tower not in self.options.frozen):
             features: Features = self.towers[tower](view.data[rows], mask)
             found = [self._level(tower, features, level) for level in levels]
+            if not {"joint", "pooled"} & set(levels):  # DDP waits for the parameters behind the last of the levels too
+                found[0] = found[0] + 0.0 * features.pooled.sum()
         for level, value in zip(levels, found, strict=True):
             out = value.new_zeros((len(view), *value.shape[1:]))
             values[level] = out + 0.0 * value.sum() if dummy else out.index_copy(0, rows, value)

@@ -101,6 +101,7 @@ def build_model(config: RunConfig) -> tuple[MultimodalModel, ObjectiveMix]:
     mix = ObjectiveMix(objectives, weights)
     model.add_scales(mix.scales)
     model.freeze_unused(mix.needs)
+    model.load_weights()
     return model, mix
 
 

@@ -186,13 +186,9 @@ def build(options: MutualOptions, towers: Mapping[str, TowerInfo], path: str = "
             raise ConfigError(f"{where}: {name!r} is frozen; a cohort learns together, name only trained towers")
     if options.keys == "online":
         if options.queue:
-            raise ConfigError(
-                f"{path}.queue: needs keys: momentum, keys of online towers grow stale; or set it to 0"
-            )
+            raise ConfigError(f"{path}.queue: needs keys: momentum, keys of online towers grow stale; or set it to 0")
         if options.vcl and options.key_clip == 0 and options.augmentation == "none":
-            raise ConfigError(
-                f"{path}.vcl: query and key are one view; set key_clip or augmentation, or vcl to 0"
-            )
+            raise ConfigError(f"{path}.vcl: query and key are one view; set key_clip or augmentation, or vcl to 0")
     copy = int(options.key_clip == 0 and options.augmentation != "none")
     queries, keys = {}, {}
     for name in names:

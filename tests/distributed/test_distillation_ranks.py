@@ -6,13 +6,19 @@ import functools
 from typing import Any
 
 import pytest
-from support.exactness import Subject, assert_exact
+import torch
+from support.exactness import Subject, assert_exact, pick_rows
 from support.gloo import GlooPool
-from support.objectives import FROZEN
+from support.objectives import FROZEN, tower_batch
+from support.recipes import tiny_config
+from torch import Tensor
+from torch.nn.parallel import DistributedDataParallel
 
 from mmcl.config import build as build_options
+from mmcl.model import TrainStep
 from mmcl.objectives import OBJECTIVES
 from mmcl.objectives.base import ObjectiveMix
+from mmcl.recipe import build_model
 
 
 def subject(many: list[dict[str, Any]]) -> Subject:
@@ -84,3 +90,36 @@ def test_contrastive_distillation_is_exact(gloo: GlooPool) -> None:
     assert (record.state["mix.objectives.it.slot_keys"] >= 0).all()
     assert int(record.state["mix.objectives.it.z_is_fixed"]) == 1
     assert not any(gradient.any() for gradient in record.gradients[-1].values())
+
+
+def real_model(rank: int, world: int, stages: bool) -> tuple[float, dict[str, Tensor]]:
+    """Two steps of a real model under DDP, which waits for the gradient of every parameter that asks for one."""
+    torch.manual_seed(0)
+    towers = ["model.towers.guide={name: tiny_video, width: 48, channels: 16, size: 32, frames: 2, fps: 4}"]
+    levels = "[['stage:early', 'stage:early'], ['stage:middle', 'stage:middle']]"
+    one = f"{{name: distillation, method: flow, teacher: guide, levels: {levels}}}"
+    other = "{name: compositional_distillation, teachers: [guide, audio]}"
+    config = tiny_config(*towers, "model.frozen=[guide, audio]", f"objectives=[{one if stages else other}]")
+    model, mix = build_model(config)
+    batch = tower_batch(model, 6)
+    everything = TrainStep(model, mix)
+    step = DistributedDataParallel(everything, broadcast_buffers=False) if world > 1 else everything
+    loss = torch.zeros(())
+    for _ in range(2):
+        step.zero_grad()
+        loss = step(pick_rows(batch, torch.arange(rank, 6, world))).loss
+        loss.backward()
+    return float(loss.detach()), {n: p.grad for n, p in everything.named_parameters() if p.grad is not None}
+
+
+@pytest.mark.parametrize("stages", [False, True], ids=["compositional", "flow of stages"])
+def test_a_real_model_leaves_no_parameter_waiting(gloo: GlooPool, stages: bool) -> None:
+    loss, gradients = real_model(0, 1, stages)
+    assert any(name.startswith("model.towers.video") for name in gradients)
+    assert not any(name.startswith(("model.towers.text", "model.towers.guide")) for name in gradients)
+    for other, others in gloo(2, real_model, stages):
+        assert other == pytest.approx(loss, rel=1e-5)
+        assert others.keys() == gradients.keys()
+        whole = torch.stack([g.norm() for g in gradients.values()]).norm()
+        for name, gradient in gradients.items():
+            assert (others[name] - gradient).norm() <= 1e-5 * gradient.norm() + 1e-6 * whole, name

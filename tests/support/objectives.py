@@ -10,9 +10,10 @@ import torch
 from torch import Tensor
 
 from mmcl.config import build as build_options
+from mmcl.model import MultimodalModel
 from mmcl.objectives import OBJECTIVES
 from mmcl.objectives.base import Objective
-from mmcl.types import Batch, Embeddings, TowerInfo
+from mmcl.types import Batch, Embeddings, TowerInfo, View, ViewBatch
 from support.exactness import TOWERS, make_batch
 
 FROZEN = {name: dataclasses.replace(tower, trainable=name == "video") for name, tower in TOWERS.items()}
@@ -45,3 +46,20 @@ def embed(
 
 def batch_for(objective: Objective, kind: str = "mixed", step: int = 0, rows: int = 12) -> Batch:
     return make_batch(list(dict.fromkeys(need.view for need in objective.needs)), step, kind, rows)
+
+
+def tower_batch(model: MultimodalModel, rows: int = 4) -> Batch:
+    """Random rows, all present, for three towers of a real model."""
+    everyone = torch.ones(rows, dtype=torch.bool)
+    video, audio, text = (model.tower(name).spec for name in ("video", "audio", "text"))
+    random = torch.Generator().manual_seed(0)
+    ids, mask = text.tokenizer([f"a caption {i}" for i in range(rows)])  # type: ignore[union-attr]
+    views = {
+        View(video): ViewBatch(
+            torch.randint(0, 256, (rows, 2, 3, 32, 32), dtype=torch.uint8, generator=random), everyone
+        ),
+        View(audio): ViewBatch(torch.rand(rows, audio.samples, generator=random) - 0.5, everyone),  # type: ignore[union-attr]
+        View(text): ViewBatch(ids, everyone, mask),
+    }
+    keys = tuple(str(i) for i in range(rows))
+    return Batch(views, keys, torch.arange(rows), torch.full((rows, 1), -1), torch.full((rows,), -1))

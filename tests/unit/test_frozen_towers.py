@@ -6,30 +6,15 @@ from pathlib import Path
 
 import pytest
 import torch
+from support.objectives import tower_batch
 from support.recipes import tiny_config
 
 from mmcl.model import MultimodalModel, TrainStep
 from mmcl.recipe import build_model
 from mmcl.training.optim import build_optimizer
-from mmcl.types import Batch, ConfigError, View, ViewBatch
+from mmcl.types import ConfigError
 
 FROZEN = ("model.frozen=[audio]", "model.towers.audio.dropout=0.5", "model.towers.video.dropout=0.5")
-
-
-def batch_of(model: MultimodalModel, rows: int = 4) -> Batch:
-    everyone = torch.ones(rows, dtype=torch.bool)
-    video, audio, text = (model.tower(name).spec for name in ("video", "audio", "text"))
-    random = torch.Generator().manual_seed(0)
-    ids, mask = text.tokenizer([f"a caption {i}" for i in range(rows)])  # type: ignore[union-attr]
-    views = {
-        View(video): ViewBatch(
-            torch.randint(0, 256, (rows, 2, 3, 32, 32), dtype=torch.uint8, generator=random), everyone
-        ),
-        View(audio): ViewBatch(torch.rand(rows, audio.samples, generator=random) - 0.5, everyone),  # type: ignore[union-attr]
-        View(text): ViewBatch(ids, everyone, mask),
-    }
-    keys = tuple(str(i) for i in range(rows))
-    return Batch(views, keys, torch.arange(rows), torch.full((rows, 1), -1), torch.full((rows,), -1))
 
 
 def test_a_frozen_tower_is_not_trained() -> None:
@@ -49,7 +34,7 @@ def test_a_frozen_tower_is_not_trained() -> None:
     assert frozen
     assert not held & {id(p) for p in frozen}
     step.train()
-    torch.autograd.backward(step(batch_of(model)).loss)
+    torch.autograd.backward(step(tower_batch(model)).loss)
     optimizer.step()
     assert all(torch.equal(p, q) and p.grad is None for p, q in zip(frozen, before, strict=True))
     assert all(p.grad is not None for p in model.towers["video"].parameters())
@@ -62,7 +47,7 @@ def test_a_frozen_tower_stays_in_eval_mode_and_keeps_no_graph() -> None:
     model.train()
     assert model.training and model.towers["video"].training
     assert not any(module.training for module in model.towers["audio"].modules())
-    batch = batch_of(model)
+    batch = tower_batch(model)
     views = {view.modality: rows for view, rows in batch.views.items()}
     first, second = (model.encode_view("audio", views["audio"], ["joint", "pooled"]) for _ in range(2))
     assert all(torch.equal(first[level], second[level]) and not first[level].requires_grad for level in first)
@@ -88,3 +73,25 @@ def test_what_no_objective_reaches_has_no_gradient() -> None:
     model, _ = build_model(tiny_config("objectives.0.pairs=[[video, text]]"))
     assert not any(p.requires_grad for p in model.towers["audio"].parameters())
     assert all(p.requires_grad for p in model.towers["video"].parameters())
+
+
+def test_a_tower_starts_from_an_earlier_model(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    earlier, _ = build_model(tiny_config())
+    folder = earlier.save_pretrained(tmp_path / "earlier")
+    torch.manual_seed(1)
+    model, _ = build_model(tiny_config(f"model.weights.audio={folder}", "model.joint_width=16"))
+    for name, same in (("audio", True), ("video", False)):
+        pairs = zip(model.towers[name].parameters(), earlier.towers[name].parameters(), strict=True)
+        assert all(torch.equal(p, q) for p, q in pairs) == same
+    again, _ = build_model(tiny_config(f"model.weights.audio={folder}"))
+    head = zip(again.heads["audio"].parameters(), earlier.heads["audio"].parameters(), strict=True)
+    assert all(torch.equal(p, q) for p, q in head), "also the head, where it is of the same shape"
+    for override, message in {
+        f"model.weights.sound={folder}": r"model\.weights: unknown name 'sound'",
+        f"model.weights.audio={tmp_path}": "neither a model",
+    }.items():
+        with pytest.raises(ConfigError, match=message):
+            build_model(tiny_config(override))
+    with pytest.raises(ConfigError, match=r"model\.weights\.audio: .* does not fit"):
+        build_model(tiny_config(f"model.weights.audio={folder}", "model.towers.audio.width=48"))
