@@ -215,11 +215,10 @@ class MultimodalModel(Pretrained):
             rows = torch.zeros(1, dtype=torch.long, device=view.data.device)
         mask = None if view.mask is None else view.mask[rows]
         values: dict[Level, Tensor] = {}
-        with torch.set_grad_enabled(torch.is_grad_enabled() and tower not in self.options.frozen):
-            features: Features = self.towers[tower](view.data[rows], mask)
-            found = [self._level(tower, features, level) for level in levels]
-            if not {"joint", "pooled"} & set(levels):  # DDP waits for the parameters behind the last of the levels too
-                found[0] = found[0] + 0.0 * features.pooled.sum()
+        features: Features = self.towers[tower](view.data[rows], mask)
+        found = [self._level(tower, features, level) for level in levels]
+        if not {"joint", "pooled"} & set(levels):  # DDP waits for the parameters behind the last of the levels too
+            found[0] = found[0] + 0.0 * features.pooled.sum()
         for level, value in zip(levels, found, strict=True):
             out = value.new_zeros((len(view), *value.shape[1:]))
             values[level] = out + 0.0 * value.sum() if dummy else out.index_copy(0, rows, value)

@@ -72,6 +72,16 @@ def test_one_tower_alone_is_moco() -> None:
     assert torch.equal(objective.queue_video, torch.cat([A, C])) and int(objective.pointer) == 4
 
 
+def test_a_queue_shorter_than_the_batch_keeps_the_newest() -> None:
+    objective = cohort(towers=("video",), queue=3)
+    objective.queue_video = torch.zeros(3, 3, dtype=torch.float64)
+    for keys, ids in ((B[:1], [7]), (C, [1, 2, 3, 4])):
+        objective.commit({"keys": {"video": keys}, "ids": torch.tensor(ids)})
+    order = [1, 2, 0]  # the first took place 0
+    assert torch.equal(objective.queue_video[order], C[1:]) and objective.queue_ids[order].tolist() == [2, 3, 4]
+    assert int(objective.pointer) == 1 and int(objective.filled) == 3
+
+
 def test_only_rows_of_the_whole_cohort_count_and_enter_the_queues() -> None:
     objective = cohort(queue=8)
     for name in ("video", "audio"):

@@ -33,7 +33,10 @@ def teacher(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return build_model(tiny_config(*sizes))[0].save_pretrained(tmp_path_factory.mktemp("teacher"))
 
 
-@pytest.mark.parametrize("name", [*TAUGHT, "mutual"])
+@pytest.mark.parametrize(
+    "name",
+    [TAUGHT[0], *(pytest.param(name, marks=pytest.mark.slow) for name in (*TAUGHT[1:], "mutual"))],
+)
 def test_it_trains(name: str, shards_folder: Path, teacher: Path, tmp_path: Path) -> None:
     places = [f"data.shards={shards_folder / 'train'}", f"train.out={tmp_path / 'run'}"]
     taught = [f"model.weights.audio={teacher}"] if name in TAUGHT else []
