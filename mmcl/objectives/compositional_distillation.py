@@ -137,7 +137,9 @@ class CompositionalDistillation(Objective):
         def align(v: Tensor, u: Tensor, t: Tensor, v_classes: Tensor | None, u_classes: Tensor | None) -> Tensor:
             if v_classes is None or u_classes is None:
                 anchors = F.normalize(all_rows(t.detach(), rows.present, comm), dim=1)
-                v_classes, u_classes = (F.normalize(x, dim=1) @ anchors.T / temperature for x in (v, u))
+                with torch.autocast(v.device.type, enabled=False):  # no product of a temperature this low in bf16
+                    wide = anchors if anchors.dtype == torch.float64 else anchors.float()
+                    v_classes, u_classes = (F.normalize(x.to(wide), dim=1) @ wide.T / temperature for x in (v, u))
             divergence = {"jeffreys": jeffreys, "jensen_shannon": jensen_shannon}[self.options.alignment]
             value = divergence(v_classes[rows.present], u_classes[rows.present])
             return mean_over_ranks(value, len(rows.same), comm)

@@ -103,7 +103,8 @@ class ContrastiveDistillation(Objective):
         ):
             bank = bank.to(own.dtype)
             positives = (own * torch.where(held, bank[slots], other.detach())).sum(1, keepdim=True)
-            negatives = (own @ bank[drawn].T).masked_fill(~allowed, -torch.inf)
+            with torch.autocast(device.type, enabled=False):
+                negatives = (own @ bank[drawn].T).masked_fill(~allowed, -torch.inf)
             scores.append(torch.cat([positives, negatives], 1) / options.temperature)
         log_z = self._log_z(scores, comm)
         values = sum(
