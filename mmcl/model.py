@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from pydantic import Field
 from torch import Tensor, nn
 
-from mmcl.config import Options, build
+from mmcl.config import Options, build, unknown_name
 from mmcl.distributed import Comm
 from mmcl.encoders.base import Encoder
 from mmcl.encoders.build import TowerOptions, build_encoder
@@ -66,6 +66,10 @@ class ModelOptions(Options):
     temperature: Annotated[float, Field(gt=0.01, le=10)] = 0.07
     """where the learned temperatures start"""
     learn_temperature: bool = True
+    frozen: tuple[str, ...] = ()
+    """towers that are not trained, with their heads: no gradient, always in eval mode (teachers, locked towers)"""
+    weights: dict[str, str] = Field(default_factory=dict)
+    """tower: the model folder, checkpoint or run whose tower of the same name it starts from"""
 
 
 class _Description(Options):
@@ -88,6 +92,41 @@ class MultimodalModel(Pretrained):
         self.heads = nn.ModuleDict({name: self._head(encoder.width) for name, encoder in encoders.items()})
         self.momentum_towers, self.momentum_heads = nn.ModuleDict(), nn.ModuleDict()
         self.log_scales = nn.ParameterDict()
+        for number, name in enumerate(options.frozen):
+            if name not in encoders:
+                raise unknown_name(f"model.frozen.{number}", name, encoders)
+            self.towers[name].requires_grad_(False)
+            self.heads[name].requires_grad_(False)
+        self.train()
+
+    def train(self, mode: bool = True) -> MultimodalModel:
+        """As any module, but frozen towers stay in eval mode: no dropout, no running statistics."""
+        super().train(mode)
+        for name in self.options.frozen:
+            self.towers[name].eval()
+            self.heads[name].eval()
+        return self
+
+    def load_weights(self) -> None:
+        """Gives towers, and their heads where they are of the same shape, the weights that ``weights`` names.
+
+        Raises:
+            ConfigError: a name is no tower here or there, a folder is no model, or the towers differ.
+        """
+        for name, folder in self.options.weights.items():
+            path = f"model.weights.{name}"
+            if name not in self.towers:
+                raise unknown_name("model.weights", name, self.towers)
+            source = MultimodalModel.from_pretrained(folder)
+            if name not in source.towers:
+                raise ConfigError(f"{path}: {folder} has no tower {name!r}; it has: {', '.join(source.towers)}")
+            try:
+                self.towers[name].load_state_dict(source.towers[name].state_dict())
+            except RuntimeError as error:
+                raise ConfigError(f"{path}: {folder} does not fit: {' '.join(str(error).split())[:300]}") from None
+            head, other = self.heads[name].state_dict(), source.heads[name].state_dict()
+            if {k: v.shape for k, v in head.items()} == {k: v.shape for k, v in other.items()}:
+                self.heads[name].load_state_dict(other)
 
     def _head(self, width: int) -> nn.Module:
         options = self.options
@@ -171,8 +210,11 @@ class MultimodalModel(Pretrained):
 
     def tower_infos(self) -> dict[str, TowerInfo]:
         """What objectives may know of the towers."""
-        width = self.options.joint_width
-        return {name: TowerInfo(name, self.tower(name).spec, self.tower(name).width, width) for name in self.towers}
+        width, frozen = self.options.joint_width, self.options.frozen
+        return {
+            name: TowerInfo(name, tower.spec, tower.width, width, name not in frozen, tower.stages)
+            for name, tower in ((name, self.tower(name)) for name in self.towers)
+        }
 
     def tower_of(self, modality: str) -> str:
         """The first tower of a modality; :class:`ConfigError` if there is none."""
@@ -234,10 +276,12 @@ class MultimodalModel(Pretrained):
             rows = torch.zeros(1, dtype=torch.long, device=view.data.device)
         mask = None if view.mask is None else view.mask[rows]
         towers, heads = (self.towers, self.heads) if kind == "online" else (self.momentum_towers, self.momentum_heads)
-        features: Features = towers[tower](view.data[rows], mask)
         values: dict[Level, Tensor] = {}
-        for level in levels:
-            value = self._level(tower, heads[tower], features, level)
+        features: Features = towers[tower](view.data[rows], mask)
+        found = [self._level(tower, heads[tower], features, level) for level in levels]
+        if not {"joint", "pooled"} & set(levels):  # DDP waits for the parameters behind the last of the levels too
+            found[0] = found[0] + 0.0 * features.pooled.sum()
+        for level, value in zip(levels, found, strict=True):
             out = value.new_zeros((len(view), *value.shape[1:]))
             values[level] = out + 0.0 * value.sum() if dummy else out.index_copy(0, rows, value)
         return values
@@ -301,7 +345,11 @@ class MultimodalModel(Pretrained):
             return features.pooled
         if level == "tokens" and features.tokens is not None:
             return features.tokens
-        raise ConfigError(f"tower {tower!r} has no level {level!r}; allowed: joint, pooled, tokens")
+        stage = level.removeprefix("stage:")
+        if level.startswith("stage:") and stage in features.stages:
+            return features.stages[stage]
+        known = ", ".join(["joint", "pooled", "tokens", *(f"stage:{name}" for name in features.stages)])
+        raise ConfigError(f"tower {tower!r} has no level {level!r}; allowed: {known}")
 
 
 def average_windows(rows: Sequence[Tensor]) -> Tensor:

@@ -157,6 +157,7 @@ def build_model(config: RunConfig) -> tuple[MultimodalModel, ObjectiveMix]:
         weights[name] = options.weight
     mix = ObjectiveMix(objectives, weights)
     model.add_scales(mix.scales)
+    model.load_weights()
     model.serve(mix.needs)
     return model, mix
 

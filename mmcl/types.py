@@ -252,6 +252,7 @@ class Features:
     grid: tuple[int, ...] | None = None
     """how ``L`` unfolds, e.g. ``(T, H, W)`` or ``(time, frequency)``"""
     stages: Mapping[str, Tensor] = field(default_factory=dict)
+    """feature maps by name, channels last, ``(B, …grid…, D)``"""
 
 
 @dataclass(frozen=True, slots=True)
@@ -265,6 +266,8 @@ class TowerInfo:
     joint_width: int
     """``D`` of ``joint``"""
     trainable: bool = True
+    stages: tuple[tuple[str, int], ...] = ()
+    """(name, ``D``) of the feature maps that it offers as levels ``stage:NAME``"""
 
     @property
     def modality(self) -> Modality:

@@ -17,6 +17,8 @@ class Encoder(nn.Module):
     spec: Spec
     width: int
     """``D`` of ``pooled`` and ``tokens``"""
+    stages: tuple[tuple[str, int], ...] = ()
+    """(name, ``D``) of the feature maps in ``Features.stages``"""
 
     def forward(self, x: Tensor, mask: Tensor | None = None) -> Features:
         """``x``: uint8 ``(B, T, C, H, W)``, float32 ``(B, S)`` or int64 ``(B, L)``; ``mask``: bool ``(B, L)``, text."""

@@ -65,6 +65,7 @@ class TinyVideo(Encoder):
         self.spec = spec
         self.width = options.width
         channels, width = options.channels, options.width
+        self.stages = (("early", channels), ("middle", 2 * channels))
         self.register_buffer("mean", torch.tensor(spec.mean).view(3, 1, 1), persistent=False)
         self.register_buffer("std", torch.tensor(spec.std).view(3, 1, 1), persistent=False)
         self.frame = nn.Sequential(
@@ -86,10 +87,15 @@ class TinyVideo(Encoder):
         """``x``: uint8 ``(B, T, C, H, W)``; ``mask`` is not used. Tokens unfold to the grid ``(T, H/16, W/16)``."""
         B, T = x.shape[:2]  # noqa: N806
         pixels = (x.flatten(0, 1).to(self.mean.dtype) / 255 - self.mean) / self.std
-        maps = self.frame(pixels.contiguous(memory_format=torch.channels_last))
+        maps = pixels.contiguous(memory_format=torch.channels_last)
+        stages = {}
+        for name, part in (("early", self.frame[:3]), ("middle", self.frame[3:6]), ("", self.frame[6:])):
+            maps = part(maps)
+            if name:
+                stages[name] = maps.unflatten(0, (B, T)).movedim(2, -1)
         _, D, H, W = maps.shape  # noqa: N806
         maps = maps.view(B, T, D, H, W).permute(0, 1, 3, 4, 2)
         motion = F.gelu(self.time_norm(maps.mean((2, 3)))).transpose(1, 2)
         maps = maps + self.time(motion).transpose(1, 2)[:, :, None, None]
         tokens = self.dropout(self.norm(maps.reshape(B, T * H * W, D)))
-        return Features(tokens.mean(1), tokens, grid=(T, H, W))
+        return Features(tokens.mean(1), tokens, grid=(T, H, W), stages=stages)

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from mmcl.losses.barlow import barlow, vicreg
 from mmcl.losses.byol import byol
-from mmcl.losses.class_nce import class_nce, jeffreys
+from mmcl.losses.class_nce import class_nce, jeffreys, jensen_shannon
 from mmcl.losses.dcl import dcl
 from mmcl.losses.diagnostics import alignment, tolerance, uniformity
 from mmcl.losses.distillation import (
@@ -17,6 +17,13 @@ from mmcl.losses.distillation import (
     relational_distance,
     similarity_preserving,
 )
+from mmcl.losses.distillation_features import (
+    activation_boundary,
+    correlation_congruence,
+    hint,
+    variational_information,
+)
+from mmcl.losses.distillation_maps import attention_transfer, factor_transfer, flow, kdsvd, neuron_selectivity
 from mmcl.losses.info_nce import clip, info_nce, siglip
 from mmcl.losses.local_mutual_information import local_mutual_information
 from mmcl.losses.moco import moco
@@ -25,17 +32,26 @@ from mmcl.losses.persistency import persistency_byol, persistency_moco
 from mmcl.losses.swav import sinkhorn, swav
 
 __all__ = [
+    "activation_boundary",
     "alignment",
+    "attention_transfer",
     "barlow",
     "byol",
     "class_nce",
     "clip",
+    "correlation_congruence",
     "dcl",
+    "factor_transfer",
+    "flow",
+    "hint",
     "info_nce",
     "jeffreys",
+    "jensen_shannon",
+    "kdsvd",
     "knowledge_distillation",
     "local_mutual_information",
     "moco",
+    "neuron_selectivity",
     "nt_xent",
     "persistency_byol",
     "persistency_moco",
@@ -48,5 +64,6 @@ __all__ = [
     "swav",
     "tolerance",
     "uniformity",
+    "variational_information",
     "vicreg",
 ]

@@ -35,6 +35,27 @@ def _matrices(tensors: Mapping[str, Tensor], same: str = "shape") -> None:
         raise ValueError(f"need equal {same}: " + ", ".join(f"{name} {shape}" for name, shape in shapes.items()))
 
 
+def feature_maps(*, same: str, **tensors: Tensor) -> None:
+    """Float ``(B, L, D)`` that agree in ``same``: ``shape``, ``rows`` or ``positions`` (rows and positions)."""
+    shapes = {}
+    for name, tensor in tensors.items():
+        if not isinstance(tensor, Tensor) or tensor.ndim != 3 or not tensor.is_floating_point():
+            raise ValueError(f"{name} must be a 3-d float tensor, got {_describe(tensor)}")
+        shapes[name] = tuple(tensor.shape)
+    axes = {"shape": 3, "positions": 2, "rows": 1}[same]
+    if len({shape[:axes] for shape in shapes.values()}) > 1:
+        raise ValueError(f"need equal {same}: " + ", ".join(f"{name} {shape}" for name, shape in shapes.items()))
+
+
+def alike(**tensors: Tensor) -> None:
+    """Float tensors of one shape, ``(B, D)`` or ``(B, L, D)``."""
+    first = next(iter(tensors.values()))
+    if isinstance(first, Tensor) and first.ndim == 3:
+        feature_maps(same="shape", **tensors)
+    else:
+        _matrices(tensors)
+
+
 def matrix_list(name: str, tensors: Sequence[Tensor], *, at_least: int, like: tuple[str, Tensor] | None = None) -> None:
     """At least so many float matrices of one shape, which is also that of ``like`` (name, tensor)."""
     if isinstance(tensors, Tensor) or len(tensors) < at_least:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -38,12 +40,23 @@ def class_nce(features: Tensor, other: Tensor, labels: Tensor, *, temperature: f
     matrices(features=features, other=other)
     labels_of(labels, len(features))
     positive("temperature", temperature)
-    logits = unit(features) @ unit(other).T / temperature
     same = labels[:, None] == labels
+    return row_mean(class_nce_rows(features, other, same, ~same, temperature))
+
+
+@full_precision
+def class_nce_rows(
+    features: Tensor, other: Tensor, same: Tensor, different: Tensor, temperature: float | Tensor
+) -> Tensor:
+    """The value of each row ``(B,)`` against any ``(N, D)``; ``same`` and ``different``: bool ``(B, N)``, disjoint.
+
+    Columns that are neither take no part in the softmax of their row; each row has one of ``same``.
+    """
+    logits = (unit(features) @ unit(other).T / temperature).masked_fill(~(same | different), float("-inf"))
     attract = -_mean_where(logits.log_softmax(1), same)
-    if len(features) < 2:
-        return row_mean(attract)
-    return row_mean(attract - _mean_where(_log_complement(logits), ~same))
+    if len(other) < 2:
+        return attract
+    return attract - _mean_where(_log_complement(logits), different)
 
 
 def _mean_where(values: Tensor, chosen: Tensor) -> Tensor:
@@ -83,3 +96,28 @@ def jeffreys(logits_p: Tensor, logits_q: Tensor) -> Tensor:
     matrices(logits_p=logits_p, logits_q=logits_q)
     log_p, log_q = logits_p.log_softmax(1), logits_q.log_softmax(1)
     return row_mean(((log_p.exp() - log_q.exp()) * (log_p - log_q)).sum(1)) / 2
+
+
+@full_precision
+def jensen_shannon(logits_p: Tensor, logits_q: Tensor) -> Tensor:
+    """½ · mean over rows of KL(p‖m) + KL(q‖m) with the mixture m = (p + q) / 2: bounded, where Jeffreys' is not.
+
+    Args:
+        logits_p: float ``(B, K)``.
+        logits_q: float ``(B, K)``; gradients reach both sides.
+
+    Returns:
+        0-d in [0, log 2], in nats: mean over rows; 0 without rows.
+
+    Raises:
+        ValueError: shapes differ or are not 2-d.
+
+    Source: Lin 1991, "Divergence measures based on the Shannon entropy", eq. 4.1 with equal weights.
+
+    >>> f"{jensen_shannon(torch.tensor([[0.0, 0.0]]), torch.tensor([[1.0, 0.0]])):.4f}"
+    '0.0285'
+    """
+    matrices(logits_p=logits_p, logits_q=logits_q)
+    log_p, log_q = logits_p.log_softmax(1), logits_q.log_softmax(1)
+    log_m = torch.logaddexp(log_p, log_q) - math.log(2)
+    return row_mean((log_p.exp() * (log_p - log_m) + log_q.exp() * (log_q - log_m)).sum(1)) / 2

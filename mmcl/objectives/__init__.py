@@ -8,10 +8,22 @@ from typing import Annotated, NamedTuple, TypeAlias
 from pydantic import Field
 
 from mmcl.config import Options
-from mmcl.objectives import cross_modal, intra_modal, persistency
+from mmcl.objectives import (
+    compositional_distillation,
+    contrastive_distillation,
+    cross_modal,
+    distillation,
+    intra_modal,
+    mutual,
+    persistency,
+)
 from mmcl.objectives.base import Objective
+from mmcl.objectives.compositional_distillation import CompositionalDistillationOptions
+from mmcl.objectives.contrastive_distillation import ContrastiveDistillationOptions
 from mmcl.objectives.cross_modal import CrossModalOptions
+from mmcl.objectives.distillation import DistillationOptions
 from mmcl.objectives.intra_modal import IntraModalOptions
+from mmcl.objectives.mutual import MutualOptions
 from mmcl.objectives.persistency import PersistencyOptions
 
 
@@ -22,13 +34,24 @@ class ObjectiveEntry(NamedTuple):
 
 
 OBJECTIVES: dict[str, ObjectiveEntry] = {
+    "compositional_distillation": ObjectiveEntry(CompositionalDistillationOptions, compositional_distillation.build),
+    "contrastive_distillation": ObjectiveEntry(ContrastiveDistillationOptions, contrastive_distillation.build),
     "cross_modal": ObjectiveEntry(CrossModalOptions, cross_modal.build),
+    "distillation": ObjectiveEntry(DistillationOptions, distillation.build),
     "intra_modal": ObjectiveEntry(IntraModalOptions, intra_modal.build),
+    "mutual": ObjectiveEntry(MutualOptions, mutual.build),
     "persistency": ObjectiveEntry(PersistencyOptions, persistency.build),
 }
 
 ObjectiveOptions: TypeAlias = Annotated[
-    CrossModalOptions | IntraModalOptions | PersistencyOptions, Field(discriminator="name")
+    CompositionalDistillationOptions
+    | ContrastiveDistillationOptions
+    | CrossModalOptions
+    | DistillationOptions
+    | IntraModalOptions
+    | MutualOptions
+    | PersistencyOptions,
+    Field(discriminator="name"),
 ]
 
 __all__ = ["OBJECTIVES", "ObjectiveEntry", "ObjectiveOptions"]

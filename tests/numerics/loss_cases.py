@@ -80,6 +80,8 @@ class Case:
     """inputs without one row per sample"""
     indirect: tuple[str, ...] = ()
     """inputs that also reach the value through something detached, which finite differences see"""
+    whole: tuple[str, ...] = ()
+    """inputs that are normalised sample by sample, not row by row of a sample"""
     temperature: bool = True
     extra: Callable[[int], Tensors] = field(default=lambda rows: {})
     """labels and masks, one row per sample"""
@@ -105,6 +107,8 @@ def valid(rows: int) -> Tensors:
     mask[2:3, 1] = False
     return {"mask": mask}
 
+
+STAGES = ("student_first", "student_second", "teacher_first", "teacher_second")
 
 CASES = [
     Case("info_nce", lambda q, k, temperature=0.2: losses.info_nce(q, k, temperature=temperature), pair("q", "k")),
@@ -154,12 +158,15 @@ CASES = [
         pair("f", "g"),
         extra=labels,
     ),
-    Case(
-        "jeffreys",
-        losses.jeffreys,
-        pair("logits_p", "logits_q"),
-        unscaled=("logits_p", "logits_q"),
-        temperature=False,
+    *(
+        Case(
+            name,
+            getattr(losses, name),
+            pair("logits_p", "logits_q"),
+            unscaled=("logits_p", "logits_q"),
+            temperature=False,
+        )
+        for name in ("jeffreys", "jensen_shannon")
     ),
     Case(
         "local_mutual_information",
@@ -186,6 +193,49 @@ CASES = [
             temperature=False,
         )
         for name in ("similarity_preserving", "relational_distance", "relational_angle", "probabilistic_transfer")
+    ),
+    *(
+        Case(
+            name,
+            getattr(losses, name),
+            lambda rows: {"student": (rows, 3), "teacher": (rows, 3)},
+            detached=("teacher",),
+            unscaled=("student",) if name == "activation_boundary" else ("student", "teacher"),
+            temperature=False,
+        )
+        for name in ("hint", "activation_boundary", "correlation_congruence")
+    ),
+    Case(
+        "variational_information",
+        # numbers that every precision holds
+        lambda s, t: losses.variational_information(s, torch.tensor([-1.0, 0.5, 2.0]).to(s.dtype), t),
+        pair("s", "t"),
+        detached=("t",),
+        unscaled=("s", "t"),
+        temperature=False,
+    ),
+    *(
+        Case(
+            name,
+            getattr(losses, name),
+            lambda rows: {"student": (rows, 4, 3), "teacher": (rows, 4, 2)},
+            detached=("teacher",),
+            whole=("student", "teacher"),
+            temperature=False,
+        )
+        for name in ("attention_transfer", "factor_transfer", "neuron_selectivity")
+    ),
+    *(
+        Case(
+            name,
+            loss,
+            lambda rows: dict(zip(STAGES, ((rows, 4, 3), (rows, 4, 2), (rows, 5, 3), (rows, 5, 2)), strict=True)),
+            detached=STAGES[2:],
+            unscaled=STAGES if name == "flow" else (),
+            whole=STAGES if name == "kdsvd" else (),
+            temperature=False,
+        )
+        for name, loss in (("flow", losses.flow), ("kdsvd", losses.kdsvd))
     ),
     Case("alignment", losses.alignment, pair("a", "b"), unscaled=("a", "b"), temperature=False),
     Case("uniformity", losses.uniformity, pair("x"), unscaled=("x",), temperature=False),

@@ -158,3 +158,19 @@ def test_local_mutual_information_names_what_is_wrong() -> None:
         losses.local_mutual_information(A, LOCALS[..., :2], ALL, temperature=0.5)
     with pytest.raises(ValueError, match=r"^mask must be a bool tensor \(4, 2\), got torch.int64 \(4, 2\)$"):
         losses.local_mutual_information(A, LOCALS, ALL.long(), temperature=0.5)
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_jensen_shannon_is_its_formula(seed: int) -> None:
+    def loop(x: Tensor, y: Tensor) -> Tensor:
+        rows = []
+        for a, b in zip(x, y, strict=True):
+            p, q = a.exp() / a.exp().sum(), b.exp() / b.exp().sum()
+            m = (p + q) / 2
+            rows.append(((p * (p / m).log()).sum() + (q * (q / m).log()).sum()) / 2)
+        return mean(rows)
+
+    agree(losses.jensen_shannon, loop, *randoms(seed, (5, 4), (5, 4)))
+    far = 1000 * torch.tensor([[1.0, -1.0]])
+    close(losses.jensen_shannon(far, -far), float(torch.tensor(2.0).log()))
+    close(losses.jensen_shannon(x := randoms(seed, (5, 4))[0], x), 0, 1e-12)

@@ -72,6 +72,8 @@ class Subject(nn.Module):
         self.mix = mix
         levels = {name: {x for need in mix.needs if need.tower == name for x in need.levels} for name in towers}
         self.towers = nn.ModuleDict({name: Tower(wanted) for name, wanted in levels.items() if wanted})
+        for name, tower in self.towers.items():
+            tower.requires_grad_(towers[name].trainable)
         self.momentum_towers = nn.ModuleDict(
             {
                 name: copy.deepcopy(self.towers[name]).requires_grad_(False)
