@@ -185,6 +185,7 @@ def test_mistakes_of_ours_and_missing_shards_always_raise(train: Path, clean: li
         take(stream(tmp_path), 1)
 
 
+@pytest.mark.slow
 def test_a_loader_that_gets_nowhere_stops_the_run(train: Path, clean: list[Batch]) -> None:
     source = stream(train, dict.fromkeys(keys_of(clean), "SIGKILL"))
     with pytest.MonkeyPatch.context() as patch, pytest.raises(RunError, match=r"2 samples cost.*data\.decoder=pyav"):
