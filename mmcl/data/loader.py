@@ -71,7 +71,7 @@ class PartStream(IterableDataset[Batch]):
                 read_row(plan, reader, draw=int(draw), epoch=int(epoch), shard=int(shard), index=int(index))
                 for draw, epoch, shard, index in zip(draws, epochs, shards, indices, strict=True)
             ]
-            yield collate(rows, plan.maker.views, with_metadata=plan.with_metadata)
+            yield collate(rows, plan.maker.views, with_metadata=plan.with_metadata, blank=plan.maker.blank)
 
 
 def read_row(plan: Plan, reader: ShardReader, *, draw: int, epoch: int, shard: int, index: int) -> Row:

@@ -8,8 +8,10 @@ from typing import Any
 
 from mmcl.data.collate import interleave
 from mmcl.data.loader import Plan, part_loader
+from mmcl.data.options import SamplingOptions
 from mmcl.data.order import fitting_workers
 from mmcl.data.views import ViewMaker
+from mmcl.media.augmentation import Augmentation
 from mmcl.media.video import Decoder
 from mmcl.media.windows import Rule, Short
 from mmcl.shards.manifest import Manifest
@@ -29,11 +31,13 @@ class ClipStream:
         workers: decoding processes of this rank; lowered to a divisor of the rank's rows. 0 means one.
         shuffle: False reads the shards in order, once, and ends (evaluation); the last batch is filled with holes.
         rule: ``random`` windows and captions, or ``even`` ones.
+        sampling: where random windows lie.
+        augmentations: what views may name; their parameters come with the batch, ``mmcl.media.augment`` applies them.
         in_process: decode in this process.
         with_metadata: batches carry captions and metadata.
 
     Raises:
-        ConfigError: an empty manifest, or a batch that the ranks cannot share equally.
+        ConfigError: an empty manifest, a batch that the ranks cannot share equally, an unknown augmentation.
     """
 
     def __init__(
@@ -52,6 +56,8 @@ class ClipStream:
         rule: Rule = "random",
         decoder: Decoder = "decord",
         short: Short = "loop",
+        sampling: SamplingOptions | None = None,
+        augmentations: Mapping[str, Augmentation] | None = None,
         in_process: bool = False,
         with_metadata: bool = False,
     ) -> None:
@@ -67,7 +73,15 @@ class ClipStream:
         self.in_process = in_process
         self.plan = Plan(
             manifest=manifest,
-            maker=ViewMaker(tuple(views), seed=seed, rule=rule, decoder=decoder, short=short),
+            maker=ViewMaker(
+                tuple(views),
+                seed=seed,
+                rule=rule,
+                decoder=decoder,
+                short=short,
+                sampling=sampling or SamplingOptions(),
+                augmentations=dict(augmentations or {}),
+            ),
             global_batch=global_batch,
             rank=rank,
             world_size=world_size,
