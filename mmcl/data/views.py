@@ -10,7 +10,7 @@ from mmcl.data.collate import Value, blank_value
 from mmcl.data.options import SamplingOptions
 from mmcl.hashing import text_hash, uniform
 from mmcl.media.augmentation import Augmentation, Params, blank_params, check_views, decoded_spec, draw_params
-from mmcl.media.clip import MediaReader
+from mmcl.media.clip import MediaReader, own_window
 from mmcl.media.video import Decoder
 from mmcl.media.windows import Rule, Short, Window, place_windows, sample_windows
 from mmcl.shards.members import Sample
@@ -53,6 +53,7 @@ class ViewMaker:
         caption = self._caption(sample.captions, words)
         values: dict[View, Value] = {}
         timed = [view for view in self.views if not isinstance(view.spec, TextSpec)]
+        specs = [self._decoded(view) for view in timed]
         if timed and (sample.video is not None or sample.image is not None or sample.audio is not None):
             with MediaReader(
                 video=sample.video,
@@ -62,13 +63,14 @@ class ViewMaker:
                 duration_seconds=sample.duration_seconds,
                 source_size=sample.video_size,
                 short=self.short,
+                specs=specs,
             ) as media:
                 windows = self._windows(timed, media.duration_seconds, words)
-                for view in timed:
-                    assert not isinstance(view.spec, TextSpec)
-                    data = media.read(windows[view.clip], self._decoded(view))
+                wanted = [(windows[view.clip], spec) for view, spec in zip(timed, specs, strict=True)]
+                for view, (window, spec), data in zip(timed, wanted, media.read_all(wanted), strict=True):
                     if data is not None:
-                        values[view] = Value(data, windows[view.clip].start_seconds, self._params(view, words))
+                        start_seconds = own_window(window, spec).start_seconds
+                        values[view] = Value(data, start_seconds, self._params(view, words))
         if caption:
             texts = [view for view in self.views if isinstance(view.spec, TextSpec)]
             values.update({view: Value(caption, params=self._params(view, words)) for view in texts})
