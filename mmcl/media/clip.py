@@ -92,13 +92,14 @@ class MediaReader:
         found: list[np.ndarray | None] = [None] * len(wanted)
         pictures = [(i, own_window(window, spec), spec) for i, (window, spec) in enumerate(wanted) if _shows(spec)]
         sounds = [(i, own_window(window, spec), spec) for i, (window, spec) in enumerate(wanted) if not _shows(spec)]
+        # Sound first: decord's thread goes on decoding beside whatever comes after it.
+        waves = self._read_waves([(own, spec) for _, own, spec in sounds if isinstance(spec, AudioSpec)])
         try:
             frames = self._read_frames([(own, spec) for _, own, spec in pictures if isinstance(spec, VideoSpec)])
         except SampleError as error:
             if error.reason != "no_video_stream":
                 raise
             frames = [None] * len(pictures)
-        waves = self._read_waves([(own, spec) for _, own, spec in sounds if isinstance(spec, AudioSpec)])
         for (i, _, _), value in zip([*pictures, *sounds], [*frames, *waves], strict=True):
             found[i] = value
         return found
