@@ -14,12 +14,13 @@ import numpy.typing as npt
 Words = npt.NDArray[np.uint64]
 
 _GOLDEN = np.uint64(0x9E3779B97F4A7C15)
+_FIRST, _SECOND = np.uint64(0xBF58476D1CE4E5B9), np.uint64(0x94D049BB133111EB)
 
 
 def _mix(x: Words) -> Words:
     """The finaliser of splitmix64 (Steele, Lea, Flood 2014)."""
-    x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-    x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    x = (x ^ (x >> np.uint64(30))) * _FIRST
+    x = (x ^ (x >> np.uint64(27))) * _SECOND
     mixed: Words = x ^ (x >> np.uint64(31))
     return mixed
 
@@ -40,6 +41,12 @@ def hash64(*words: Any) -> Words:
 def uniform(*words: Any) -> npt.NDArray[np.float64]:
     """float64 in [0, 1), a pure function of the words."""
     return np.asarray((hash64(*words) >> np.uint64(11)).astype(np.float64) * 2.0**-53)
+
+
+def signed_constants() -> tuple[int, int, int]:
+    """The three constants of ``hash64`` as signed numbers, for the same arithmetic in int64 on another device."""
+    golden, first, second = (int(value.astype(np.int64)) for value in (_GOLDEN, _FIRST, _SECOND))
+    return golden, first, second
 
 
 def text_hash(text: str) -> int:

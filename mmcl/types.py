@@ -96,7 +96,11 @@ class Clip:
 
 
 class Tokenizer(Protocol):
-    """Text to token numbers; hashable (equal ones make equal views) and picklable (it runs in workers)."""
+    """Text to token numbers; hashable (equal ones make equal views) and picklable (it runs in workers).
+
+    For augmentation it may also have ``special_ids``, numbers that are never changed (none), and ``mask_id``, what
+    stands for a masked token (None: masks are refused).
+    """
 
     def __call__(self, texts: Sequence[str]) -> tuple[Tensor, Tensor]:
         """Returns ids int64 ``(B, L)`` and mask bool ``(B, L)``; every row keeps at least one unmasked token."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import pickle
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, TypeVar
 
@@ -26,6 +26,8 @@ class Value:
 
     data: np.ndarray | str
     start_seconds: float = 0.0
+    params: Mapping[str, np.ndarray] = field(default_factory=dict)
+    """what else it was, or is to be, made with; equal names and shapes in all rows of a view"""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -45,10 +47,24 @@ class Row:
     """(key or position, reason, detail) of a bad sample"""
 
 
-def collate(rows: Sequence[Row], views: Sequence[View], *, with_metadata: bool = False) -> Batch:
-    """One padded batch of rows, in their order."""
+def blank_value(view: View) -> Value:
+    """What an absent row of a view without augmentation holds."""
+    spec = view.spec
+    if isinstance(spec, TextSpec):
+        return Value("")
+    return Value(np.zeros(row_shape(spec), dtype=np.uint8 if isinstance(spec, VideoSpec) else np.float32))
+
+
+def collate(
+    rows: Sequence[Row],
+    views: Sequence[View],
+    *,
+    with_metadata: bool = False,
+    blank: Callable[[View], Value] = blank_value,
+) -> Batch:
+    """One padded batch of rows, in their order; ``blank`` says what an absent row of a view holds."""
     return Batch(
-        views={view: _collate_view([row.values.get(view) for row in rows], view) for view in views},
+        views={view: _collate_view([row.values.get(view) for row in rows], view, blank(view)) for view in views},
         keys=tuple(row.key for row in rows),
         draws=torch.tensor([row.draw for row in rows], dtype=torch.int64),
         groups=torch.tensor([_groups(row) for row in rows], dtype=torch.int64).reshape(len(rows), GROUP_COLUMNS),
@@ -59,9 +75,9 @@ def collate(rows: Sequence[Row], views: Sequence[View], *, with_metadata: bool =
     )
 
 
-def holes(rows: int, views: Sequence[View]) -> Batch:
+def holes(rows: int, views: Sequence[View], *, blank: Callable[[View], Value] = blank_value) -> Batch:
     """A batch in which every row is absent."""
-    return collate([Row(draw=-1)] * rows, views)
+    return collate([Row(draw=-1)] * rows, views, blank=blank)
 
 
 def _groups(row: Row) -> tuple[int, int, int]:
@@ -74,20 +90,23 @@ def _groups(row: Row) -> tuple[int, int, int]:
     )
 
 
-def _collate_view(values: Sequence[Value | None], view: View) -> ViewBatch:
+def _collate_view(values: Sequence[Value | None], view: View, blank: Value) -> ViewBatch:
     present = torch.tensor([value is not None for value in values], dtype=torch.bool)
-    starts = torch.tensor([0.0 if value is None else value.start_seconds for value in values], dtype=torch.float64)
-    spec = view.spec
-    if isinstance(spec, TextSpec):
-        ids, mask = spec.tokenizer(["" if value is None else str(value.data) for value in values])
-        return ViewBatch(ids * present[:, None], present, mask)
-    data = torch.zeros(
-        (len(values), *row_shape(spec)), dtype=torch.uint8 if isinstance(spec, VideoSpec) else torch.float32
-    )
+    full = [blank if value is None else value for value in values]
+    params = {
+        name: torch.from_numpy(np.stack([value.params[name] for value in full])) if full else torch.zeros(0)
+        for name in blank.params
+    }
+    if isinstance(view.spec, TextSpec):
+        ids, mask = view.spec.tokenizer([str(value.data) for value in full])
+        return ViewBatch(ids * present[:, None], present, mask, params)
+    assert isinstance(blank.data, np.ndarray)
+    data = torch.zeros((len(values), *blank.data.shape), dtype=torch.from_numpy(blank.data).dtype)
     for row, value in zip(data, values, strict=True):
         if value is not None:
             row.copy_(torch.from_numpy(value.data))
-    return ViewBatch(data, present, params={"start_seconds": starts})
+    starts = torch.tensor([value.start_seconds for value in full], dtype=torch.float64)
+    return ViewBatch(data, present, params={"start_seconds": starts, **params})
 
 
 def row_shape(spec: VideoSpec | AudioSpec) -> tuple[int, ...]:

@@ -108,7 +108,7 @@ class PartStream(IterableDataset[Any]):
                 journal.begin(worker, draw)
                 rows.append(read_row(plan, readers, draw, *place, name=lambda key: journal.name(worker, key)))
             journal.clear(worker)
-            yield collate(rows, plan.maker.views, with_metadata=plan.with_metadata)
+            yield collate(rows, plan.maker.views, with_metadata=plan.with_metadata, blank=plan.maker.blank)
 
 
 def read_row(

@@ -2,13 +2,49 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+import math
+from typing import Annotated, Any, Literal
 
-from pydantic import Field, model_validator
+from pydantic import Field, field_validator, model_validator
 
 from mmcl.config import Options
+from mmcl.media.augmentation import Augmentation
 
 PositiveInt = Annotated[int, Field(ge=1)]
+
+
+class SamplingOptions(Options):
+    """Where the clips of a sample lie in time. How many there are follows from the objectives' views."""
+
+    rule: Literal["random", "even"] = "random"
+    """drawn anew in each epoch, or evenly spaced over the source"""
+    span_seconds: Annotated[float, Field(ge=0)] | None = None
+    """from the start of the first clip to the start of the last, at most; null: as long as the source"""
+    gap_seconds: tuple[float | None, float | None] = (None, None)
+    """[min, max] from the end of a clip to the start of the next, negative where they overlap; null: no limit"""
+    overlap: bool = True
+    """clips may share instants; false is a gap of at least 0, and equal distances where the source is too short"""
+
+    @field_validator("gap_seconds", mode="before")
+    @classmethod
+    def _pair(cls, value: Any) -> Any:
+        return tuple(value) if isinstance(value, list) else value
+
+    @property
+    def gap_limits(self) -> tuple[float, float]:
+        """``gap_seconds`` as numbers."""
+        least, most = self.gap_seconds
+        least = -math.inf if least is None else least
+        return (least if self.overlap else max(0.0, least), math.inf if most is None else most)
+
+    @model_validator(mode="after")
+    def _meaningful(self) -> SamplingOptions:
+        least, most = self.gap_limits
+        if least > most:
+            raise ValueError(f"gap_seconds asks for at least {least:g} s and at most {most:g} s")
+        if self.rule == "even" and (self.span_seconds, self.gap_seconds, self.overlap) != (None, (None, None), True):
+            raise ValueError("span_seconds, gap_seconds and overlap belong to rule 'random'")
+        return self
 
 
 class SourceOptions(Options):
@@ -42,6 +78,10 @@ class DataOptions(Options):
     """a worker that is at one sample for longer is ended; the sample is never decoded again"""
     short: Literal["loop", "hold"] = "loop"
     """what fills a window that is longer than its source: start again, or stay on the last frame (audio: silence)"""
+    sampling: SamplingOptions = SamplingOptions()
+    """where the clips of a sample lie in time"""
+    augmentations: dict[str, Augmentation] = Field(default_factory=dict)
+    """by name; objectives name them in their views. "none" is built in"""
     max_skipped_in_a_row: PositiveInt = 100
     """bad samples in a row on one rank that stop the run"""
     max_skipped_rate: Annotated[float, Field(gt=0, le=1)] = 0.2

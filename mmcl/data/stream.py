@@ -12,8 +12,10 @@ import numpy as np
 from mmcl.data.collate import interleave
 from mmcl.data.health import append_quarantine
 from mmcl.data.loader import Loss, PartLoader, Plan, WorkersLostError
+from mmcl.data.options import SamplingOptions
 from mmcl.data.order import MAX_PERIOD, fitting_workers, reduced_weights, stream_sharing
 from mmcl.data.views import ViewMaker
+from mmcl.media.augmentation import Augmentation
 from mmcl.media.video import Decoder
 from mmcl.media.windows import Rule, Short
 from mmcl.shards.files import is_remote
@@ -42,6 +44,8 @@ class ClipStream:
         workers: decoding processes of this rank; lowered to a divisor of the rank's rows. 0 means one.
         shuffle: False reads the shards in order, once, and ends (evaluation); the last batch is filled with holes.
         rule: ``random`` windows and captions, or ``even`` ones.
+        sampling: where random windows lie.
+        augmentations: what views may name; their parameters come with the batch, ``mmcl.media.augment`` applies them.
         in_process: decode in this process.
         with_metadata: batches carry captions and metadata.
         allow_shared_streams: let several workers read each stream of remote shards.
@@ -49,7 +53,7 @@ class ClipStream:
 
     Raises:
         ConfigError: an empty manifest, a batch that the ranks cannot share equally, weights that cannot be mixed,
-            remote streams that several workers would read.
+            remote streams that several workers would read, an unknown augmentation.
     """
 
     def __init__(
@@ -68,6 +72,8 @@ class ClipStream:
         rule: Rule = "random",
         decoder: Decoder = "decord",
         short: Short = "loop",
+        sampling: SamplingOptions | None = None,
+        augmentations: Mapping[str, Augmentation] | None = None,
         in_process: bool = False,
         with_metadata: bool = False,
         timeout_seconds: float = 120.0,
@@ -97,7 +103,15 @@ class ClipStream:
         self.plan = Plan(
             manifests=manifests,
             weights=reduced_weights([weight for _, weight in sources]),
-            maker=ViewMaker(tuple(views), seed=seed, rule=rule, decoder=decoder, short=short),
+            maker=ViewMaker(
+                tuple(views),
+                seed=seed,
+                rule=rule,
+                decoder=decoder,
+                short=short,
+                sampling=sampling or SamplingOptions(),
+                augmentations=dict(augmentations or {}),
+            ),
             global_batch=global_batch,
             rank=rank,
             world_size=world_size,

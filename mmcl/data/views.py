@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 
-from mmcl.data.collate import Value
+from mmcl.data.collate import Value, blank_value
+from mmcl.data.options import SamplingOptions
 from mmcl.hashing import text_hash, uniform
-from mmcl.media.clip import MediaReader
+from mmcl.media.augmentation import Augmentation, Params, blank_params, check_views, decoded_spec, draw_params
+from mmcl.media.clip import MediaReader, own_window
 from mmcl.media.video import Decoder
-from mmcl.media.windows import Rule, Short, Window, place_windows
+from mmcl.media.windows import Rule, Short, Window, place_windows, sample_windows
 from mmcl.shards.members import Sample
-from mmcl.types import SampleError, TextSpec, View
+from mmcl.types import AudioSpec, SampleError, TextSpec, VideoSpec, View
 
 # what a random number is for, so that no two uses share their numbers
 _WINDOW, _CAPTION = 16, 17
@@ -21,8 +24,12 @@ _WINDOW, _CAPTION = 16, 17
 class ViewMaker:
     """Decodes the declared views of a sample. Random choices are keyed by (seed, epoch, key, view) alone.
 
-    ``rule="random"`` draws windows and captions anew in each epoch; ``"even"`` spaces the windows evenly over the
-    sample and takes the first caption (evaluation).
+    ``rule="random"`` draws windows and captions anew in each epoch, as ``sampling`` says; ``"even"`` spaces the windows
+    evenly over the sample and takes the first caption (evaluation). Parameters of augmentations are drawn here and
+    applied later, by ``mmcl.media.augment``.
+
+    Raises:
+        ConfigError: a view names an augmentation that does not exist.
     """
 
     views: tuple[View, ...]
@@ -30,6 +37,11 @@ class ViewMaker:
     rule: Rule = "random"
     decoder: Decoder = "decord"
     short: Short = "loop"
+    sampling: SamplingOptions = field(default_factory=SamplingOptions)
+    augmentations: Mapping[str, Augmentation] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        check_views(self.views, self.augmentations, path="data.augmentations")
 
     def __call__(self, sample: Sample, *, epoch: int) -> tuple[dict[View, Value], str]:
         """The views that this sample has, and the caption chosen.
@@ -41,6 +53,7 @@ class ViewMaker:
         caption = self._caption(sample.captions, words)
         values: dict[View, Value] = {}
         timed = [view for view in self.views if not isinstance(view.spec, TextSpec)]
+        specs = [self._decoded(view) for view in timed]
         if timed and (sample.video is not None or sample.image is not None or sample.audio is not None):
             with MediaReader(
                 video=sample.video,
@@ -50,15 +63,17 @@ class ViewMaker:
                 duration_seconds=sample.duration_seconds,
                 source_size=sample.video_size,
                 short=self.short,
+                specs=specs,
             ) as media:
                 windows = self._windows(timed, media.duration_seconds, words)
-                for view in timed:
-                    assert not isinstance(view.spec, TextSpec)
-                    data = media.read(windows[view.clip], view.spec)
+                wanted = [(windows[view.clip], spec) for view, spec in zip(timed, specs, strict=True)]
+                for view, (window, spec), data in zip(timed, wanted, media.read_all(wanted), strict=True):
                     if data is not None:
-                        values[view] = Value(data, windows[view.clip].start_seconds)
+                        start_seconds = own_window(window, spec).start_seconds
+                        values[view] = Value(data, start_seconds, self._params(view, words))
         if caption:
-            values.update({view: Value(caption) for view in self.views if isinstance(view.spec, TextSpec)})
+            texts = [view for view in self.views if isinstance(view.spec, TextSpec)]
+            values.update({view: Value(caption, params=self._params(view, words)) for view in texts})
         if not values:
             raise SampleError("no_views", "the sample has none of the modalities that the run asks for")
         return values, caption
@@ -74,6 +89,35 @@ class ViewMaker:
         """One window per clip number, as long as the longest view asks for."""
         clips = sorted({view.clip for view in timed})
         length_seconds = max(view.spec.seconds for view in timed)
-        numbers = [float(uniform(*words, _WINDOW, clip)) for clip in clips]
-        windows = place_windows(duration_seconds, length_seconds, len(clips), rule=self.rule, uniform=numbers)
+        if "even" in (self.rule, self.sampling.rule):
+            windows = place_windows(duration_seconds, length_seconds, len(clips), rule="even")
+        else:
+            windows = sample_windows(
+                duration_seconds,
+                length_seconds,
+                len(clips),
+                words=(*words, _WINDOW),
+                span_seconds=math.inf if self.sampling.span_seconds is None else self.sampling.span_seconds,
+                gap_seconds=self.sampling.gap_limits,
+            )
         return dict(zip(clips, windows, strict=True))
+
+    def _decoded(self, view: View) -> VideoSpec | AudioSpec:
+        """What to decode for a view of picture or sound."""
+        assert not isinstance(view.spec, TextSpec)
+        augmentation = self.augmentations.get(view.augmentation)
+        if augmentation is None or isinstance(view.spec, AudioSpec):
+            return view.spec
+        return decoded_spec(view.spec, augmentation)
+
+    def _params(self, view: View, words: tuple[int, ...]) -> Params:
+        augmentation = self.augmentations.get(view.augmentation)
+        return {} if augmentation is None else draw_params(augmentation, view, words)
+
+    def blank(self, view: View) -> Value:
+        """What an absent row of a view holds: zeros in the shapes of the others."""
+        augmentation = self.augmentations.get(view.augmentation)
+        if augmentation is None:
+            return blank_value(view)
+        like = view if isinstance(view.spec, TextSpec) else replace(view, spec=self._decoded(view))
+        return replace(blank_value(like), params=blank_params(augmentation, view))

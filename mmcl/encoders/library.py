@@ -59,6 +59,12 @@ class OpenClipTokenizer:
         longest = int(length.max()) if len(texts) else 1
         return ids[:, :longest], mask[:, :longest]
 
+    @property
+    def special_ids(self) -> tuple[int, ...]:
+        """The start and the end mark; there is no mask token."""
+        library = _clip_tokenizer()
+        return (int(library.sot_token_id), int(library.eot_token_id))
+
 
 @lru_cache(maxsize=1)
 def _clip_tokenizer() -> Any:
@@ -84,6 +90,17 @@ class HfTokenizer:
             ids, mask = ids.new_zeros(len(texts), 1), mask.new_zeros(len(texts), 1)
         mask[:, 0] |= ~mask.any(1)
         return ids, mask
+
+    @property
+    def special_ids(self) -> tuple[int, ...]:
+        """Start, end, padding and other marks."""
+        return tuple(_hf_tokenizer(self.folder).all_special_ids)
+
+    @property
+    def mask_id(self) -> int | None:
+        """None: this tokenizer has no mask token."""
+        number: int | None = _hf_tokenizer(self.folder).mask_token_id
+        return number
 
 
 @lru_cache(maxsize=8)

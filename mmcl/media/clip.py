@@ -2,16 +2,22 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Sequence
+from contextlib import closing
 from types import TracebackType
+from typing import TypeAlias
 
 import numpy as np
 
-from mmcl.media.audio import read_audio
+from mmcl.media.audio import AudioReader, Sound, open_audio
 from mmcl.media.image import decode_image
 from mmcl.media.probe import MediaSource, probe
-from mmcl.media.video import Decoder, Fit, VideoReader, open_video
+from mmcl.media.video import Decoder, Fit, ScalingReader, VideoReader, open_scaling, open_video
 from mmcl.media.windows import Short, Window, centred, frame_indices, wanted_times
 from mmcl.types import AudioSpec, Clip, SampleError, Source, VideoSpec
+
+Scale: TypeAlias = tuple[int, Fit]
+"""size and fit of pictures"""
 
 
 class MediaReader:
@@ -19,7 +25,9 @@ class MediaReader:
 
     ``video``, ``image`` and ``audio`` are files (bytes or paths). Without an ``audio`` member the video's own sound
     track is the sound; without a ``video`` member the image is a video of one frame, shown for as long as one asks.
-    ``duration_seconds`` and ``source_size`` (displayed height, width) spare a look at the file where they are known.
+    ``duration_seconds`` and ``source_size`` (displayed height, width) spare a look at the file where they are known;
+    ``specs``, all that will be read, spare a second opening of a video whose duration is not known, or of which frames
+    in several sizes are wanted: decord and torchcodec scale to one size per open file, so PyAV reads these.
     Nothing is opened before it is needed.
     """
 
@@ -34,13 +42,17 @@ class MediaReader:
         duration_seconds: float | None = None,
         source_size: tuple[int, int] | None = None,
         short: Short = "loop",
+        specs: Sequence[VideoSpec | AudioSpec] = (),
     ) -> None:
         self._video, self._image = video, image
         self._audio = audio if audio is not None else video
         self._decoder: Decoder = decoder
         self._threads, self._source_size, self._short = threads, source_size, short
         self._duration_seconds = duration_seconds
-        self._readers: dict[tuple[int, Fit], VideoReader] = {}
+        self._scales = list(dict.fromkeys((spec.size, spec.fit) for spec in specs if isinstance(spec, VideoSpec)))
+        self._readers: dict[Scale, VideoReader] = {}
+        self._scaling: ScalingReader | None = None
+        self._sound: AudioReader | None = None
 
     @property
     def duration_seconds(self) -> float:
@@ -53,19 +65,48 @@ class MediaReader:
         return self._duration_seconds
 
     def _find_duration(self) -> float:
-        if self._readers:
-            return next(iter(self._readers.values())).duration_seconds
-        if self._video is not None:
-            info = probe(self._video)
-            if info.video is None:
-                return info.duration_seconds
-            # Not the container's duration: that one includes sound which goes on after the last frame.
-            reader = open_video(self._video, decoder="pyav")
-            try:
+        if self._video is None:
+            return probe(self._audio).duration_seconds if self._audio is not None else 0.0
+        # Not the container's duration: that one includes sound which goes on after the last frame.
+        try:
+            opened = self._scaling or next(iter(self._readers.values()), None)
+            if opened is not None:
+                return opened.duration_seconds
+            if self._scales:
+                return self._open(self._scales).duration_seconds
+            with closing(open_video(self._video, decoder="pyav")) as reader:
                 return reader.duration_seconds
-            finally:
-                reader.close()
-        return probe(self._audio).duration_seconds if self._audio is not None else 0.0
+        except SampleError as error:
+            if error.reason != "no_video_stream":
+                raise
+            return probe(self._video).duration_seconds
+
+    def read_all(self, wanted: Sequence[tuple[Window, VideoSpec | AudioSpec]]) -> list[np.ndarray | None]:
+        """What towers of these specs eat of these windows, each taken round the window's centre (see ``own_window``).
+
+        One pass over the pictures and one over the sound: a frame that several ask for is decoded once, so are
+        stretches of sound that overlap or are near. For each uint8 ``(T, 3, H, W)`` or float32 ``(S,)``; None where the
+        sample has no such modality, also where a video file holds sound alone. Raises ``SampleError`` where a member is
+        damaged.
+        """
+        found: list[np.ndarray | None] = [None] * len(wanted)
+        pictures = [(i, own_window(window, spec), spec) for i, (window, spec) in enumerate(wanted) if _shows(spec)]
+        sounds = [(i, own_window(window, spec), spec) for i, (window, spec) in enumerate(wanted) if not _shows(spec)]
+        # Sound first: decord's thread goes on decoding beside whatever comes after it.
+        waves = self._read_waves([(own, spec) for _, own, spec in sounds if isinstance(spec, AudioSpec)])
+        try:
+            frames = self._read_frames([(own, spec) for _, own, spec in pictures if isinstance(spec, VideoSpec)])
+        except SampleError as error:
+            if error.reason != "no_video_stream":
+                raise
+            frames = [None] * len(pictures)
+        for (i, _, _), value in zip([*pictures, *sounds], [*frames, *waves], strict=True):
+            found[i] = value
+        return found
+
+    def read(self, window: Window, spec: VideoSpec | AudioSpec) -> np.ndarray | None:
+        """``read_all`` of one."""
+        return self.read_all([(window, spec)])[0]
 
     def read_video(self, window: Window, spec: VideoSpec) -> tuple[np.ndarray, np.ndarray] | None:
         """Frames uint8 ``(T, 3, H, W)`` and the instants float64 ``(T,)`` they stand for; None without a picture.
@@ -73,65 +114,80 @@ class MediaReader:
         Past the end of a short source the instants go on while the frames are folded back into it.
         Raises ``SampleError``: ``no_video_stream``, ``decode``, … (see ``open_video`` and ``decode_image``).
         """
-        times = wanted_times(window, spec.frames, spec.fps)
-        if self._video is not None:
-            reader = self._reader(spec)
-            folded = wanted_times(
-                window, spec.frames, spec.fps, duration_seconds=self.duration_seconds, short=self._short
-            )
-            return reader.read(frame_indices(reader.frame_times_seconds, folded)), times
-        if self._image is not None:
-            picture = decode_image(self._image, size=spec.size, fit=spec.fit)
-            return np.repeat(picture[None], spec.frames, axis=0), times
-        return None
+        frames = self._read_frames([(window, spec)])[0]
+        return None if frames is None else (frames, wanted_times(window, spec.frames, spec.fps))
 
     def read_audio(self, window: Window, spec: AudioSpec) -> np.ndarray | None:
         """float32 ``(S,)`` in [−1, 1] with S = ``spec.samples``; None where there is no sound track."""
-        if self._audio is None:
-            return None
-        return read_audio(
-            self._audio,
-            start_seconds=window.start_seconds,
-            end_seconds=window.start_seconds + spec.samples / spec.sample_rate_hz,
-            sample_rate_hz=spec.sample_rate_hz,
-            duration_seconds=self.duration_seconds,
-            short=self._short,
-        )
+        return self._read_waves([(window, spec)])[0]
 
-    def read(self, window: Window, spec: VideoSpec | AudioSpec) -> np.ndarray | None:
-        """What a tower of this spec eats of a window, taken round its centre where the lengths differ.
+    def _read_frames(self, wanted: Sequence[tuple[Window, VideoSpec]]) -> list[np.ndarray] | list[None]:
+        if not wanted or (self._video is None and self._image is None):
+            return [None] * len(wanted)
+        groups: dict[Scale, list[int]] = {}
+        for i, (_, spec) in enumerate(wanted):
+            groups.setdefault((spec.size, spec.fit), []).append(i)
+        if self._video is None:
+            assert self._image is not None
+            shown = {scale: decode_image(self._image, size=scale[0], fit=scale[1]) for scale in groups}
+            return [np.repeat(shown[spec.size, spec.fit][None], spec.frames, axis=0) for _, spec in wanted]
+        reader = self._open(groups)
+        indices = [self._frame_numbers(reader, window, spec) for window, spec in wanted]
+        together = [np.concatenate([indices[i] for i in members]) for members in groups.values()]
+        if self._scaling is not None:
+            scaled = [(numbers, *scale) for numbers, scale in zip(together, groups, strict=True)]
+            parts = self._scaling.read_scaled(scaled)
+        else:
+            parts = [reader.read(together[0])]
+        frames: dict[int, np.ndarray] = {}
+        for part, members in zip(parts, groups.values(), strict=True):
+            ends = np.cumsum([len(indices[i]) for i in members])[:-1]
+            frames.update(zip(members, np.split(part, ends), strict=True))
+        return [frames[i] for i in range(len(wanted))]
 
-        uint8 ``(T, 3, H, W)`` or float32 ``(S,)``; None where the sample has no such modality, also where a video file
-        holds sound alone. Raises ``SampleError`` where a member is damaged.
-        """
-        own = _of_length(window, spec.seconds)
-        if isinstance(spec, AudioSpec):
-            return self.read_audio(own, spec)
-        try:
-            found = self.read_video(own, spec)
-        except SampleError as error:
-            if error.reason == "no_video_stream":
-                return None
-            raise
-        return None if found is None else found[0]
+    def _frame_numbers(self, reader: VideoReader, window: Window, spec: VideoSpec) -> np.ndarray:
+        if self._duration_seconds is None:
+            self._duration_seconds = reader.duration_seconds
+        times = wanted_times(window, spec.frames, spec.fps, duration_seconds=self._duration_seconds, short=self._short)
+        return frame_indices(reader.frame_times_seconds, times)
 
-    def _reader(self, spec: VideoSpec) -> VideoReader:
-        key = (spec.size, spec.fit)
-        if key not in self._readers:
-            assert self._video is not None
-            self._readers[key] = open_video(
+    def _read_waves(self, wanted: Sequence[tuple[Window, AudioSpec]]) -> list[np.ndarray] | list[None]:
+        if not wanted or self._audio is None:
+            return [None] * len(wanted)
+        if self._sound is None:
+            self._sound = open_audio(self._audio)
+            if self._sound is None:
+                return [None] * len(wanted)
+        sounds = [Sound(window.start_seconds, spec.samples, spec.sample_rate_hz) for window, spec in wanted]
+        return self._sound.read(sounds, duration_seconds=self.duration_seconds, short=self._short)
+
+    def _open(self, scales: Iterable[Scale]) -> VideoReader:
+        """A reader of these scales; where several are known of, the one file that gives them all."""
+        assert self._video is not None
+        asked = list(scales)
+        if self._scaling is None and len({*self._scales, *asked}) > 1:
+            self._scaling = open_scaling(self._video, threads=self._threads)
+        if self._scaling is not None:
+            return self._scaling
+        (scale,) = asked
+        if scale not in self._readers:
+            self._scales = [scale]
+            self._readers[scale] = open_video(
                 self._video,
                 decoder=self._decoder,
-                size=spec.size,
-                fit=spec.fit,
+                size=scale[0],
+                fit=scale[1],
                 threads=self._threads,
                 source_size=self._source_size,
             )
-        return self._readers[key]
+        return self._readers[scale]
 
     def close(self) -> None:
-        while self._readers:
-            self._readers.popitem()[1].close()
+        for reader in (*self._readers.values(), self._scaling, self._sound):
+            if reader is not None:
+                reader.close()
+        self._readers.clear()
+        self._scaling = self._sound = None
 
     def __enter__(self) -> MediaReader:
         return self
@@ -180,11 +236,11 @@ def read_clip(
         short=short,
     ) as reader:
         if video_spec is not None:
-            found = reader.read_video(_of_length(window, video_spec.seconds), video_spec)
+            found = reader.read_video(own_window(window, video_spec), video_spec)
             if found is not None:
                 frames, times = found
         if audio_spec is not None:
-            heard = _of_length(window, audio_spec.seconds)
+            heard = own_window(window, audio_spec)
             audio_start_seconds = heard.start_seconds
             wave = reader.read_audio(heard, audio_spec)
             if wave is None and audio is not None:
@@ -201,6 +257,11 @@ def read_clip(
     )
 
 
-def _of_length(window: Window, length_seconds: float) -> Window:
-    same = abs(window.seconds - length_seconds) < 1e-9
-    return window if same else centred(window, length_seconds)
+def own_window(window: Window, spec: VideoSpec | AudioSpec) -> Window:
+    """The part of a window that a spec sees: as long as the spec, round the same centre, never before 0."""
+    same = abs(window.seconds - spec.seconds) < 1e-9
+    return window if same else centred(window, spec.seconds)
+
+
+def _shows(spec: VideoSpec | AudioSpec) -> bool:
+    return isinstance(spec, VideoSpec)

@@ -64,6 +64,11 @@ class ByteTokenizer:
             raise ValueError(f"max_tokens must be at least 1, got {self.max_tokens}")
 
     @property
+    def mask_id(self) -> int:
+        """What stands for a masked token: the padding number, at a place that counts."""
+        return 0
+
+    @property
     def vocabulary(self) -> int:
         """How many different numbers there are."""
         return 257

@@ -6,7 +6,7 @@ Open a reader in the process that reads it (never before a fork) and use it from
 from __future__ import annotations
 
 import importlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
@@ -33,6 +33,8 @@ from mmcl.types import ConfigError, SampleError
 
 Decoder: TypeAlias = Literal["decord", "pyav", "torchcodec"]
 Fit: TypeAlias = Literal["crop", "squash"]
+Wanted: TypeAlias = tuple[Sequence[int] | np.ndarray, int | None, Fit]
+"""frame numbers, and the size and fit in which they are wanted"""
 
 MAX_FRAMES = 4_000_000
 """of one file; a day at 46 frames per second"""
@@ -167,6 +169,25 @@ class _FrameTable:
         return cls(table, np.array([k for k, _ in keys]), np.array([s for _, s in keys]), end)
 
 
+class ScalingReader(VideoReader, Protocol):
+    """An open video that gives frames in several sizes."""
+
+    def read_scaled(self, wanted: Sequence[Wanted]) -> list[np.ndarray]:
+        """uint8 ``(n, C, H, W)`` for each of (frame numbers, size, fit); every frame is decoded once for all of them.
+
+        Raises as ``read`` does.
+        """
+        ...
+
+
+def open_scaling(data: MediaSource, *, threads: int = 1) -> ScalingReader:
+    """Opens a video for reading frames in several sizes in one pass, which PyAV alone can.
+
+    Raises ``SampleError`` as ``open_video`` does.
+    """
+    return _PyAVReader(data, None, "crop", threads)
+
+
 class _PyAVReader:
     def __init__(self, data: MediaSource, size: int | None, fit: Fit, threads: int) -> None:
         self._size, self._fit = size, fit
@@ -195,60 +216,77 @@ class _PyAVReader:
         self.duration_seconds = max(0.0, self._table.end_pts * tick - origin)
 
     def read(self, indices: Sequence[int] | np.ndarray) -> np.ndarray:
-        numbers, places = _checked(indices, len(self._table.pts))
+        return self.read_scaled([(indices, self._size, self._fit)])[0]
+
+    def read_scaled(self, wanted: Sequence[Wanted]) -> list[np.ndarray]:
+        checked = [_checked(indices, len(self._table.pts)) for indices, _, _ in wanted]
+        numbers = np.unique(np.concatenate([own for own, _ in checked]))
         keys = np.maximum(np.searchsorted(self._table.key_pts, self._table.pts[numbers], side="right") - 1, 0)
-        if not len(numbers):
-            return np.zeros((0, 3, self._size or 0, self._size or 0), np.uint8)
-        pictures: list[np.ndarray] = []
+        pictures: list[dict[int, np.ndarray]] = [{} for _ in wanted]
+        takers: dict[int, list[int]] = {}
+        for i, (own, _) in enumerate(checked):
+            for pts in self._table.pts[own].tolist():
+                takers.setdefault(pts, []).append(i)
+
+        def take(frame: Any, pts: int) -> None:
+            for i in takers[pts]:
+                pictures[i][pts] = self._picture(frame, wanted[i][1], wanted[i][2])
+
         try:
             for key in np.unique(keys):
-                pictures += self._read_group(numbers[keys == key], int(self._table.key_seek[key]))
+                self._read_group(numbers[keys == key], int(self._table.key_seek[key]), take)
         except DECODE_ERRORS as error:
             raise SampleError("decode", short_message(error)) from error
-        return np.ascontiguousarray(np.stack(pictures)[places].transpose(0, 3, 1, 2))
+        return [
+            np.ascontiguousarray(np.stack(list(found.values()))[places].transpose(0, 3, 1, 2))
+            if found
+            else np.zeros((0, 3, size or 0, size or 0), np.uint8)
+            for found, (_, places), (_, size, _) in zip(pictures, checked, wanted, strict=True)
+        ]
 
-    def _read_group(self, numbers: np.ndarray, seek: int) -> list[np.ndarray]:
-        """The frames that depend on one keyframe."""
+    def _read_group(self, numbers: np.ndarray, seek: int, take: Callable[[Any, int], None]) -> None:
+        """Takes the frames that depend on one keyframe, in order."""
         # A container may seek past what was asked for (no index, open GOP): then decode from the start of the file.
         for target in (seek, int(min(self._table.pts[0], self._table.key_seek[0]))):
             self._container.seek(target, stream=self._stream, backward=True)
-            pictures = self._decode(self._table.pts[numbers].tolist())
-            if pictures is not None:
-                return pictures
+            if self._decode(self._table.pts[numbers].tolist(), take):
+                return
         raise SampleError("decode", f"frame {numbers[0]} cannot be reached")
 
-    def _decode(self, wanted_pts: list[int]) -> list[np.ndarray] | None:
-        """Decodes forward until all are found; None if the first frame that comes is already too late."""
-        pictures: list[np.ndarray] = []
+    def _decode(self, wanted_pts: list[int], take: Callable[[Any, int], None]) -> bool:
+        """Decodes forward until all are taken; False, and none taken, if the first frame that comes is too late."""
+        taken = 0
         previous = None
         for frame in self._container.decode(self._stream):
             pts = frame.pts if frame.pts is not None else frame.dts
             if pts is None:
                 continue
             # A packet that never becomes a picture (VP8's hidden frames): the one before it stays on the screen.
-            while len(pictures) < len(wanted_pts) and pts > wanted_pts[len(pictures)]:
+            while taken < len(wanted_pts) and pts > wanted_pts[taken]:
                 if previous is None:
-                    return None
-                pictures.append(self._picture(previous))
-            if len(pictures) < len(wanted_pts) and pts == wanted_pts[len(pictures)]:
-                pictures.append(self._picture(frame))
-            if len(pictures) == len(wanted_pts):
-                return pictures
+                    return False
+                take(previous, wanted_pts[taken])
+                taken += 1
+            if taken < len(wanted_pts) and pts == wanted_pts[taken]:
+                take(frame, pts)
+                taken += 1
+            if taken == len(wanted_pts):
+                return True
             previous = frame
-        raise SampleError("decode", f"the video ends before {wanted_pts[len(pictures)] * self._stream.time_base} s")
+        raise SampleError("decode", f"the video ends before {wanted_pts[taken] * self._stream.time_base} s")
 
-    def _picture(self, frame: Any) -> np.ndarray:
+    def _picture(self, frame: Any, size: int | None, fit: Fit) -> np.ndarray:
         """uint8 ``(H, W, C)``, scaled, turned and cropped."""
         if frame.is_corrupt:
             raise SampleError("decode", f"a damaged frame at {frame.time} s")
         turns = quarter_turns(frame)
-        height, width = scaled_size(frame.height, frame.width, self._size, self._fit)
-        if self._size is None:  # frames may change their size in mid-stream; the first one decides
+        height, width = scaled_size(frame.height, frame.width, size, fit)
+        if size is None:  # frames may change their size in mid-stream; the first one decides
             height, width = self._shape = self._shape or (height, width)
         scaled = self._reformatter.reformat(
             frame, width=width, height=height, format="rgb24", interpolation=Interpolation.BILINEAR, threads=1
         ).to_ndarray()
-        return centre_crop(np.rot90(scaled, turns) if turns else scaled, self._size)
+        return centre_crop(np.rot90(scaled, turns) if turns else scaled, size)
 
     def close(self) -> None:
         self._container.close()

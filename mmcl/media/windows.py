@@ -13,9 +13,13 @@ from typing import Literal, TypeAlias
 
 import numpy as np
 
+from mmcl.hashing import uniform as hashed_uniform
+
 Rule: TypeAlias = Literal["random", "even"]
 Short: TypeAlias = Literal["loop", "hold"]
 
+REDRAWS = 100
+"""tries to meet the limits of a gap before the distances are made to fit"""
 TOLERANCE_SECONDS = 5e-4
 """A frame this little after the wanted time counts as displayed: Matroska rounds times to milliseconds and decord to
 float32, and 0.1 s shall find the same frame in all of them."""
@@ -71,6 +75,68 @@ def place_windows(
     else:
         raise ValueError(f"rule must be 'random' or 'even', got {rule!r}")
     return [Window(start, start + length_seconds) for start in starts]
+
+
+def sample_windows(
+    duration_seconds: float,
+    length_seconds: float,
+    count: int,
+    *,
+    words: Sequence[int],
+    span_seconds: float = math.inf,
+    gap_seconds: tuple[float, float] = (-math.inf, math.inf),
+    overlap: bool = True,
+) -> list[Window]:
+    """``count`` random windows of ``length_seconds`` in a source, in order of time; ``words`` decide which.
+
+    Starts are uniform in a stretch of at most ``span_seconds`` (first start to last start), which itself lies uniformly
+    in the source. ``gap_seconds``: limits of the time from the end of a window to the start of the next (negative:
+    they overlap). ``overlap=False`` is a gap of at least 0. Starts are drawn again up to ``REDRAWS`` times until the
+    gaps are right; then the distances of the last draw are moved into the limits. Where source or span are too
+    short for the smallest gap, the windows stand as far apart as they can, at equal distances: source and span always
+    hold. With these defaults it is ``place_windows(rule="random")`` on numbers from our own hash.
+
+    Raises ``ValueError`` as ``place_windows`` does, and for a negative span or limits in the wrong order.
+
+    >>> a, b = sample_windows(600.0, 2.0, 2, words=(1, 2), span_seconds=60.0, gap_seconds=(5.0, math.inf))
+    >>> 7.0 <= b.start_seconds - a.start_seconds <= 60.0
+    True
+    """
+    least, most = gap_seconds
+    if not overlap:
+        least = max(least, 0.0)
+    if not span_seconds >= 0.0 or not least <= most:
+        raise ValueError(f"need span_seconds >= 0 and ordered gaps, got {span_seconds} and {(least, most)}")
+    place_windows(duration_seconds, length_seconds, count, rule="even")  # checks the rest
+    slack = max(0.0, duration_seconds - length_seconds)
+    near, far = max(0.0, length_seconds + least), length_seconds + most
+    if far < 0.0:
+        raise ValueError(f"a gap of at most {most} s between windows of {length_seconds} s turns their order round")
+    # Nothing that the limits allow is longer than this stretch; in a long source, most draws would break them.
+    stretch = min(slack, span_seconds, max(0, count - 1) * far) if count > 1 else slack
+    numbers = hashed_uniform(*words, np.arange(REDRAWS + 1)[:, None], np.arange(count + 1))
+    starts = np.sort(numbers[:, 1:] * stretch + numbers[:, :1] * (slack - stretch), axis=1)
+    steps = np.diff(starts, axis=1)
+    good = np.flatnonzero(((steps >= near) & (steps <= far)).all(axis=1))
+    if len(good) or count == 1:
+        chosen = starts[good[0] if len(good) else 0]
+    else:
+        distances = _fitting_distances(steps[-1], near, far, stretch)
+        first = numbers[-1, 0] * (slack - min(slack, distances.sum()))
+        chosen = first + np.concatenate([[0.0], np.cumsum(distances)])
+    return [Window(start, start + length_seconds) for start in np.clip(chosen, 0.0, slack).tolist()]
+
+
+def _fitting_distances(distances: np.ndarray, near: float, far: float, stretch: float) -> np.ndarray:
+    """float64, same shape: each in [near, far], together at most ``stretch``; equal parts of it where none fit."""
+    if near * len(distances) >= stretch:
+        return np.full_like(distances, stretch / len(distances))
+    fitting: np.ndarray = np.clip(distances, near, far)
+    beyond = fitting - near
+    room = stretch - near * len(distances)
+    if beyond.any():
+        fitting = near + beyond * min(1.0, room / float(beyond.sum()))
+    return fitting
 
 
 def centred(window: Window, length_seconds: float, *, duration_seconds: float | None = None) -> Window:

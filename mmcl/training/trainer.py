@@ -19,6 +19,7 @@ from mmcl.data import ClipStream
 from mmcl.data.collate import holes
 from mmcl.data.health import SkipLimits, read_quarantine, skip_records
 from mmcl.distributed import Comm
+from mmcl.media.augment import augment
 from mmcl.model import TrainStep
 from mmcl.objectives.base import Term
 from mmcl.progress import on_terminal, show_progress
@@ -119,7 +120,7 @@ class Trainer:
         set_learning_rate(self.optimizer, options.learning_rate * factor)
         terms = []
         for number, batch in enumerate(batches):
-            moved = batch.to(self.accelerator.device)
+            moved = self._moved(batch)
             if number < len(batches) - 1:
                 with self.accelerator.no_sync(self.step_module):
                     terms.append(self._backward(moved, len(batches)))
@@ -134,6 +135,10 @@ class Trainer:
         momentum = momentum_at(self.progress.step, self.config.train.steps, self.config.train.momentum)
         advance(self.model.ema_pairs() + self.mix.ema_pairs(), momentum)
         return _mean_term(terms), grad_norm
+
+    def _moved(self, batch: Batch) -> Batch:
+        """The batch on the training device, augmented there: models see no batch that has not gone through here."""
+        return augment(batch.to(self.accelerator.device))
 
     def _backward(self, batch: Batch, parts: int) -> Term:
         micro_batch = self.config.train.micro_batch
@@ -183,7 +188,7 @@ class Trainer:
         """
         buffers = {name: value.clone() for name, value in self.step_module.named_buffers()}
         rows = self.config.train.global_batch // self.comm.world_size
-        self._backward(holes(rows, self.views).to(self.accelerator.device), 1)
+        self._backward(self._moved(holes(rows, self.views, blank=self.stream.plan.maker.blank)), 1)
         self.optimizer.zero_grad(set_to_none=True)
         for name, value in self.step_module.named_buffers():
             value.copy_(buffers[name])
@@ -359,6 +364,8 @@ def build_stream(config: RunConfig, views: tuple[View, ...], comm: Comm) -> Clip
         block=data.block,
         decoder=data.decoder,
         short=data.short,
+        sampling=data.sampling,
+        augmentations=data.augmentations,
         in_process=data.in_process,
         timeout_seconds=data.timeout_seconds,
         allow_shared_streams=data.allow_shared_streams,

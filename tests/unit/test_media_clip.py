@@ -10,6 +10,9 @@ import pytest
 from PIL import Image
 from support.media import COLOURS, encode, numbered_picture, read_number, tone, write_clip
 
+from mmcl.media import clip as clip_module
+from mmcl.media import video
+from mmcl.media.audio import AudioReader
 from mmcl.media.clip import MediaReader, read_clip
 from mmcl.media.windows import Window
 from mmcl.types import AudioSpec, SampleError, VideoSpec
@@ -130,3 +133,81 @@ def test_what_is_missing_or_damaged(damaged_media):
         reason(video=damaged_media[name], **both)
     nothing = read_clip("k", window=Window(0, 2), **both)
     assert nothing.video is None and nothing.audio is None
+
+
+WINDOWS = [Window(0.0, 2.0), Window(1.0, 3.0), Window(2.2, 4.2), Window(5.0, 7.0), Window(6.5, 8.5)]
+
+
+@pytest.fixture(scope="module")
+def numbered(tmp_path_factory):
+    """8 s, 20 frames a second that show their number, with a tone that rises; lossless sound."""
+    times = np.arange(8 * 16_000) / 16_000
+    sweep = (0.4 * np.sin(2 * np.pi * (200 + 100 * times) * times)).astype(np.float32)
+    pictures = [numbered_picture(i) for i in range(160)]
+    return encode(
+        tmp_path_factory.mktemp("numbered") / "a.mp4", pictures, sweep, fps=20, gop=20, b_frames=2, audio_codec="flac"
+    ).read_bytes()
+
+
+@pytest.mark.parametrize("decoder", ["pyav", "decord"])
+@pytest.mark.parametrize("short", ["loop", "hold"])
+def test_views_read_together_are_those_read_one_by_one(numbered, decoder, short):
+    """Windows that overlap, are near, far, equal, in any order, and past the end; sound at two rates."""
+    specs = [SQUASHED, AUDIO, AudioSpec(sample_rate_hz=8_000, seconds=1.0), VideoSpec(3, 32, 2.0, fit="squash")]
+    wanted = [(WINDOWS[i], spec) for i in (3, 0, 4, 1, 2, 0) for spec in specs]
+    with MediaReader(video=numbered, decoder=decoder, short=short, specs=specs) as media:
+        together = media.read_all(wanted)
+    for (window, spec), found in zip(wanted, together, strict=True):
+        with MediaReader(video=numbered, decoder=decoder, short=short) as media:
+            alone = media.read(window, spec)
+        assert found.dtype == alone.dtype and np.array_equal(found, alone)
+    assert [read_number(frame) for frame in together[4]] == [2, 7, 12, 17, 22, 27, 32, 37]
+
+
+@pytest.mark.parametrize("decoder", ["pyav", "decord"])
+def test_several_sizes_come_from_one_pass(numbered, decoder, monkeypatch):
+    specs = [SQUASHED, VideoSpec(8, 48, 4.0), VideoSpec(4, 24, 4.0, fit="squash")]
+    wanted = [(window, spec) for window in WINDOWS[:3] for spec in specs]
+    opened, decoded = [], []
+    real = video.open_container
+    monkeypatch.setattr(video, "open_container", lambda data: opened.append(1) or real(data))
+    picture = video._PyAVReader._decode
+    monkeypatch.setattr(
+        video._PyAVReader, "_decode", lambda self, pts, take: decoded.append(pts) or picture(self, pts, take)
+    )
+    with MediaReader(video=numbered, decoder=decoder, specs=specs) as media:
+        assert media.duration_seconds == pytest.approx(8.0, abs=0.05)
+        together = media.read_all(wanted)
+    assert len(opened) == 1
+    assert len(decoded) == len(set(map(tuple, decoded))) <= 5, "each group of frames once"
+    for (window, spec), found in zip(wanted, together, strict=True):
+        with MediaReader(video=numbered, decoder=decoder) as media:
+            alone = media.read(window, spec)
+        assert found.shape == alone.shape
+        assert np.abs(found.astype(int) - alone.astype(int)).max() <= (0 if decoder == "pyav" else 2)
+
+
+def test_one_open_and_one_pass_for_a_sample(numbered, monkeypatch):
+    """Two clips in picture and sound: one video reader asked once, one sound track, decoded as far as it is near."""
+    videos, sounds, passes = [], [], []
+    open_video, open_audio, decode = clip_module.open_video, clip_module.open_audio, AudioReader._decode
+    monkeypatch.setattr(clip_module, "open_video", lambda *a, **k: videos.append(1) or open_video(*a, **k))
+    monkeypatch.setattr(clip_module, "open_audio", lambda *a, **k: sounds.append(1) or open_audio(*a, **k))
+    monkeypatch.setattr(
+        AudioReader, "_decode", lambda self, start, end: passes.append((start, end)) or decode(self, start, end)
+    )
+    with MediaReader(video=numbered, decoder="pyav", specs=[SQUASHED, AUDIO]) as media:
+        assert media.duration_seconds == pytest.approx(8.0, abs=0.05)
+        media.read_all([(window, spec) for window in WINDOWS for spec in (SQUASHED, AUDIO)])
+    assert len(videos) == len(sounds) == 1
+    assert [round(start) for start, _ in passes] == [0, 5], "near windows, and what folds to the start, in one pass"
+
+
+def test_sound_that_is_all_there_is(damaged_media):
+    with MediaReader(video=damaged_media["audio_only"], decoder="pyav", specs=[VIDEO, AUDIO]) as media:
+        assert media.duration_seconds == pytest.approx(2.0, abs=0.1)
+        frames, wave = media.read_all([(Window(0, 2), VIDEO), (Window(0, 2), AUDIO)])
+    assert frames is None and np.abs(wave).max() > 0.1
+    with MediaReader(video=damaged_media["video_only"], specs=[VIDEO, AUDIO]) as media:
+        frames, wave = media.read_all([(Window(0, 2), VIDEO), (Window(0, 2), AUDIO)])
+    assert wave is None and frames.shape == (8, 3, 32, 32)

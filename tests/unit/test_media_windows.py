@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from mmcl.media import text, windows
-from mmcl.media.windows import Window, centred, fold_times, frame_indices, place_windows, wanted_times
+from mmcl.media.windows import Window, centred, fold_times, frame_indices, place_windows, sample_windows, wanted_times
 
 durations = st.floats(0.0, 1e5)
 lengths = st.floats(0.01, 1e4)
@@ -106,3 +106,66 @@ def test_rounded_frame_times_are_found():
 def test_no_frames_is_an_error():
     with pytest.raises(ValueError):
         frame_indices(np.array([]), np.array([0.0]))
+
+
+words = st.lists(st.integers(0, 2**63 - 1), min_size=1, max_size=4)
+
+
+@given(
+    words,
+    st.floats(0.0, 5000.0),
+    st.floats(0.1, 20.0),
+    st.integers(1, 6),
+    st.one_of(st.just(float("inf")), st.floats(0.0, 300.0)),
+    st.tuples(st.floats(-10.0, 30.0), st.one_of(st.just(float("inf")), st.floats(0.0, 60.0))),
+    st.booleans(),
+)
+def test_sampled_windows_obey_every_rule(words, duration, length, count, span, gaps, overlap):
+    least, width = gaps
+    limits = (max(least, -length), max(least, -length) + width)
+    if not overlap and limits[1] < 0:
+        limits = (limits[0], 0.0)
+    placed = sample_windows(
+        duration, length, count, words=words, span_seconds=span, gap_seconds=limits, overlap=overlap
+    )
+    assert placed == sample_windows(
+        duration, length, count, words=words, span_seconds=span, gap_seconds=limits, overlap=overlap
+    )
+    starts = np.array([window.start_seconds for window in placed])
+    slack = max(0.0, duration - length)
+    assert len(starts) == count and (np.diff(starts) >= 0).all()
+    assert starts[0] >= 0 and starts[-1] <= slack
+    assert starts[-1] - starts[0] <= min(span, slack) + 1e-9
+    found = np.diff(starts) - length
+    low = max(limits[0], 0.0) if not overlap else limits[0]
+    room = min(span, slack)
+    if (count - 1) * (length + low) <= room:
+        assert (found >= low - 1e-9).all() and (found <= limits[1] + 1e-9).all()
+    else:  # best effort: equal distances, as far as source and span allow
+        assert np.diff(starts) == pytest.approx(room / (count - 1), abs=1e-6)
+
+
+def test_sampled_windows_depend_on_their_words_alone():
+    def starts(*words, **rules):
+        return [window.start_seconds for window in sample_windows(600.0, 2.0, 3, words=words, **rules)]
+
+    assert starts(1, 2) != starts(1, 3) != starts(2, 2)
+    pinned = [142.67928, 188.67621, 485.58896]  # part of what a run is: its windows after a resume on another version
+    assert starts(7, 1, 5) == pytest.approx(pinned, abs=1e-4)
+
+
+def test_sampled_starts_fill_span_and_source():
+    """Uniform: the first starts everywhere, distances up to the whole span."""
+    placed = [sample_windows(600.0, 2.0, 2, words=(3, i), span_seconds=60.0) for i in range(2000)]
+    firsts = np.array([first.start_seconds for first, _ in placed])
+    distances = np.array([second.start_seconds - first.start_seconds for first, second in placed])
+    assert distances.max() == pytest.approx(60.0, rel=0.05) and distances.mean() == pytest.approx(20.0, rel=0.1)
+    assert np.histogram(firsts, 5, (0, 550))[0].min() > 300
+    free = np.array([sample_windows(600.0, 2.0, 1, words=(4, i))[0].start_seconds for i in range(2000)])
+    assert np.histogram(free, 5, (0, 598))[0].min() > 330
+
+
+def test_nonsense_rules_are_refused():
+    for rules in ({"span_seconds": -1.0}, {"gap_seconds": (2.0, 1.0)}, {"gap_seconds": (-9.0, -5.0)}):
+        with pytest.raises(ValueError):
+            sample_windows(10.0, 2.0, 2, words=(1,), **rules)

@@ -1,0 +1,78 @@
+"""Augmentation of token numbers: swap, delete, mask."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import torch
+from torch import Tensor
+
+from mmcl.hashing import signed_constants
+
+_SWAP_SIDE, _SWAP, _DELETE, _MASK = range(4)
+
+
+def augment_tokens(
+    ids: Tensor, mask: Tensor, params: Mapping[str, Tensor], *, mask_id: int = 0, special_ids: Sequence[int] = ()
+) -> tuple[Tensor, Tensor]:
+    """ids int64 ``(B, L)`` and mask bool ``(B, L)``, changed; how far a row is padded changes nothing.
+
+    ``special_ids`` (start, end, …) keep their place among the others and are never swapped, deleted or masked.
+    Wei & Zou 2019 (arXiv 1901.11196) for swap and deletion; every row keeps at least one token.
+    """
+    seed = params["token_seed"][:, None]
+    if "token_swap" in params:
+        ids = _swap(ids, _free(ids, mask, special_ids), seed, params["token_swap"][:, None])
+    if "token_delete" in params:
+        ids, mask = _delete(ids, mask, _free(ids, mask, special_ids), seed, params["token_delete"][:, None])
+    if "token_mask" in params:
+        masked = _uniform(seed, _MASK, ids.shape[1]) < params["token_mask"][:, None]
+        ids = ids.masked_fill(masked & _free(ids, mask, special_ids), mask_id)
+    return ids, mask
+
+
+def _free(ids: Tensor, mask: Tensor, special_ids: Sequence[int]) -> Tensor:
+    """bool ``(B, L)``: tokens that may be changed."""
+    special = torch.tensor(list(special_ids), dtype=ids.dtype, device=ids.device)
+    return mask & ~torch.isin(ids, special)
+
+
+def _swap(ids: Tensor, free: Tensor, seed: Tensor, chance: Tensor) -> Tensor:
+    """Pairs of neighbours, disjoint, each swapped with this chance; a row's pairs start at 0 or at 1, evenly."""
+    length = ids.shape[1]
+    places = torch.arange(length, device=ids.device)
+    odd = (_uniform(seed, _SWAP_SIDE, 1) < 0.5).long()
+    both = free[:, :-1] & free[:, 1:]
+    first = both & ((places[:-1] + odd) % 2 == 0) & (_uniform(seed, _SWAP, length)[:, :-1] < chance)
+    sources = places.expand_as(ids).clone()
+    sources[:, :-1] += first.long()
+    sources[:, 1:] -= first.long()
+    return ids.gather(1, sources)
+
+
+def _delete(ids: Tensor, mask: Tensor, free: Tensor, seed: Tensor, chance: Tensor) -> tuple[Tensor, Tensor]:
+    draws = _uniform(seed, _DELETE, ids.shape[1]).masked_fill(~free, -1.0)
+    # the free token with the largest number stays, whatever the chance
+    gone = free & (draws < chance) & (draws < draws.amax(1, keepdim=True))
+    kept = mask & ~gone
+    order = (~kept).long().argsort(dim=1, stable=True)
+    kept = kept.gather(1, order)
+    return ids.gather(1, order) * kept, kept
+
+
+def _uniform(seed: Tensor, purpose: int, length: int) -> Tensor:
+    """float64 ``(B, length)``: ``mmcl.hashing.uniform(seed, purpose, position)`` on the seed's device."""
+    golden, first, second = signed_constants()
+    positions = torch.arange(length, device=seed.device)
+    state = torch.full_like(seed, golden)
+    for word in (seed, torch.full_like(seed, purpose), positions):
+        x = (state ^ word) + golden
+        x = (x ^ _shift_right(x, 30)) * first
+        x = (x ^ _shift_right(x, 27)) * second
+        state = x ^ _shift_right(x, 31)
+    return _shift_right(state, 11).double() * 2.0**-53
+
+
+def _shift_right(x: Tensor, bits: int) -> Tensor:
+    """Of int64 taken as 64 bits without a sign."""
+    return (x >> bits) & ((1 << (64 - bits)) - 1)
