@@ -19,7 +19,7 @@ from mmcl.types import ConfigError
 class Options(BaseModel):
     """Base of every part of a configuration: frozen, unknown keys refused."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid", validate_default=True)
+    model_config = ConfigDict(frozen=True, extra="forbid", validate_default=True, allow_inf_nan=False)
 
 
 T = TypeVar("T", bound=Options)
@@ -37,6 +37,20 @@ def unknown_name(path: str, name: object, allowed: Iterable[str]) -> ConfigError
     return ConfigError(f"{path}: unknown name {name!r}{nearest(str(name), names)}; allowed: {', '.join(names)}")
 
 
+class _UniqueKeys(yaml.SafeLoader):
+    """As ``yaml.safe_load``, but a key that stands twice is a mistake; YAML would let the later one win in silence."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        seen: set[str] = set()
+        for key, _ in node.value:
+            if not isinstance(key, yaml.ScalarNode):
+                continue
+            if key.value in seen:
+                raise yaml.constructor.ConstructorError(None, None, f"key {key.value!r} stands twice", key.start_mark)
+            seen.add(key.value)
+        return super().construct_mapping(node, deep)
+
+
 def read_yaml(path: Path) -> dict[str, Any]:
     """The mapping that a YAML file holds."""
     try:
@@ -46,7 +60,7 @@ def read_yaml(path: Path) -> dict[str, Any]:
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(f"config {path}: cannot be read: {error}") from None
     try:
-        tree = yaml.safe_load(text)
+        tree = _UniqueKeys(text).get_single_data()
     except yaml.YAMLError as error:
         raise ConfigError(f"config {path}: not valid YAML: {' '.join(str(error).split())}") from None
     if not isinstance(tree, dict):
@@ -95,8 +109,16 @@ def build(options: type[T], tree: dict[str, Any], overrides: Sequence[str] = (),
     try:
         return options.model_validate(tree)
     except ValidationError as error:
-        lines = [_explain(options, tree, issue) for issue in error.errors(include_url=False)]
+        issues = error.errors(include_url=False)
+        # pydantic also calls a list too short whose items it could not read
+        issues = [issue for issue in issues if issue["type"] != "too_short" or not _has_deeper(issue, issues)]
+        lines = [_explain(options, tree, issue) for issue in issues]
         raise ConfigError(f"{where}: " + "; ".join(dict.fromkeys(lines))) from None
+
+
+def _has_deeper(issue: Any, issues: Sequence[Any]) -> bool:
+    place = issue["loc"]
+    return any(other["loc"][: len(place)] == place and len(other["loc"]) > len(place) for other in issues)
 
 
 def _explain(root: type[BaseModel], tree: dict[str, Any], issue: Any) -> str:
@@ -112,7 +134,9 @@ def _explain(root: type[BaseModel], tree: dict[str, Any], issue: Any) -> str:
     if kind in ("union_tag_invalid", "union_tag_not_found"):
         context = issue.get("ctx", {})
         tags = [tag.strip().strip("'") for tag in str(context.get("expected_tags", "")).split(",") if tag.strip()]
-        given = value.get("name") if isinstance(value, dict) else value
+        if not isinstance(value, dict) or "name" not in value:
+            return f"{path}.name: missing, got {value!r}" + (f"; allowed: {', '.join(tags)}" if tags else "")
+        given = value["name"]
         return f"{path}.name: unknown name {given!r}{nearest(str(given), tags)}; allowed: {', '.join(tags)}"
     message = issue["msg"][0].lower() + issue["msg"][1:]
     shown = repr(value)

@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 from typing import Any, TypeVar
 
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import nn
 
@@ -37,8 +38,9 @@ class Pretrained(nn.Module):
             save_file({k: v.detach().cpu().contiguous() for k, v in self.state_dict().items()}, target / WEIGHTS)
             config = {"format": "mmcl", "mmcl": mmcl.__version__, **self.description()}
             (target / CONFIG).write_text(json.dumps(config, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-        except OSError as error:
-            raise RunError(f"cannot write the model to {target}: {error.strerror or error}") from None
+        except (OSError, SafetensorError) as error:
+            words = getattr(error, "strerror", None) or error
+            raise RunError(f"cannot write the model to {target}: {words}") from None
         return target
 
     @classmethod
@@ -76,7 +78,7 @@ def model_folder(path: Path) -> Path:
         return path
     latest = path / "checkpoints" / "latest"
     if latest.exists():
-        newest = latest.parent / latest.read_text(encoding="utf-8").strip()
+        newest = latest.parent / latest.read_text(encoding="utf-8", errors="replace").strip()
         if (newest / CONFIG).exists():
             return newest
     raise ConfigError(f"{path}: neither a model, a checkpoint, nor a run folder with one")

@@ -33,8 +33,8 @@ class AdamWOptions(ScheduleOptions):
     name: Literal["adamw"] = "adamw"
     learning_rate: Annotated[float, Field(gt=0)] = 1e-3
     weight_decay: Annotated[float, Field(ge=0)] = 0.1
-    beta1: Fraction = 0.9
-    beta2: Fraction = 0.98
+    beta1: Annotated[float, Field(ge=0, lt=1)] = 0.9
+    beta2: Annotated[float, Field(ge=0, lt=1)] = 0.98
     epsilon: Annotated[float, Field(gt=0)] = 1e-8
 
 
@@ -44,7 +44,7 @@ class SGDOptions(ScheduleOptions):
     name: Literal["sgd"] = "sgd"
     learning_rate: Annotated[float, Field(gt=0)] = 0.1
     weight_decay: Annotated[float, Field(ge=0)] = 1e-4
-    momentum: Fraction = 0.9
+    momentum: Annotated[float, Field(ge=0, lt=1)] = 0.9
     clip_norm: Annotated[float, Field(gt=0)] | None = None
 
 
@@ -54,7 +54,7 @@ class LARSOptions(ScheduleOptions):
     name: Literal["lars"] = "lars"
     learning_rate: Annotated[float, Field(gt=0)] = 0.6
     weight_decay: Annotated[float, Field(ge=0)] = 1e-6
-    momentum: Fraction = 0.9
+    momentum: Annotated[float, Field(ge=0, lt=1)] = 0.9
     trust: Annotated[float, Field(gt=0)] = 1e-3
     """size of a step relative to the weights, times the learning rate"""
     clip_norm: Annotated[float, Field(gt=0)] | None = None
@@ -94,7 +94,7 @@ class TrainOptions(Options):
     a second forward (gradient cache); null: all at once"""
     accumulate: PositiveInt = 1
     """losses whose gradients are averaged into one optimizer step; each sees its own global batch"""
-    seed: int = 0
+    seed: Annotated[int, Field(ge=0, lt=2**63)] = 0
     processes: PositiveInt | None = None
     """how many ranks this run must have; a launcher that started another number is refused"""
     precision: Literal["fp32", "bf16"] = "fp32"

@@ -26,7 +26,7 @@ class TinyAudioOptions(Options):
     channels: int = Field(default=32, ge=8, multiple_of=8)
     """channels after the first layer"""
     sample_rate_hz: int = Field(default=16_000, ge=1_000)
-    seconds: float = Field(default=2.0, gt=0)
+    seconds: float = Field(default=2.0, ge=0.01, le=3600)
     """length of a window"""
     mels: int = Field(default=64, ge=SHRINK, multiple_of=SHRINK)
     window_samples: int = Field(default=1024, ge=16)

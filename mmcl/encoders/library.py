@@ -26,7 +26,7 @@ class OpenClipOptions(Options):
     """``open_clip:`` and a name of ``open_clip.list_models()``, such as ``open_clip:ViT-B-32``"""
     modality: Literal["video", "text"] = "video"
     frames: int = Field(default=8, ge=1)
-    fps: float = Field(default=4.0, gt=0)
+    fps: float = Field(default=4.0, ge=0.001, le=1000)
     """frames per second at which a window is sampled; a window lasts ``frames / fps`` seconds"""
     fit: Literal["crop", "squash"] = "crop"
     config: dict[str, Any] = Field(default_factory=dict)

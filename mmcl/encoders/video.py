@@ -22,10 +22,10 @@ class TinyVideoOptions(Options):
     """``D`` of its features"""
     channels: int = Field(default=32, ge=8, multiple_of=8)
     """channels after the first layer"""
-    size: int = Field(default=64, ge=16, multiple_of=16)
+    size: int = Field(default=64, ge=16, le=4096, multiple_of=16)
     """pixels, height = width"""
-    frames: int = Field(default=4, ge=1)
-    fps: float = Field(default=2.0, gt=0)
+    frames: int = Field(default=4, ge=1, le=4096)
+    fps: float = Field(default=2.0, ge=0.001, le=1000)
     """frames per second at which a window is sampled; a window lasts ``frames / fps`` seconds"""
     fit: Literal["crop", "squash"] = "squash"
     """scale both sides, so that so small a picture keeps its edges, or scale the short side and crop the centre"""

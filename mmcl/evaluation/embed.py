@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
@@ -167,11 +168,11 @@ class _Collected:
         self._owners["text"] = [number for number, _ in texts]
 
     def done(self) -> EmbeddedShards:
-        kept = [modality for modality, rows in self._rows.items() if rows]
+        width = next(len(row) for rows in self._rows.values() for row in rows)
         return EmbeddedShards(
             tuple(self.items),
-            {modality: torch.stack(self._rows[modality]) for modality in kept},
-            {modality: torch.tensor(self._owners[modality], dtype=torch.int64) for modality in kept},
+            {modality: torch.stack(rows) if rows else torch.zeros(0, width) for modality, rows in self._rows.items()},
+            {modality: torch.tensor(owners, dtype=torch.int64) for modality, owners in self._owners.items()},
             tuple(sorted(self.skipped)),
         )
 
@@ -207,6 +208,6 @@ def embed_to_folder(
         save_file(tensors, rows)
         items.replace(out / "items.jsonl")
         rows.replace(out / "embeddings.safetensors")
-    except OSError as error:
-        raise RunError(f"cannot write embeddings to {out}: {error.strerror or error}") from None
+    except (OSError, SafetensorError) as error:
+        raise RunError(f"cannot write embeddings to {out}: {getattr(error, 'strerror', None) or error}") from None
     return len(embedded.items)

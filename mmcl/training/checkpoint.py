@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -32,7 +33,7 @@ def write_checkpoint(checkpoints: Path, step: int, write: Callable[[Path], None]
     """Calls ``write(folder)`` on a fresh folder and makes it the latest checkpoint; keeps the newest ``keep``.
 
     Raises:
-        OSError: disk full or unwritable; what was there before is untouched.
+        OSError: disk full or unwritable, in whatever words a library says so; what was there before is untouched.
     """
     checkpoints.mkdir(parents=True, exist_ok=True)
     final = step_folder(checkpoints, step)
@@ -45,9 +46,11 @@ def write_checkpoint(checkpoints: Path, step: int, write: Callable[[Path], None]
         (temporary / FILES).write_text(json.dumps(files, indent=1))
         for path in [*temporary.iterdir(), temporary]:
             _sync(path)
-    except OSError:
+    except (OSError, RuntimeError, SafetensorError, RunError) as error:
         shutil.rmtree(temporary, ignore_errors=True)
-        raise
+        if isinstance(error, OSError):
+            raise
+        raise OSError(" ".join(str(error).split())) from error
     if final.exists():
         shutil.rmtree(final)
     temporary.rename(final)
@@ -72,17 +75,59 @@ def find_checkpoint(run: Path) -> Path | None:
     return None
 
 
+def rejected_checkpoints(run: Path) -> list[str]:
+    """A line for each checkpoint of a run folder that is not whole, newest first."""
+    folders = sorted((path for path in (run / "checkpoints").glob("step_*") if path.is_dir()), reverse=True)
+    damaged = {folder: damaged_files(folder) for folder in folders}
+    return [f"{folder}: damaged or incomplete: {', '.join(names)}" for folder, names in damaged.items() if names]
+
+
 def damaged_files(folder: Path) -> list[str]:
     """Names of files of a checkpoint that differ from what was written."""
-    listed = json.loads((folder / FILES).read_text())
-    return [name for name, wanted in listed.items() if _describe(folder / name) != wanted]
+    listed = _listed(folder)
+    if listed is None:
+        return [FILES]
+    return [name for name, wanted in listed.items() if not _is_as(folder / name, wanted)]
+
+
+def _is_as(path: Path, wanted: Mapping[str, Any]) -> bool:
+    try:
+        return _describe(path) == wanted
+    except OSError:
+        return False
+
+
+def _listed(folder: Path) -> dict[str, dict[str, Any]] | None:
+    """What ``files.json`` says; None where it says nothing sensible."""
+    try:
+        listed = json.loads((folder / FILES).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None
+    if isinstance(listed, dict) and all(isinstance(wanted, dict) for wanted in listed.values()):
+        return listed
+    return None
+
+
+def read_state(folder: Path) -> dict[str, Any]:
+    """The counters of a checkpoint that is whole.
+
+    Raises:
+        RunError: it is not; names the damaged files.
+    """
+    damaged = damaged_files(folder)
+    if damaged:
+        raise RunError(f"checkpoint {folder}: damaged or incomplete: {', '.join(damaged)}")
+    state: dict[str, Any] = json.loads((folder / STATE).read_text(encoding="utf-8"))
+    return state
 
 
 def _is_complete(folder: Path) -> bool:
+    listed = _listed(folder)
     try:
-        listed = json.loads((folder / FILES).read_text())
-        return all((folder / name).stat().st_size == wanted["bytes"] for name, wanted in listed.items())
-    except (OSError, ValueError):
+        return listed is not None and all(
+            (folder / name).stat().st_size == wanted.get("bytes") for name, wanted in listed.items()
+        )
+    except OSError:
         return False
 
 

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
+from contextlib import ExitStack
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 
@@ -14,7 +16,9 @@ from mmcl.model import parameter_counts
 from mmcl.recipe import RunConfig, build_model
 from mmcl.training.run_folder import RunFolder
 from mmcl.training.trainer import Trainer, build_accelerator, build_stream
-from mmcl.types import Batch
+from mmcl.types import Batch, MmclError, RunError
+
+T = TypeVar("T")
 
 
 def pretrain(config: RunConfig, *, resume: str | None = None) -> bool:
@@ -38,20 +42,40 @@ def pretrain(config: RunConfig, *, resume: str | None = None) -> bool:
             config.train.threads or spare_threads(config, int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
         )
     try:
-        with RunFolder(Path(config.train.out), writer=accelerator.is_main_process) as folder:
-            source = folder.resume_from(resume)
-            accelerator.wait_for_everyone()  # nobody writes before everybody has looked
+        with ExitStack() as stack:
+            folder = RunFolder(Path(config.train.out), writer=accelerator.is_main_process)
+            source = _together(lambda: stack.enter_context(folder).resume_from(resume))
             trainer = Trainer(config, accelerator)
+            if source is not None:
+                trainer.load(source)
             if accelerator.is_main_process:
                 folder.write_config(to_yaml(config))
                 print(_headline(trainer, source), flush=True)
             if config.train.trackers:
                 accelerator.init_trackers("mmcl", config=_flat(config.model_dump(mode="json")))
             progress = trainer.fit(folder, resume=source)
-            return progress.step >= config.train.steps
+            finished = progress.step >= config.train.steps
+            if not finished and accelerator.is_main_process:
+                print(f"stopped after step {progress.step} of {config.train.steps}; --resume auto goes on", flush=True)
+            return finished
     finally:
         # without this a process group sometimes aborts at exit and the launcher reports a failure
         accelerator.end_training()
+
+
+def _together(look: Callable[[], T]) -> T:
+    """Calls ``look`` on every rank; where it fails on one, all raise, and none waits for a rank that is gone."""
+    found, problem = [], None
+    try:
+        found.append(look())
+    except MmclError as error:
+        problem = error
+    said = [text for text in Comm.current().gather_objects(str(problem) if problem else None) if text]
+    if problem is not None:
+        raise problem
+    if said:
+        raise RunError(said[0])
+    return found[0]
 
 
 def spare_threads(config: RunConfig, ranks: int) -> int:

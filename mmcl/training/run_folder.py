@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import fcntl
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-from mmcl.training.checkpoint import find_checkpoint, write_checkpoint
+from mmcl.training.checkpoint import find_checkpoint, rejected_checkpoints, write_checkpoint
 from mmcl.training.tracking import append_lines, keep_lines
 from mmcl.types import ConfigError, RunError
 
@@ -47,15 +48,22 @@ class RunFolder:
 
         Raises:
             ConfigError: the folder already holds a run and no ``--resume`` was given, or the path is no checkpoint.
+            RunError: there are checkpoints, and none is whole.
         """
+        rejected = rejected_checkpoints(self.path)
         latest = find_checkpoint(self.path)
         if resume is None:
-            if latest is not None or self.metrics.exists():
+            if latest is not None or rejected or self.metrics.exists():
                 raise ConfigError(
-                    f"train.out: {self.path} already holds a run; go on with --resume, or choose another folder"
+                    f"train.out: {self.path} already holds a run; go on with --resume auto, or choose another folder"
                 )
             return None
         if resume == "auto":
+            if rejected and latest is None:
+                raise RunError(f"--resume auto: no checkpoint is whole; {'; '.join(rejected)}")
+            if self.writer:
+                for line in rejected:
+                    print(f"not taken: {line}", flush=True)
             return latest
         path = Path(resume)
         found = path if (path / "state.json").exists() else find_checkpoint(path)
@@ -64,13 +72,23 @@ class RunFolder:
         return found
 
     def write_config(self, text: str) -> None:
-        (self.path / "config.yaml").write_text(text, encoding="utf-8")
+        with self._writing():
+            (self.path / "config.yaml").write_text(text, encoding="utf-8")
 
     def write_metrics(self, record: Mapping[str, Any]) -> None:
-        append_lines(self.metrics, [record])
+        with self._writing():
+            append_lines(self.metrics, [record])
 
     def write_skipped(self, records: Sequence[Mapping[str, Any]]) -> None:
-        append_lines(self.skipped, records)
+        with self._writing():
+            append_lines(self.skipped, records)
+
+    @contextmanager
+    def _writing(self) -> Iterator[None]:
+        try:
+            yield
+        except OSError as error:
+            raise RunError(f"run folder {self.path}: cannot be written: {error.strerror or error}") from None
 
     def rewind(self, *, step: int, samples: int) -> None:
         """Forgets what was logged after the checkpoint: those steps will be taken, and logged, again."""
@@ -78,9 +96,11 @@ class RunFolder:
             keep_lines(self.metrics, lambda record: int(record["step"]) <= step)
             keep_lines(self.skipped, lambda record: int(record["draw"]) < samples)
 
-    def checkpoint(self, step: int, write: Callable[[Path], None], *, keep: int) -> None:
-        """Writes a checkpoint; a full or unwritable disk is said aloud and the run goes on with the last good one."""
+    def checkpoint(self, step: int, write: Callable[[Path], None], *, keep: int) -> bool:
+        """Writes a checkpoint; returns whether it is there. On a full or unwritable disk the last good one is kept."""
         try:
             write_checkpoint(self.path / "checkpoints", step, write, keep=keep)
         except OSError as error:
             print(f"checkpoint of step {step} not written: {error}; the last good one is kept", flush=True)
+            return False
+        return True

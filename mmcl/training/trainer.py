@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator, DistributedDataParallelKwargs
+from accelerate.tracking import get_available_trackers
 from torch import Tensor, nn
 
 import mmcl
@@ -68,14 +69,12 @@ class Trainer:
         self.progress = Progress()
 
     def fit(self, folder: RunFolder, *, resume: Path | None) -> Progress:
-        """Trains to the last step, or until a stop is asked for, and saves.
+        """Trains to the last step, or until a stop is asked for, and saves; ``resume`` is what was loaded.
 
         Raises:
-            RunError: a loss or gradient that is not finite, too many bad samples.
+            RunError: a loss or gradient that is not finite, too many bad samples, a last checkpoint not written.
         """
         options = self.config.train
-        if resume is not None:
-            self.load(resume)
         self.stream.quarantine_file = folder.quarantine
         self.stream.add_quarantine(read_quarantine(folder.quarantine))
         self._share_quarantine()
@@ -106,7 +105,9 @@ class Trainer:
                 if last or stopping or self.progress.step % options.log_every == 0:
                     self._log(folder, meter, term, grad_norm)
                 if last or stopping or self.progress.step % options.checkpoint_every == 0:
-                    self.save(folder)
+                    written = self.save(folder)
+                    if not written and (last or stopping):
+                        raise RunError(f"the checkpoint of step {self.progress.step}, the last one, was not written")
                 if stopping:
                     break
         return self.progress
@@ -238,8 +239,9 @@ class Trainer:
         epochs = self.stream.epochs
         return {"epoch": epochs[0]} if len(epochs) == 1 else {f"epoch/{n}": epoch for n, epoch in enumerate(epochs)}
 
-    def save(self, folder: RunFolder) -> None:
-        """Writes a checkpoint; every rank hands in its random state."""
+    def save(self, folder: RunFolder) -> bool:
+        """Writes a checkpoint; every rank hands in its random state, and learns whether it is there."""
+        written = True
         self._share_quarantine()
         random = {
             name: self.comm.gather(value[None].to(self.accelerator.device)).cpu()
@@ -262,16 +264,21 @@ class Trainer:
                 ckpt.save_optimizer(target / "optimizer.pt", self.optimizer.state_dict())
                 ckpt.save_tensors(target / "random.safetensors", random)
 
-            folder.checkpoint(self.progress.step, write, keep=self.config.train.keep_checkpoints)
-        self.comm.barrier()
+            written = folder.checkpoint(self.progress.step, write, keep=self.config.train.keep_checkpoints)
+        return self.comm.all_agree(written)
 
     def load(self, source: Path) -> None:
         """Takes up weights, optimizer, objectives and position of a checkpoint.
 
         Raises:
-            ConfigError: the checkpoint belongs to another model, order or batch.
+            ConfigError: the checkpoint belongs to another model, order or batch, or is past the last step.
+            RunError: it is damaged.
         """
-        state = json.loads((source / ckpt.STATE).read_text())
+        state = ckpt.read_state(source)
+        if state["progress"]["step"] > self.config.train.steps:
+            raise ConfigError(
+                f"train.steps: {self.config.train.steps}, but {source} has taken {state['progress']['step']} already"
+            )
         try:
             self.model.load_state_dict(ckpt.load_tensors(source / "model.safetensors"))
             self.mix.load_state_dict(ckpt.load_tensors(source / "objectives.safetensors"))
@@ -379,6 +386,13 @@ def build_accelerator(config: RunConfig) -> Accelerator:
         ConfigError: the launcher started another number of processes than ``train.processes`` asks for.
     """
     precision = "no" if config.train.precision == "fp32" else config.train.precision
+    known = [tracker.value for tracker in get_available_trackers()]
+    for number, name in enumerate(config.train.trackers):
+        if name not in known:
+            raise ConfigError(
+                f"train.trackers.{number}: {name!r} is unknown or not installed; "
+                f"here are: {', '.join(known) or 'none'} (pip install 'mmcl[track]' brings tensorboard)"
+            )
     accelerator = Accelerator(
         cpu=not torch.cuda.is_available(),
         mixed_precision=precision,

@@ -59,6 +59,11 @@ def test_resolved_yaml_loads_to_the_same(tmp_path: Path) -> None:
         ("objectives.0.wieght=2", ["objectives.0.wieght", "did you mean 'weight'?"]),
         ("objectives.0.name=cross_model", ["objectives.0.name", "cross_model", "cross_modal"]),
         ("objectives.3.weight=2", ["objectives.3", "number below 1"]),
+        ("model.towers.video={}", ["model.towers.video.name: missing"]),
+        ("train.optimizer.learning_rate=.inf", ["learning_rate", "finite"]),
+        ("train.optimizer.beta1=1", ["beta1", "less than 1"]),
+        ("train.seed=99999999999999999999999", ["train.seed"]),
+        ("model.towers.audio.seconds=1e9", ["model.towers.audio.seconds"]),
         ("train.steps.more=2", ["train.steps", "single value"]),
         ("steps", ["dotted.path=value"]),
         ("data.decoder=ffmpeg", ["data.decoder", "'ffmpeg'", "'pyav'"]),
@@ -70,6 +75,10 @@ def test_a_mistake_is_named_with_its_path_value_and_remedy(override: str, parts:
         assert part in text, f"{part!r} not in {text!r}"
 
 
+def test_one_mistake_is_said_once() -> None:
+    assert "at least 1 item" not in message(["objectives.0.wieght=2"])
+
+
 def test_several_mistakes_are_all_named() -> None:
     text = message(["train.stpes=5", "data.workers=-1"])
     assert "train.stpes" in text
@@ -78,7 +87,12 @@ def test_several_mistakes_are_all_named() -> None:
 
 @pytest.mark.parametrize(
     ("content", "part"),
-    [(b"a: [", "not valid YAML"), (b"- 1\n", "must hold a mapping"), (b"\xff\xfe\xfa", "cannot be read")],
+    [
+        (b"a: 1\na: 2\n", "'a' stands twice"),
+        (b"a: [", "not valid YAML"),
+        (b"- 1\n", "must hold a mapping"),
+        (b"\xff\xfe\xfa", "cannot be read"),
+    ],
 )
 def test_a_broken_file_is_named(tmp_path: Path, content: bytes, part: str) -> None:
     path = tmp_path / "broken.yaml"

@@ -256,3 +256,58 @@ def test_it_learns_what_the_clips_show(shards_folder: Path, tmp_path: Path) -> N
     assert "data:image/jpeg" in page
     saved = json.loads((tmp_path / "report/report.json").read_text())
     assert saved["directions"]["text->video"]["R@1"] == 100.0
+
+
+def test_a_disk_that_fills_costs_a_checkpoint_not_the_run(
+    shards_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Libraries say "no space" as errors of their own; the last checkpoint must not be missed in silence."""
+    from mmcl.training import checkpoint
+
+    save, calls = checkpoint.save_optimizer, []
+
+    def full_at_first(path: Path, state: dict) -> None:
+        calls.append(path)
+        if len(calls) == 1:
+            raise RuntimeError("[enforce fail at inline_container.cc] . unexpected pos 64 vs 0")
+        save(path, state)
+
+    monkeypatch.setattr(checkpoint, "save_optimizer", full_at_first)
+    folder = run(short(shards_folder, tmp_path / "run"))
+    assert "checkpoint of step 4 not written: [enforce fail" in capsys.readouterr().out
+    assert not list((folder / "checkpoints").glob(".*partial"))
+    assert find_checkpoint(folder).name == "step_00000012"  # type: ignore[union-attr]
+    calls.clear()
+    config = short(shards_folder, tmp_path / "other", "train.checkpoint_every=12")
+    with pytest.raises(RunError, match="step 12, the last one, was not written"):
+        run(config)
+
+
+def test_a_damaged_checkpoint_is_named(shards_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    config = short(shards_folder, tmp_path / "run")
+    folder = run(config)
+    newest, older = (folder / f"checkpoints/step_{step:08d}" for step in (12, 8))
+    (newest / "optimizer.pt").write_bytes(b"garbage")
+    with pytest.raises(RunError, match=r"step_00000012: damaged or incomplete: optimizer\.pt"):
+        run(config, resume=str(newest))
+    run(config, resume="auto")
+    assert "not taken: " in capsys.readouterr().out
+    for name in ("state.json", "files.json"):
+        for checkpoint in (newest, older):
+            (checkpoint / name).write_text("[1, 2]")
+        with pytest.raises(RunError, match="no checkpoint is whole"):
+            run(config, resume="auto")
+
+
+def test_a_refused_resume_leaves_the_configuration_alone(shards_folder: Path, tmp_path: Path) -> None:
+    folder = run(short(shards_folder, tmp_path / "run"))
+    before = (folder / "config.yaml").read_bytes()
+    for override, part in (("model.joint_width=64", "does not fit"), ("train.steps=5", r"train\.steps: 5, but")):
+        with pytest.raises(ConfigError, match=part):
+            run(short(shards_folder, folder, override), resume="auto")
+        assert (folder / "config.yaml").read_bytes() == before
+
+
+def test_an_unknown_tracker_is_refused(shards_folder: Path, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"train\.trackers\.0: 'foo' is unknown or not installed"):
+        run(short(shards_folder, tmp_path / "run", "train.trackers=[foo]"))
