@@ -85,6 +85,7 @@ class PartStream(IterableDataset[Any]):
         torch.set_num_threads(1)
         # Ctrl-C reaches every process of a terminal; the trainer still wants batches for its last step
         signal.signal(signal.SIGINT, signal.SIG_IGN)
+        threading.Thread(target=_end_with_parent, name="parent-watch", daemon=True).start()
         self.journal.open(info.id)
         try:
             yield from map(pack, self.parts(info.id))
@@ -253,6 +254,17 @@ class PartLoader:
         self._journal.stop()
         self._watch.done.set()
         self._parts = iter(())
+
+
+def _end_with_parent() -> None:
+    """Ends this worker when the process that reads from it is gone, killed for example.
+
+    Its parent in the system is the fork server, which lives as long as its workers do, so nothing else would tell.
+    """
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+    wait([parent.sentinel])
+    os._exit(1)
 
 
 class _Watch(threading.Thread):

@@ -8,13 +8,14 @@ from __future__ import annotations
 import importlib
 from collections.abc import Callable, Sequence
 from contextlib import closing
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, Protocol, TypeAlias
 
 import numpy as np
 from av.video.reformatter import Interpolation, VideoReformatter
 
+from mmcl.media.frame_table import MAX_FRAMES as MAX_FRAMES
+from mmcl.media.frame_table import FrameTable
 from mmcl.media.probe import (
     DECODE_ERRORS,
     MAX_PIXELS,
@@ -25,7 +26,6 @@ from mmcl.media.probe import (
     probe,
     quarter_turns,
     read_head,
-    read_only,
     short_message,
 )
 from mmcl.media.windows import frame_indices
@@ -35,9 +35,6 @@ Decoder: TypeAlias = Literal["decord", "pyav", "torchcodec"]
 Fit: TypeAlias = Literal["crop", "squash"]
 Wanted: TypeAlias = tuple[Sequence[int] | np.ndarray, int | None, Fit]
 """frame numbers, and the size and fit in which they are wanted"""
-
-MAX_FRAMES = 4_000_000
-"""of one file; a day at 46 frames per second"""
 
 
 class VideoReader(Protocol):
@@ -129,46 +126,6 @@ def _checked(indices: Sequence[int] | np.ndarray, frames: int) -> tuple[np.ndarr
     return np.unique(asked, return_inverse=True)
 
 
-@dataclass(frozen=True, slots=True, eq=False)
-class _FrameTable:
-    """Every displayed frame of a stream, in order of display, from its packets alone."""
-
-    pts: np.ndarray
-    """int64 ``(F,)``, ascending, in the stream's time base"""
-    key_pts: np.ndarray
-    """int64 ``(K,)``, ascending: display times of the keyframes"""
-    key_seek: np.ndarray
-    """int64 ``(K,)``: where to seek for each (the earlier of its decoding and its display time)"""
-    end_pts: int
-
-    @classmethod
-    def of(cls, container: Any, stream: Any) -> _FrameTable:
-        read_only(container, stream)
-        pts: list[int] = []
-        keys: list[tuple[int, int]] = []
-        end = packets = 0
-        for packet in container.demux(stream):
-            packets += packet.size > 0
-            shown = packet.pts if packet.pts is not None else packet.dts
-            if shown is None or packet.is_discard:  # the end of the file; a frame cut away by an edit list
-                continue
-            pts.append(shown)
-            end = max(end, shown + (packet.duration or 0))
-            if packet.is_keyframe:
-                keys.append((shown, shown if packet.dts is None else min(shown, packet.dts)))
-            if len(pts) > MAX_FRAMES:
-                raise SampleError("too_large", f"more than {MAX_FRAMES} frames")
-        if not pts:
-            raise SampleError("decode", "a video stream without a frame")
-        if packets < len(stream.index_entries):  # an MP4's index names every frame, also those that were cut off
-            raise SampleError("truncated", f"{packets} of {len(stream.index_entries)} frames are in the file")
-        keys = sorted(keys) or [(min(pts), min(pts))]
-        table = np.unique(np.array(pts, dtype=np.int64))
-        if end <= table[-1]:  # the last frame says nothing of its length: as long as the others
-            end = int(table[-1]) + max(1, round((table[-1] - table[0]) / max(1, len(table) - 1)))
-        return cls(table, np.array([k for k, _ in keys]), np.array([s for _, s in keys]), end)
-
-
 class ScalingReader(VideoReader, Protocol):
     """An open video that gives frames in several sizes."""
 
@@ -202,7 +159,7 @@ class _PyAVReader:
             context.options = {"max_pixels": str(MAX_PIXELS)}
             if context.width and context.height:
                 scaled_size(context.height, context.width, size, fit)
-            self._table = _FrameTable.of(self._container, self._stream)
+            self._table = FrameTable.of(self._container, self._stream)
             tick, origin = float(self._stream.time_base), origin_seconds(self._container)
         except DECODE_ERRORS as error:
             self.close()

@@ -110,7 +110,9 @@ def index(
 Shards = Annotated[str, typer.Argument(help="A folder of indexed shards.")]
 Workers = Annotated[int | None, typer.Option(min=1, help="Processes; default: one per core.")]
 Seed = Annotated[int, typer.Option(help="Seed of what is drawn at random.")]
-Timeout = Annotated[float, typer.Option(help="Seconds per sample; then its process is ended and the sample named.")]
+Timeout = Annotated[
+    float, typer.Option(max=1e6, help="Seconds per sample; then its process is ended and the sample named.")
+]
 
 
 @app.command()

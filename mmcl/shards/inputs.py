@@ -67,13 +67,17 @@ def read_rows(source: str | Path) -> list[Row]:
         raise ConfigError(f"{source} is not there: a folder of media or a table ({', '.join(TABLES)}) is needed")
     if path.suffix.lower() not in TABLES:
         raise ConfigError(f"{source}: a folder of media or a table ({', '.join(TABLES)}) is needed")
-    rows = [_table_row(path.parent, record) for record in _records(path)]
+    rows = [_table_row(path.parent, record, problem) for record, problem in _records(path)]
     if not rows:
         raise ConfigError(f"{source} has no rows")
     return with_keys(rows)
 
 
-def _records(path: Path) -> Iterator[Mapping[str, Any]]:
+_Records = Iterator[tuple[Mapping[str, Any], str]]
+"""the columns of a row that are not missing, and what makes it unusable, if anything"""
+
+
+def _records(path: Path) -> _Records:
     kind = path.suffix.lower()
     try:
         if kind in (".csv", ".tsv"):
@@ -88,23 +92,46 @@ def _records(path: Path) -> Iterator[Mapping[str, Any]]:
         raise ConfigError(f"cannot read {path}: {error.strerror or error}") from None
 
 
-def _csv_records(path: Path, delimiter: str) -> Iterator[Mapping[str, Any]]:
+def read_csv(path: Path, delimiter: str = ",") -> Iterator[tuple[int, list[str]]]:
+    """(the line it begins on, its cells) of the header and of every row; empty lines are left out.
+
+    Raises ``ConfigError`` where quotes do not match (read on, an open one would swallow the rows after it) and where a
+    column comes twice; ``OSError`` and ``UnicodeDecodeError`` pass.
+    """
     with path.open(encoding="utf-8-sig", newline="") as file:
-        reader = csv.DictReader(file, delimiter=delimiter)
-        try:
-            _need_path(path, reader.fieldnames or [])
-            for record in reader:
-                surplus, problem = record.pop(None, None), ""
-                if surplus is not None:
-                    problem = f"line {reader.line_num} has {len(surplus)} more fields than the header"
-                # An empty cell is a missing value.
-                row: dict[str, Any] = {name: value for name, value in record.items() if value not in (None, "")}
-                yield {**row, "": problem} if problem else row
-        except csv.Error as error:
-            raise ConfigError(f"{path}, line {reader.line_num}: {error}") from None
+        reader = csv.reader(file, delimiter=delimiter, strict=True)
+        header: list[str] = []
+        while True:
+            line = reader.line_num + 1
+            try:
+                cells = next(reader, None)
+            except csv.Error as error:
+                why = "a quote is not closed" if str(error) == "unexpected end of data" else str(error)
+                raise ConfigError(f"{path}: the row that begins on line {line}: {why}") from None
+            if cells is None:
+                return
+            if not cells:
+                continue
+            if not header:
+                header = cells
+                twice = [name for name, count in Counter(header).items() if name and count > 1]
+                if twice:
+                    raise ConfigError(f"{path}, line {line}: the column {twice[0][:40]!r} comes twice")
+            yield line, cells
 
 
-def _jsonl_records(path: Path) -> Iterator[Mapping[str, Any]]:
+def _csv_records(path: Path, delimiter: str) -> _Records:
+    rows = read_csv(path, delimiter)
+    _, header = next(rows, (0, []))
+    _need_path(path, header)
+    for line, cells in rows:
+        surplus = len(cells) - len(header)
+        problem = f"line {line} has {surplus} more fields than the header" if surplus > 0 else ""
+        # An empty cell is a missing value.
+        yield {name: cell for name, cell in zip(header, cells, strict=False) if cell != ""}, problem
+
+
+def _jsonl_records(path: Path) -> _Records:
     found = False
     with path.open(encoding="utf-8-sig") as file:
         for number, line in enumerate(file, 1):
@@ -113,15 +140,15 @@ def _jsonl_records(path: Path) -> Iterator[Mapping[str, Any]]:
             try:
                 record = parse_json(line.encode("utf-8"))
             except SampleError as error:
-                yield {"": f"line {number}: {error.detail}"}
+                yield {}, f"line {number}: {error.detail}"
                 continue
             found = found or "path" in record
-            yield {name: value for name, value in record.items() if value is not None}
+            yield {name: value for name, value in record.items() if value is not None}, ""
     if not found:
         raise ConfigError(f"{path}: no row has a path")
 
 
-def _parquet_records(path: Path) -> Iterator[Mapping[str, Any]]:
+def _parquet_records(path: Path) -> _Records:
     try:
         import pyarrow
         import pyarrow.parquet
@@ -132,7 +159,7 @@ def _parquet_records(path: Path) -> Iterator[Mapping[str, Any]]:
             _need_path(path, table.schema_arrow.names)
             for batch in table.iter_batches():
                 for record in batch.to_pylist():
-                    yield {name: value for name, value in record.items() if value is not None}
+                    yield {name: value for name, value in record.items() if value is not None}, ""
     except pyarrow.ArrowInvalid as error:
         raise ConfigError(f"{path} is not Parquet: {str(error)[:200]}") from None
 
@@ -144,12 +171,16 @@ def _need_path(path: Path, columns: Any) -> None:
 
 
 def _folder_rows(folder: Path) -> Iterator[Row]:
-    files = [path for path in folder.rglob("*") if path.suffix[1:].lower() in _MEDIA and path.is_file()]
+    # links that lead nowhere and devices are kept: rows that fail and are named
+    files = [path for path in folder.rglob("*") if path.suffix[1:].lower() in _MEDIA and not path.is_dir()]
     for path in sorted(files, key=lambda path: path.relative_to(folder).as_posix()):
         name = path.relative_to(folder).as_posix()
         if any(part.startswith(".") for part in Path(name).parts):
             continue
         facts: dict[str, Any] = {}
+        if not path.is_file():
+            yield Row("", name, str(path), group=name, problem=("unreadable", f"{path} is a broken link or no file"))
+            continue
         try:
             sidecar = path.with_suffix(".json")
             if sidecar.is_file():
@@ -166,19 +197,19 @@ def _folder_rows(folder: Path) -> Iterator[Row]:
         yield _table_row(folder, {**facts, "path": name})
 
 
-def _table_row(folder: Path, record: Mapping[str, Any]) -> Row:
+def _table_row(folder: Path, record: Mapping[str, Any], problem: str = "") -> Row:
     raw_name = record.get("path")
     name = raw_name if isinstance(raw_name, str) else ""
     row = Row("", name, str(folder / Path(name).expanduser()) if name else "", group=name)
-    if record.get(""):
-        return replace(row, problem=("bad_row", str(record[""])))
+    if problem:
+        return replace(row, problem=("bad_row", problem))
     if not name or "\0" in name:
         return replace(row, problem=("bad_row", "no path"))
     try:
         start, end = (_seconds(record, column) for column in ("start_seconds", "end_seconds"))
         if end is not None and end <= (start or 0.0):
             raise SampleError("bad_row", f"end_seconds={end:g} is not after start_seconds={start or 0:g}")
-        return replace(
+        filled = replace(
             row,
             captions=_captions(record),
             start_seconds=start,
@@ -193,8 +224,19 @@ def _table_row(folder: Path, record: Mapping[str, Any]) -> Row:
                 if column and column not in (*COLUMNS, *CROP_COLUMNS)
             },
         )
+        _check_text([name, filled.label, filled.group, filled.metadata])
     except SampleError as error:
         return replace(row, problem=(error.reason, error.detail))
+    return filled
+
+
+def _check_text(facts: Any) -> None:
+    """A file name may hold bytes that are no UTF-8, and JSON may spell half of a surrogate pair: no shard can."""
+    try:
+        json.dumps(facts, ensure_ascii=False).encode("utf-8")
+    except UnicodeEncodeError as error:
+        shown = ascii(str(error.object)[error.start : error.end])[1:-1]
+        raise SampleError("bad_row", f"a path, group or other column holds {shown}: no UTF-8") from None
 
 
 def _captions(record: Mapping[str, Any]) -> tuple[str, ...]:

@@ -71,8 +71,10 @@ class MakeOptions:
             raise ConfigError(f"merge_cues_seconds={self.merge_cues_seconds}: at least 0, and only with subtitles")
         if self.workers is not None and self.workers < 1:
             raise ConfigError(f"workers={self.workers}: at least 1")
-        if not self.timeout_seconds > 0:
-            raise ConfigError(f"timeout_seconds={self.timeout_seconds}: more than 0")
+        if not 0 < self.timeout_seconds <= 1e6:
+            raise ConfigError(f"timeout_seconds={self.timeout_seconds}: more than 0, at most 1000000")
+        if self.shuffle is not None and not -(2**63) <= self.shuffle < 2**63:
+            raise ConfigError(f"shuffle={self.shuffle}: a whole number of 64 bits")
 
 
 @dataclass(frozen=True, slots=True)

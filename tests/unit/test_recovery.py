@@ -7,6 +7,8 @@ import json
 import multiprocessing
 import os
 import signal
+import subprocess
+import sys
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -171,6 +173,27 @@ def test_a_worker_killed_from_outside_costs_at_most_one_sample(train: Path, clea
     for batch, whole in zip(batches, clean, strict=True):
         assert all(mine in (key, "") for mine, key in zip(batch.keys, whole.keys, strict=True))
     assert sum(key == "" for key in keys_of(batches)) == sum(len(batch.skipped) for batch in batches)
+
+
+def test_nothing_outlives_a_trainer_that_is_killed(train: Path) -> None:
+    """SIGKILL to the process that reads: its workers and their fork server end too, full queues or not."""
+    program = (
+        "import sys, time; from mmcl.data import ClipStream; from mmcl.shards import load_manifest\n"
+        "from mmcl.media.text import ByteTokenizer; from mmcl.types import TextSpec, View\n"
+        "if __name__ == '__main__':\n"
+        "    views = (View(TextSpec(ByteTokenizer(32))),)\n"
+        "    stream = ClipStream(load_manifest(sys.argv[1]), views, global_batch=4, seed=3, workers=2)\n"
+        "    batches = iter(stream); next(batches); print('reading', flush=True); time.sleep(100)\n"
+    )
+    command = [sys.executable, "-c", program, str(train)]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None
+        try:
+            assert process.stdout.readline() == "reading\n"
+        finally:
+            process.kill()
+        # every process that it started holds the other end of this pipe: it ends when the last of them does
+        assert process.communicate(timeout=10) == ("", None)
 
 
 def test_mistakes_of_ours_and_missing_shards_always_raise(train: Path, clean: list[Batch], tmp_path: Path) -> None:

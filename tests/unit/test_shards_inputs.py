@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import json
+import os
+from pathlib import Path
 
 import pytest
 
 from mmcl.shards.inputs import class_numbers, read_rows
+from mmcl.shards.make import MakeOptions, make_shards
 from mmcl.types import ConfigError
 
 RECORDS = [
@@ -88,6 +91,9 @@ def test_folder_with_sidecars(tmp_path):
         ({"path": ""}, "no path"),
         ({"path": "a\0.mp4"}, "no path"),
         ({"caption": "x"}, "no path"),
+        ({"path": "a.mp4", "mood": ["\ud800"]}, "UTF-8"),
+        ({"path": "a.mp4", "group": "\udfff"}, "UTF-8"),
+        ({"path": "\udcff.mp4"}, "UTF-8"),
     ],
 )
 def test_a_bad_row_carries_its_problem(tmp_path, record, words):
@@ -109,6 +115,9 @@ def test_repeated_rows_are_named_other_captions_are_not(tmp_path):
         ("a.csv", b"file,caption\nx,y\n", "no column 'path'"),
         ("a.csv", b"", "no column 'path'"),
         ("a.csv", b"path\n", "no rows"),
+        ("a.csv", b'path,caption\na.mp4,x\nb.mp4,"y\nc.mp4,z\n', "line 3: a quote is not closed"),
+        ("a.tsv", b'path\tcaption\na.mp4\t"y\nb.mp4\t"z"\n', "line 2: "),
+        ("a.csv", b"path,caption,caption\na.mp4,x,y\n", "'caption' comes twice"),
         ("a.csv", b"path,caption\na.mp4,\xe9t\xe9\n", "not UTF-8"),
         ("a.jsonl", b'{"path": "\xe9"}\n', "not UTF-8"),
         ("a.jsonl", b'{"file": "x"}\n', "no row has a path"),
@@ -140,3 +149,38 @@ def test_numbers_as_labels_stay_numbers(tmp_path):
     (tmp_path / "a.csv").write_text("path,label\na.mp4,7\nb.mp4,\nc.mp4,2\n")
     rows = read_rows(tmp_path / "a.csv")
     assert class_numbers(rows) == {} and [row.label for row in rows] == ["7", None, "2"]
+
+
+def test_columns_without_a_name_mean_nothing(tmp_path):
+    (tmp_path / "a.csv").write_text(",path,caption,\n0,a.mp4,x,\n\n1,b.mp4\n2,c.mp4,z,,surplus\n")
+    first, second, third = read_rows(tmp_path / "a.csv")
+    assert first.problem is second.problem is None
+    assert (first.captions, second.captions, dict(first.metadata)) == (("x",), (), {})
+    assert third.problem == ("bad_row", "line 5 has 1 more fields than the header")
+
+
+def test_files_that_cannot_be_read_are_named_failures(tmp_path, media_folder):
+    source = tmp_path / "in"
+    source.mkdir()
+    (source / "good.mp4").symlink_to(next(media_folder.rglob("*.mp4")).resolve())
+    (source / "nowhere.mp4").symlink_to("missing.mp4")
+    (source / "loop.mp4").symlink_to("loop.mp4")
+    os.mkfifo(source / "pipe.mp4")
+    names = {"nowhere.mp4": "unreadable", "loop.mp4": "unreadable", "pipe.mp4": "unreadable"}
+    try:
+        (source / os.fsdecode(b"\xff.mp4")).write_bytes(b"x")
+        names["?.mp4"] = "bad_row"
+    except OSError:
+        pass  # this file system knows UTF-8 alone
+    rows = {row.name: row.problem for row in read_rows(source)}
+    assert rows.pop("good.mp4") is None and len(rows) == len(names)
+    report = make_shards(source, tmp_path / "out", MakeOptions(workers=1))
+    assert report.samples == 1
+    failures = [json.loads(line) for line in (tmp_path / "out/failures.jsonl").read_text().splitlines()]
+    assert {Path(line["path"]).name: line["reason"] for line in failures} == names
+
+
+@pytest.mark.parametrize("wrong", [{"timeout_seconds": float("inf")}, {"timeout_seconds": 1e300}, {"shuffle": 10**23}])
+def test_numbers_beyond_all_bounds_are_refused(wrong):
+    with pytest.raises(ConfigError, match=f"^{next(iter(wrong))}="):
+        MakeOptions(**wrong)
