@@ -73,11 +73,11 @@ def more_views() -> Subject:
 @pytest.mark.parametrize(
     "build",
     [
-        pairs_of_views,
         queries_and_targets,
         assignments,
         rho_contrast,
-        rho_prediction,
+        pytest.param(pairs_of_views, marks=pytest.mark.slow),
+        pytest.param(rho_prediction, marks=pytest.mark.slow),
         pytest.param(more_views, marks=pytest.mark.slow),
     ],
 )
