@@ -6,10 +6,16 @@ import os
 from multiprocessing import forkserver
 
 import pytest
+from hypothesis import settings
 
 # Two cores are the smallest machine that runs these tests; every test process counts on one thread of its own.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+# Continuous integration always tries the same examples; elsewhere new ones are found.
+settings.register_profile("ci", derandomize=True)
+if os.environ.get("CI"):
+    settings.load_profile("ci")
 
 pytest_plugins = ["support.gloo", "support.media", "support.shards"]
 
