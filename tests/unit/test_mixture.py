@@ -66,7 +66,7 @@ def test_shares_are_exact_over_p_rows(sources: list, streams: int, start: int) -
 @given(st.lists(st.integers(1, 100), min_size=2, max_size=5), st.integers(0, 10**7))
 @settings(max_examples=80, deadline=None)
 def test_shares_hold_over_any_thousand_draws(weights: list[int], start: int) -> None:
-    """Within 2 % while the period is no longer than the streams are many; a longer one is not through in 1,000 draws."""
+    """Within 2 % while the period is at most the number of streams; a longer one is not through in 1,000 draws."""
     order = mixed([([50], weight) for weight in weights], streams=64)
     source, *_ = order.locate(np.arange(start, start + 1000))
     shares = np.bincount(source, minlength=len(weights)) / 1000
