@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor
 
-from mmcl.hashing import signed_constants
+from mmcl.media.device_hash import device_uniform
 
 _SWAP_SIDE, _SWAP, _DELETE, _MASK = range(4)
 
@@ -61,18 +61,5 @@ def _delete(ids: Tensor, mask: Tensor, free: Tensor, seed: Tensor, chance: Tenso
 
 
 def _uniform(seed: Tensor, purpose: int, length: int) -> Tensor:
-    """float64 ``(B, length)``: ``mmcl.hashing.uniform(seed, purpose, position)`` on the seed's device."""
-    golden, first, second = signed_constants()
-    positions = torch.arange(length, device=seed.device)
-    state = torch.full_like(seed, golden)
-    for word in (seed, torch.full_like(seed, purpose), positions):
-        x = (state ^ word) + golden
-        x = (x ^ _shift_right(x, 30)) * first
-        x = (x ^ _shift_right(x, 27)) * second
-        state = x ^ _shift_right(x, 31)
-    return _shift_right(state, 11).double() * 2.0**-53
-
-
-def _shift_right(x: Tensor, bits: int) -> Tensor:
-    """Of int64 taken as 64 bits without a sign."""
-    return (x >> bits) & ((1 << (64 - bits)) - 1)
+    """float64 ``(B, length)``: one number for each position."""
+    return device_uniform(seed, purpose, torch.arange(length, device=seed.device))

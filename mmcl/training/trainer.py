@@ -21,6 +21,7 @@ from mmcl.data.collate import holes
 from mmcl.data.health import SkipLimits, read_quarantine, skip_records
 from mmcl.distributed import Comm
 from mmcl.media.augment import augment
+from mmcl.media.mixing import mix
 from mmcl.model import TrainStep
 from mmcl.objectives.base import Term
 from mmcl.progress import on_terminal, show_progress
@@ -139,7 +140,8 @@ class Trainer:
 
     def _moved(self, batch: Batch) -> Batch:
         """The batch on the training device, augmented there: models see no batch that has not gone through here."""
-        return augment(batch.to(self.accelerator.device))
+        moved = augment(batch.to(self.accelerator.device))
+        return mix(moved, seed=self.config.train.seed, exchange=self.comm)
 
     def _backward(self, batch: Batch, parts: int) -> Term:
         micro_batch = self.config.train.micro_batch
