@@ -29,7 +29,7 @@ NONE = "none"
 
 CROP_TRIES = 10
 # what a random number is for, so that no two uses share their numbers
-_CROP, _FLIP, _ROTATION, _JITTER, _GREY, _BLUR, _GAIN, _SHIFT, _MASK, _TOKENS, _BAND, _MIX = range(32, 44)
+_CROP, _FLIP, _ROTATION, _JITTER, _GREY, _BLUR, _GAIN, _SHIFT, _MASK, _TOKENS, _BAND, _MIX, _ERASE = range(32, 45)
 
 
 class _Ranges(Options):
@@ -85,6 +85,14 @@ class RotationOptions(Options):
     """uniform in [−x, x], counter-clockwise"""
 
 
+class EraseOptions(_Ranges):
+    """One frame of the clip laid over all of them: background erasing (Wang et al. 2021, arXiv 2009.05769)."""
+
+    probability: Probability = 1.0
+    strength: tuple[Probability, Probability] = (0.0, 0.3)
+    """share of that frame, uniform"""
+
+
 class MixOptions(_Ranges):
     """A part of another sample of the batch, laid over last (Zhang et al. 2018, arXiv 1710.09412)."""
 
@@ -107,6 +115,7 @@ class VideoAugmentation(Options):
     jitter: JitterOptions | None = None
     grey: Probability = 0.0
     blur: BlurOptions | None = None
+    erase: EraseOptions | None = None
     mix: MixOptions | None = None
 
 
@@ -185,7 +194,8 @@ def draw_params(augmentation: Augmentation, view: View, words: Sequence[int]) ->
     """
     draws = _Draws((*words, view.clip, text_hash(view.augmentation), view.copy))
     if isinstance(view.spec, VideoSpec):
-        return _video_params(augmentation.video, decoded_spec(view.spec, augmentation).size, draws)
+        size = decoded_spec(view.spec, augmentation).size
+        return _video_params(augmentation.video, size, view.spec.frames, draws)
     if isinstance(view.spec, AudioSpec):
         return _audio_params(augmentation.audio, view.spec, draws)
     return _text_params(augmentation.text, draws)
@@ -211,7 +221,7 @@ class _Draws:
         return hash64(*self.words, purpose).astype(np.int64)
 
 
-def _video_params(options: VideoAugmentation, size: int, draws: _Draws) -> Params:
+def _video_params(options: VideoAugmentation, size: int, frames: int, draws: _Draws) -> Params:
     params: Params = {}
     if options.crop is not None:
         params["crop_box"] = _crop_box(options.crop, size, draws(_CROP, 4 * CROP_TRIES).reshape(4, CROP_TRIES))
@@ -229,6 +239,11 @@ def _video_params(options: VideoAugmentation, size: int, draws: _Draws) -> Param
         chance, where = draws(_BLUR, 2)
         sigma = _between(options.blur.sigma, where)
         params["blur_sigma"] = np.float32(sigma if chance < options.blur.probability else 0.0)
+    if options.erase is not None:
+        chance, where, frame = draws(_ERASE, 3)
+        strength = _between(options.erase.strength, where)
+        params["erase_frame"] = np.asarray(int(frame * frames))
+        params["erase_strength"] = np.float32(strength if chance < options.erase.probability else 0.0)
     if options.mix is not None:
         params.update(_mix_share(options.mix, draws))
     return {name: np.asarray(value) for name, value in params.items()}
