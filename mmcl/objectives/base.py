@@ -11,6 +11,8 @@ from torch import Tensor, nn
 
 from mmcl.config import unknown_name
 from mmcl.distributed import Comm
+from mmcl.objectives.ranks import mean_negatives
+from mmcl.objectives.weights import Ramp
 from mmcl.types import ConfigError, Embeddings, Level, Need, TowerInfo
 
 LEVELS: tuple[Level, ...] = ("joint", "pooled", "tokens")
@@ -72,9 +74,12 @@ class Objective(nn.Module):
 
 
 class ObjectiveMix(nn.Module):
-    """The weighted sum of named objectives, one logged line per term."""
+    """The weighted sum of named objectives, one logged line per term, and the weights that change.
 
-    def __init__(self, objectives: Mapping[str, Objective], weights: Mapping[str, float]) -> None:
+    ``negatives`` in its metrics: how many others of the batch, in the mean, a row shares no key, caption or group with.
+    """
+
+    def __init__(self, objectives: Mapping[str, Objective], weights: Mapping[str, float | Ramp]) -> None:
         super().__init__()
         if not objectives:
             raise ValueError("a mix needs at least one objective")
@@ -96,10 +101,26 @@ class ObjectiveMix(nn.Module):
     def _each(self) -> dict[str, Objective]:
         return {name: module for name, module in self.objectives.items() if isinstance(module, Objective)}
 
-    def forward(self, embeddings: Embeddings, comm: Comm) -> Term:
+    def weights_at(self, step: int | None) -> dict[str, float]:
+        """The weights in force in optimizer step ``step``, counted from 0; None will do where none changes."""
+        changing = [name for name, weight in self.weights.items() if isinstance(weight, Ramp)]
+        if changing and step is None:
+            raise ValueError(f"the weights of {', '.join(changing)} change: which optimizer step is it?")
+        return {
+            name: weight.at(step or 0) if isinstance(weight, Ramp) else weight for name, weight in self.weights.items()
+        }
+
+    def forward(self, embeddings: Embeddings, comm: Comm, *, step: int | None = None) -> Term:
+        """The mix in optimizer step ``step``, counted from 0."""
         terms = {name: objective(embeddings, comm) for name, objective in self._each().items()}
-        loss = torch.stack([self.weights[name] * term.loss for name, term in terms.items()]).sum()
+        weights = self.weights_at(step)
+        loss = torch.stack([weights[name] * term.loss for name, term in terms.items()]).sum()
         metrics = {name: term.loss.detach() for name, term in terms.items()}
+        batch = embeddings.batch
+        anything = torch.stack([view.present for view in batch.views.values()]).any(0)
+        metrics["negatives"] = mean_negatives(batch.groups, anything, comm)
+        changing = (name for name, weight in self.weights.items() if isinstance(weight, Ramp))
+        metrics.update({f"{name}/weight": loss.new_tensor(weights[name]).detach() for name in changing})
         for name, term in terms.items():
             metrics.update({f"{name}/{key}": value for key, value in term.metrics.items()})
         return Term(loss, metrics, {name: term.pending for name, term in terms.items()})

@@ -16,6 +16,7 @@ from mmcl.losses import jeffreys, jensen_shannon
 from mmcl.losses.class_nce import class_nce_rows
 from mmcl.objectives.base import Objective, Term
 from mmcl.objectives.ranks import all_rows, classification, mean_over_ranks
+from mmcl.objectives.weights import Weight
 from mmcl.types import ConfigError, Embeddings, Need, TowerInfo, View
 
 
@@ -23,7 +24,7 @@ class CompositionalDistillationOptions(Options):
     """Chen et al. 2021 (arXiv 2104.10955), with class labels or, our addition, without."""
 
     name: Literal["compositional_distillation"] = "compositional_distillation"
-    weight: Annotated[float, Field(ge=0)] = 1.0
+    weight: Weight = 1.0
     student: str = "video"
     """the tower that learns"""
     teachers: Annotated[tuple[str, ...], Field(min_length=1)]

@@ -17,6 +17,7 @@ from mmcl.hashing import hash64, text_hash
 from mmcl.objectives.base import Objective, Term
 from mmcl.objectives.compositional_distillation import check_student_and_teachers
 from mmcl.objectives.ranks import all_rows
+from mmcl.objectives.weights import Weight
 from mmcl.types import ConfigError, Embeddings, Need, TowerInfo, View
 
 _NEGATIVES = 48
@@ -27,7 +28,7 @@ class ContrastiveDistillationOptions(Options):
     """Tian et al. 2020 (arXiv 1910.10699). Their β, 0.8, is the default ``weight``."""
 
     name: Literal["contrastive_distillation"] = "contrastive_distillation"
-    weight: Annotated[float, Field(ge=0)] = 0.8
+    weight: Weight = 0.8
     student: str = "video"
     teacher: str
     """a frozen tower (``model.frozen``); it sees the student's time window"""

@@ -21,6 +21,7 @@ from mmcl.distributed import Comm
 from mmcl.objectives.base import Objective, Term
 from mmcl.objectives.compositional_distillation import check_student_and_teachers
 from mmcl.objectives.ranks import all_rows, classification, mean_over_ranks
+from mmcl.objectives.weights import Weight
 from mmcl.types import ConfigError, Embeddings, Level, Need, TextSpec, TowerInfo, View
 
 MethodName: TypeAlias = Literal[
@@ -67,7 +68,7 @@ class DistillationOptions(Options):
     """One teacher, one method; further ones are further objectives in the list."""
 
     name: Literal["distillation"] = "distillation"
-    weight: Annotated[float, Field(ge=0)] = 1.0
+    weight: Weight = 1.0
     method: MethodName
     student: str = "video"
     teacher: str

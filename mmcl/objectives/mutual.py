@@ -15,6 +15,7 @@ from mmcl.config import Options, unknown_name
 from mmcl.distributed import Comm
 from mmcl.objectives.base import Objective, Term
 from mmcl.objectives.ranks import all_rows
+from mmcl.objectives.weights import Weight
 from mmcl.types import ConfigError, Embeddings, Need, TowerInfo, View
 
 
@@ -22,7 +23,7 @@ class MutualOptions(Options):
     """Yang et al. 2022 (arXiv 2104.12565), self-supervised; towers of one modality or, our addition, of several."""
 
     name: Literal["mutual"] = "mutual"
-    weight: Annotated[float, Field(ge=0)] = 1.0
+    weight: Weight = 1.0
     towers: Annotated[tuple[str, ...], Field(min_length=1)] | None = None
     """the cohort; null: all towers. A sample counts where all of them have it; one tower alone: plain MoCo"""
     keys: Literal["momentum", "online"] = "momentum"

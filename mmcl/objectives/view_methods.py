@@ -15,6 +15,7 @@ from mmcl.losses.byol import cosine_rows
 from mmcl.losses.moco import moco_rows
 from mmcl.losses.swav import swapped_rows
 from mmcl.objectives.base import Term
+from mmcl.objectives.ranks import mean_negatives
 from mmcl.objectives.views import (
     Contrast,
     Count,
@@ -84,6 +85,13 @@ class ContrastMethod(PairMethod):
             )
             for a, b in self.pairs
         ]
+
+    def metrics(self, embeddings: Embeddings, comm: Comm) -> dict[str, Tensor]:
+        """With the other samples that a row repels, in the mean."""
+        groups = embeddings.batch.groups
+        groups = groups if self.mask_false_negatives else torch.full_like(groups, -1)
+        negatives = mean_negatives(groups, self.present(embeddings), comm)
+        return {**super().metrics(embeddings, comm), "negatives": negatives}
 
 
 class BarlowOptions(MethodOptions):

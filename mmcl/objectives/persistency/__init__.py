@@ -15,6 +15,7 @@ from mmcl.objectives.persistency.moco import PersistencyMoCoOptions
 from mmcl.objectives.persistency.simclr import PersistencySimCLROptions
 from mmcl.objectives.persistency.swav import PersistencySwAVOptions
 from mmcl.objectives.views import Reduction, ViewSet, learning_tower
+from mmcl.objectives.weights import Weight
 from mmcl.types import ConfigError, TextSpec, TowerInfo, View
 
 PersistencyMethod: TypeAlias = Annotated[
@@ -27,7 +28,7 @@ class PersistencyOptions(Options):
     """ρSimCLR, ρMoCo, ρBYOL or ρSwAV over ρ clips of each sample (arXiv 2104.14558)."""
 
     name: Literal["persistency"] = "persistency"
-    weight: Annotated[float, Field(ge=0)] = 1.0
+    weight: Weight = 1.0
     tower: str
     method: PersistencyMethod
     rho: Annotated[int, Field(ge=1, le=4)] = 2
