@@ -61,6 +61,8 @@ class Objective(nn.Module):
     needs: tuple[Need, ...] = ()
     scales: tuple[str, ...] = ()
     """names of the model's temperatures that this objective uses"""
+    labels_option: str | None = None
+    """the option that makes this objective learn from labels, where it does"""
 
     def forward(self, embeddings: Embeddings, comm: Comm) -> Term:
         raise NotImplementedError
@@ -91,14 +93,15 @@ class ObjectiveMix(nn.Module):
     @property
     def needs(self) -> tuple[Need, ...]:
         """The union of all needs, in the order of the objectives."""
-        return tuple(dict.fromkeys(need for objective in self._each().values() for need in objective.needs))
+        return tuple(dict.fromkeys(need for objective in self.each().values() for need in objective.needs))
 
     @property
     def scales(self) -> tuple[str, ...]:
         """The union of all temperatures, in the order of the objectives."""
-        return tuple(dict.fromkeys(name for objective in self._each().values() for name in objective.scales))
+        return tuple(dict.fromkeys(name for objective in self.each().values() for name in objective.scales))
 
-    def _each(self) -> dict[str, Objective]:
+    def each(self) -> dict[str, Objective]:
+        """The objectives by name, in the order of the configuration."""
         return {name: module for name, module in self.objectives.items() if isinstance(module, Objective)}
 
     def weights_at(self, step: int | None) -> dict[str, float]:
@@ -112,7 +115,7 @@ class ObjectiveMix(nn.Module):
 
     def forward(self, embeddings: Embeddings, comm: Comm, *, step: int | None = None) -> Term:
         """The mix in optimizer step ``step``, counted from 0."""
-        terms = {name: objective(embeddings, comm) for name, objective in self._each().items()}
+        terms = {name: objective(embeddings, comm) for name, objective in self.each().items()}
         weights = self.weights_at(step)
         loss = torch.stack([weights[name] * term.loss for name, term in terms.items()]).sum()
         metrics = {name: term.loss.detach() for name, term in terms.items()}
@@ -126,8 +129,8 @@ class ObjectiveMix(nn.Module):
         return Term(loss, metrics, {name: term.pending for name, term in terms.items()})
 
     def commit(self, pending: Mapping[str, Any]) -> None:
-        for name, objective in self._each().items():
+        for name, objective in self.each().items():
             objective.commit(pending[name])
 
     def ema_pairs(self) -> list[tuple[nn.Module, nn.Module]]:
-        return [pair for objective in self._each().values() for pair in objective.ema_pairs()]
+        return [pair for objective in self.each().values() for pair in objective.ema_pairs()]

@@ -92,6 +92,7 @@ class CompositionalDistillation(Objective):
         self.options = options
         self.student, self.teachers, self.temperatures = student, dict(teachers), dict(temperatures)
         self.needs = (student, *teachers.values())
+        self.labels_option = None if options.classes is None else "classes"
         width = widths[student.tower]
         self.classify = None if options.classes is None else nn.Linear(width, options.classes)
         self.compositions = nn.ModuleDict(

@@ -142,6 +142,7 @@ class Distillation(Objective):
         self.method = METHODS[options.method]
         self.parts = nn.ModuleList(self._part(options.method, *pair) for pair in widths)
         classes = options.classes
+        self.labels_option = None if classes is None else "classes"
         self.classify = None if classes is None else nn.Linear(pooled_widths[0], classes)
         # a frozen tower predicts no classes: a linear probe on it, trained beside the student, does
         probed = self.method.reads == "logits" and classes is not None

@@ -1,4 +1,4 @@
-"""Whether a step may be taken, and whether it teaches anything: numbers that are not finite, losses that stay at 0."""
+"""Whether a run can teach anything: labels that are not there, numbers that are not finite, losses that stay at 0."""
 
 from __future__ import annotations
 
@@ -7,12 +7,43 @@ from collections.abc import Iterable, Sequence
 import torch
 from torch import Tensor, nn
 
-from mmcl.objectives.base import Term
+from mmcl.data.labels import look_for_labels
+from mmcl.objectives.base import ObjectiveMix, Term
+from mmcl.recipe import RunConfig
+from mmcl.shards import load_manifest
+from mmcl.types import ConfigError
 
 SILENT_STEPS = 3
 """steps of loss 0 that are too many; a queue is empty in the first"""
 SILENT_LOSS = 1e-4
 """what rounding makes of a loss of 0, at most"""
+
+
+def check_labels(config: RunConfig, mix: ObjectiveMix) -> None:
+    """Refuses objectives that learn from labels where the shards have none, or higher ones than there are classes.
+
+    Raises:
+        ConfigError: names the option, the shards and what they hold.
+    """
+    wanted = [
+        (n, objective.labels_option) for n, objective in enumerate(mix.each().values()) if objective.labels_option
+    ]
+    if not wanted:
+        return
+    places = [shards for shards, _ in config.data.weighted]
+    found = look_for_labels([load_manifest(shards) for shards in places])
+    for number, option in wanted:
+        options = config.objectives[number]
+        classes = getattr(options, option)
+        where = f"objectives.{number}.{option}: {classes}"
+        if found.highest < 0:
+            raise ConfigError(
+                f"{where}: {options.name} learns from labels, but none of {found.samples} samples looked at in "
+                f"{', '.join(places)} has one; their files: {', '.join(found.extensions) or 'none'}. A label is a "
+                f"number in the JSON (column `label` of `mmcl shards make`) or in KEY.cls; without them, leave {option} out"
+            )
+        if found.highest >= classes:
+            raise ConfigError(f"{where}, but a sample in {', '.join(places)} has label {found.highest}")
 
 
 def not_finite(

@@ -33,7 +33,7 @@ from mmcl.training.momentum import advance, momentum_at
 from mmcl.training.optim import build_optimizer, learning_rate_factor, set_learning_rate
 from mmcl.training.run_folder import RunFolder
 from mmcl.training.signals import StopRequest
-from mmcl.training.soundness import SilenceWatch, not_finite
+from mmcl.training.soundness import SilenceWatch, check_labels, not_finite
 from mmcl.types import Batch, ConfigError, RunError, View
 
 
@@ -61,6 +61,7 @@ class Trainer:
         self.comm = Comm.current()
         torch.manual_seed(config.train.seed)
         self.model, self.mix = build_model(config)
+        check_labels(config, self.mix)
         self.views = tuple(dict.fromkeys(need.view for need in self.mix.needs))
         self.stream = build_stream(config, self.views, self.comm)
         step = TrainStep(self.model, self.mix)
