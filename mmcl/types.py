@@ -156,6 +156,9 @@ class TextSpec:
 
 Spec: TypeAlias = VideoSpec | AudioSpec | TextSpec
 
+TIMED = (VideoSpec, AudioSpec)
+"""specs of what lies in time: their views are windows"""
+
 
 @dataclass(frozen=True, slots=True)
 class View:

@@ -40,7 +40,7 @@ def check_labels(config: RunConfig, mix: ObjectiveMix) -> None:
             raise ConfigError(
                 f"{where}: {options.name} learns from labels, but none of {found.samples} samples looked at in "
                 f"{', '.join(places)} has one; their files: {', '.join(found.extensions) or 'none'}. A label is a "
-                f"number in the JSON (column `label` of `mmcl shards make`) or in KEY.cls; without them, leave {option} out"
+                f"number in the JSON (column `label` of `mmcl shards make`) or in KEY.cls; without, leave {option} out"
             )
         if found.highest >= classes:
             raise ConfigError(f"{where}, but a sample in {', '.join(places)} has label {found.highest}")
