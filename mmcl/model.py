@@ -24,6 +24,7 @@ from mmcl.layers import MLPHead
 from mmcl.media.inputs import Media, decode_windows
 from mmcl.objectives.base import ObjectiveMix, Term
 from mmcl.types import (
+    TIMED,
     Batch,
     Clip,
     ConfigError,
@@ -314,7 +315,7 @@ class MultimodalModel(Pretrained):
         if isinstance(clips, (str, bytes, Path, Clip)):
             raise TypeError(f"a list of clips is needed, got one {type(clips).__name__}")
         spec = self.tower(tower).spec
-        assert not isinstance(spec, TextSpec)
+        assert isinstance(spec, TIMED)
         parts = []
         for start in range(0, len(clips), batch):
             rows = [decode_windows(clip, spec, windows) for clip in clips[start : start + batch]]

@@ -23,7 +23,7 @@ from torch import Tensor
 from mmcl.media.augment_tokens import augment_tokens
 from mmcl.media.augment_video import augment_video
 from mmcl.media.augmentation import mask_id
-from mmcl.types import AudioSpec, Batch, TextSpec, View, ViewBatch
+from mmcl.types import AudioSpec, Batch, TextSpec, VectorSpec, View, ViewBatch
 
 
 @torch.no_grad()
@@ -48,6 +48,8 @@ def _augment_view(view: View, values: ViewBatch) -> ViewBatch:
         return replace(values, data=ids * values.present[:, None], mask=mask)
     if isinstance(spec, AudioSpec):
         return replace(values, data=augment_audio(values.data, values.params))
+    if isinstance(spec, VectorSpec):
+        return values
     return replace(values, data=augment_video(values.data, values.params, size=spec.size))
 
 

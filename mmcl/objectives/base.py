@@ -13,7 +13,7 @@ from mmcl.config import unknown_name
 from mmcl.distributed import Comm
 from mmcl.objectives.ranks import mean_negatives
 from mmcl.objectives.weights import Ramp
-from mmcl.types import ConfigError, Embeddings, Level, Need, TowerInfo
+from mmcl.types import ConfigError, Embeddings, Level, Need, TowerInfo, VectorSpec
 
 LEVELS: tuple[Level, ...] = ("joint", "pooled", "tokens")
 """what every tower gives; ``stage:NAME`` comes on top"""
@@ -43,6 +43,8 @@ def check_needs(needs: Iterable[Need], towers: Mapping[str, TowerInfo], path: st
         for level in need.levels:
             if level not in LEVELS and not level.startswith("stage:"):
                 raise unknown_name(f"{path}: tower {need.tower!r}", level, (*LEVELS, "stage:NAME"))
+            if level not in ("joint", "pooled") and isinstance(towers[need.tower].spec, VectorSpec):
+                raise ConfigError(f"{path}: {need.tower!r} holds stored embeddings, which have no level {level!r}")
         if need.kind == "momentum" and not towers[need.tower].trainable:
             learning = ", ".join(name for name, tower in towers.items() if tower.trainable) or "none"
             raise ConfigError(

@@ -17,7 +17,7 @@ from mmcl.losses.class_nce import class_nce_rows
 from mmcl.objectives.base import Objective, Term
 from mmcl.objectives.ranks import all_rows, classification, mean_over_ranks
 from mmcl.objectives.weights import Weight
-from mmcl.types import ConfigError, Embeddings, Need, TowerInfo, View
+from mmcl.types import ConfigError, Embeddings, Need, TowerInfo, VectorSpec, View
 
 
 class CompositionalDistillationOptions(Options):
@@ -28,7 +28,8 @@ class CompositionalDistillationOptions(Options):
     student: str = "video"
     """the tower that learns"""
     teachers: Annotated[tuple[str, ...], Field(min_length=1)]
-    """frozen towers (``model.frozen``); they see the student's time window"""
+    """frozen towers (``model.frozen``); they see the student's time window. A tower ``precomputed`` gives embeddings
+    that are stored in the shards; a sample without one is a row without that teacher"""
     level: Literal["pooled", "joint"] = "pooled"
     """what student and teachers are compared by"""
     classes: Annotated[int, Field(ge=2)] | None = None
@@ -182,7 +183,7 @@ def build(
     Raises:
         ConfigError: a tower is unknown or comes twice, the student is frozen, or a teacher is not.
     """
-    check_student_and_teachers(options.student, options.teachers, towers, path)
+    check_student_and_teachers(options.student, options.teachers, towers, path, level=options.level)
     for name in options.temperatures:
         if name not in options.teachers:
             raise unknown_name(f"{path}.temperatures", name, options.teachers)
@@ -201,9 +202,11 @@ def build(
 
 
 def check_student_and_teachers(
-    student: str, teachers: tuple[str, ...], towers: Mapping[str, TowerInfo], path: str
+    student: str, teachers: tuple[str, ...], towers: Mapping[str, TowerInfo], path: str, *, level: str = "pooled"
 ) -> None:
-    """ConfigError unless all are towers, each named once, the student trained and the teachers frozen."""
+    """ConfigError unless all are towers, each named once, the student trained, the teachers frozen, and stored
+    embeddings compared as they are.
+    """
     places = [(f"{path}.student", student), *((f"{path}.teachers.{i}", name) for i, name in enumerate(teachers))]
     for number, (where, name) in enumerate(places):
         if name not in towers:
@@ -214,3 +217,5 @@ def check_student_and_teachers(
             raise ConfigError(f"{where}: {name!r} is frozen and learns nothing; take it out of model.frozen")
         if name != student and towers[name].trainable:
             raise ConfigError(f"{where}: the teacher {name!r} is not frozen; add it to model.frozen")
+        if level == "joint" and isinstance(towers[name].spec, VectorSpec):
+            raise ConfigError(f"{path}.level: joint, but {name!r} holds stored embeddings; take pooled")

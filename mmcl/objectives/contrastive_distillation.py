@@ -191,7 +191,7 @@ def build(
     Raises:
         ConfigError: an unknown tower, a frozen student or a teacher that is not frozen, more negatives than slots.
     """
-    check_student_and_teachers(options.student, (options.teacher,), towers, path)
+    check_student_and_teachers(options.student, (options.teacher,), towers, path, level=options.level)
     if options.negatives > options.slots:
         raise ConfigError(f"{path}.negatives: at most the {options.slots} slots, got {options.negatives}")
     student, teacher = towers[options.student], towers[options.teacher]

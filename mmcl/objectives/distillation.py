@@ -22,7 +22,7 @@ from mmcl.objectives.base import Objective, Term
 from mmcl.objectives.compositional_distillation import check_student_and_teachers
 from mmcl.objectives.ranks import all_rows, classification, mean_over_ranks
 from mmcl.objectives.weights import Weight
-from mmcl.types import ConfigError, Embeddings, Level, Need, TextSpec, TowerInfo, View
+from mmcl.types import TIMED, ConfigError, Embeddings, Level, Need, TowerInfo, VectorSpec, View
 
 MethodName: TypeAlias = Literal[
     "knowledge_distillation",
@@ -298,8 +298,9 @@ def width_of(tower: TowerInfo, level: Level) -> int:
 
 def _check_level(level: Level, tower: TowerInfo, method: str, path: str, side: str) -> None:
     reads = METHODS[method].reads
-    maps = [] if isinstance(tower.spec, TextSpec) else ["tokens", *(f"stage:{name}" for name, _ in tower.stages)]
-    allowed = {"features": [*FLAT, *maps], "maps": maps, "flow": maps, "logits": []}.get(reads, list(FLAT))
+    flat = ("pooled",) if isinstance(tower.spec, VectorSpec) else FLAT
+    maps = [] if not isinstance(tower.spec, TIMED) else ["tokens", *(f"stage:{name}" for name, _ in tower.stages)]
+    allowed = {"features": [*flat, *maps], "maps": maps, "flow": maps, "logits": []}.get(reads, list(flat))
     if level not in allowed:
         raise ConfigError(
             f"{path}: the {side} {tower.name!r} offers {method} no level {level!r}; "

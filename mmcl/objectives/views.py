@@ -18,7 +18,7 @@ from mmcl.losses._math import unit
 from mmcl.losses.dcl import dcl_weights
 from mmcl.losses.nt_xent import nt_xent_rows
 from mmcl.objectives.base import Objective
-from mmcl.types import TIMED, ConfigError, Embeddings, Kind, Need, TowerInfo, View
+from mmcl.types import TIMED, ConfigError, Embeddings, Kind, Need, TowerInfo, VectorSpec, View
 
 PositiveInt = Annotated[int, Field(ge=1)]
 Count = Annotated[int, Field(ge=0)]
@@ -283,6 +283,8 @@ def learning_tower(name: str, towers: Mapping[str, TowerInfo], path: str) -> Tow
     """
     if name not in towers:
         raise unknown_name(path, name, towers)
+    if isinstance(towers[name].spec, VectorSpec):
+        raise ConfigError(f"{path}: tower {name!r} holds stored embeddings, which have no views")
     if not towers[name].trainable:
         raise ConfigError(f"{path}: tower {name!r} is frozen, so there is nothing to learn from its views")
     return towers[name]
