@@ -19,7 +19,10 @@ from mmcl.types import ConfigError
 class Options(BaseModel):
     """Base of every part of a configuration: frozen, unknown keys refused."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid", validate_default=True, allow_inf_nan=False)
+    # docstrings of options become the descriptions in configs/schema.json
+    model_config = ConfigDict(
+        frozen=True, extra="forbid", validate_default=True, allow_inf_nan=False, use_attribute_docstrings=True
+    )
 
 
 T = TypeVar("T", bound=Options)

@@ -145,9 +145,9 @@ class Mutual(Objective):
         if not self.options.queue:
             return Term(total, metrics)
         queued = {"keys": pending, "ids": every_group[:, 0]}
-        return Term(
-            total, metrics, {**queued, "labels": all_rows(labels, present, comm)} if self.classifiers else queued
-        )
+        if self.classifiers:
+            queued["labels"] = all_rows(labels, present, comm)
+        return Term(total, metrics, queued)
 
     def _columns(self, present: Tensor, groups: Tensor, every_group: Tensor, labels: Tensor, comm: Comm) -> _Columns:
         own, classes = groups[present], labels[present]
