@@ -21,7 +21,12 @@ from mmcl.types import ConfigError, Embeddings, Need, TowerInfo, VectorSpec, Vie
 
 
 class CompositionalDistillationOptions(Options):
-    """Chen et al. 2021 (arXiv 2104.10955), with class labels or, our addition, without."""
+    """Compositional contrastive distillation, with class labels or, our addition, without (CCL; Chen et al. 2021, arXiv
+    2104.10955).
+
+    Needs: a student that learns, one or more frozen teachers (towers, or embeddings stored in the shards); with
+    ``classes`` labels.
+    """
 
     name: Literal["compositional_distillation"] = "compositional_distillation"
     weight: Weight = 1.0

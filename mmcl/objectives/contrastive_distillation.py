@@ -25,7 +25,14 @@ _NEGATIVES = 48
 
 
 class ContrastiveDistillationOptions(Options):
-    """Tian et al. 2020 (arXiv 1910.10699). Their β, 0.8, is the default ``weight``."""
+    """Contrastive representation distillation with bounded memory banks (CRD; Tian et al. 2020, arXiv 1910.10699).
+
+    The authors' β, 0.8, is the default ``weight``. A sample that its slot does not hold has the other side's own row as
+    its positive, and the rows of a step share one draw of negatives.
+
+    Needs: a student that learns and one frozen teacher (a tower, or embeddings stored in the shards); labels, where
+    there are some.
+    """
 
     name: Literal["contrastive_distillation"] = "contrastive_distillation"
     weight: Weight = 0.8

@@ -65,7 +65,14 @@ METHODS: Mapping[str, _Method] = {
 
 
 class DistillationOptions(Options):
-    """One teacher, one method; further ones are further objectives in the list."""
+    """One teacher, one of 13 methods, as collected by Tian et al. 2020 (arXiv 1910.10699).
+
+    Further teachers and methods are further objectives in the list. All run in one stage, beside the others: the papers
+    of activation_boundary, flow and factor_transfer first train the student on the teacher alone.
+
+    Needs: a student that learns and one frozen teacher (a tower, or for methods without maps embeddings stored in the
+    shards); with ``classes`` labels.
+    """
 
     name: Literal["distillation"] = "distillation"
     weight: Weight = 1.0

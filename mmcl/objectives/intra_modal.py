@@ -139,7 +139,11 @@ IntraModalMethod: TypeAlias = Annotated[
 
 
 class IntraModalOptions(Options):
-    """Views of one tower's input agree, by one of nine methods."""
+    """Views of one tower's input agree, by one of nine methods.
+
+    Needs: one tower that learns; different views of its samples, by ``augmentation`` or ``windows: different``. Methods
+    moco and byol keep a momentum copy of the tower.
+    """
 
     name: Literal["intra_modal"] = "intra_modal"
     weight: Weight = 1.0

@@ -20,9 +20,12 @@ from mmcl.types import ConfigError, Embeddings, Need, TowerInfo, View
 
 
 class MutualOptions(Options):
-    """Yang et al. 2022 (arXiv 2104.12565), without labels or with; towers of one modality or, our addition, of several.
+    """Mutual contrastive learning, without labels or with (MCL; Yang et al. 2022, arXiv 2104.12565).
 
-    With labels a sample's own key of another tower is a positive too; the authors' code for CIFAR leaves it out.
+    The towers are of one modality or, our addition, of several. With labels a sample's own key of another tower is a
+    positive too; the authors' code for CIFAR leaves it out.
+
+    Needs: towers that learn together, and momentum copies of them; with ``classes`` labels.
     """
 
     name: Literal["mutual"] = "mutual"

@@ -34,7 +34,9 @@ class MethodOptions(Options):
     layers: Annotated[int, Field(ge=1, le=4)] = 3
     """linear maps of the projector"""
     hidden: PositiveInt = 2048
+    """width between them"""
     out: PositiveInt = 128
+    """width of the rows that are compared"""
     norm: Norm = "none"
     """before each activation: ``batch`` counts the present rows of all ranks"""
 

@@ -27,8 +27,10 @@ class WeightSchedule(Options):
     end: Annotated[float, Field(ge=0)] = 1.0
     """the weight from the end of the way on"""
     from_step: Step | None = None
+    """the last step at ``start``"""
     from_fraction: Share | None = None
     to_step: Step | None = None
+    """the first step at ``end``"""
     to_fraction: Share | None = None
     shape: Literal["linear", "cosine", "constant"] = "linear"
     """a straight line, half a cosine, or ``start`` all the way and then at once ``end``"""
@@ -44,6 +46,7 @@ class WeightSchedule(Options):
 Weight: TypeAlias = Annotated[
     Annotated[float, Field(ge=0), Tag("number")] | Annotated[WeightSchedule, Tag("schedule")],
     Discriminator(lambda value: "schedule" if isinstance(value, (dict, WeightSchedule)) else "number"),
+    Field(description="of its loss in the sum over all objectives; a schedule counts optimizer steps"),
 ]
 """The ``weight`` of every objective: a number ≥ 0, or a schedule."""
 

@@ -25,7 +25,11 @@ PersistencyMethod: TypeAlias = Annotated[
 
 
 class PersistencyOptions(Options):
-    """ρSimCLR, ρMoCo, ρBYOL or ρSwAV over ρ clips of each sample (arXiv 2104.14558)."""
+    """ρSimCLR, ρMoCo, ρBYOL or ρSwAV over ρ clips of each sample (arXiv 2104.14558).
+
+    Needs: one tower of video or audio that learns, and samples longer than a clip; ``data.sampling`` says how far apart
+    clips may lie. Methods moco and byol keep a momentum copy of the tower. With ``other`` a second tower that learns.
+    """
 
     name: Literal["persistency"] = "persistency"
     weight: Weight = 1.0
