@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from mmcl.config import Options
 from mmcl.config import build as build_options
 from mmcl.distributed import Comm
+from mmcl.objectives import OBJECTIVES
 from mmcl.objectives.base import Objective, ObjectiveMix, Term
 from mmcl.objectives.ranks import mean_negatives
 from mmcl.objectives.weights import Ramp, Weight, over_run
@@ -40,6 +41,12 @@ def test_shapes_of_schedules() -> None:
     assert wave[:11] == [0.0] * 11 and wave[30:] == [1.0] * 71
     assert wave[11:30] == pytest.approx([(1 - math.cos(math.pi * k / 20)) / 2 for k in range(1, 20)])
     assert weight({"start": 0.5, "end": 2, "to_step": 4, "shape": "constant"}, 6) == [0.5] * 4 + [2.0] * 2
+
+
+def test_every_objective_takes_them() -> None:
+    for name, entry in OBJECTIVES.items():
+        shown = entry.options.model_json_schema()["properties"]["weight"]
+        assert {"$ref": "#/$defs/WeightSchedule"} in shown.get("oneOf", []), f"{name}: weight: Weight"
 
 
 def test_schedules_of_runs_of_one_and_two_steps_are_defined() -> None:
