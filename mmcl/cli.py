@@ -81,6 +81,23 @@ def train(
         pretrain(resolved, resume=resume)
 
 
+@app.command()
+def objectives(
+    name: Annotated[
+        str | None, typer.Argument(help="One of them, or OBJECTIVE.METHOD, with the meaning of its options.")
+    ] = None,
+) -> None:
+    """List the objectives that a configuration can name: needs, options and source."""
+    from mmcl.catalogue import detail, find_entry, overview, read_catalogue
+
+    entries = read_catalogue()
+    if name is None:
+        typer.echo(overview(entries))
+        typer.echo("\n`mmcl objectives NAME` explains the options; configs/pretrain/README.md has a file for each.")
+    else:
+        typer.echo(detail(find_entry(name, entries)))
+
+
 Checkpoint = Annotated[Path, typer.Argument(help="A checkpoint, a run folder, or an exported model.")]
 Shards = Annotated[str, typer.Argument(help="A folder of indexed shards.")]
 Clips = Annotated[

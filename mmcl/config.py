@@ -19,7 +19,10 @@ from mmcl.types import ConfigError
 class Options(BaseModel):
     """Base of every part of a configuration: frozen, unknown keys refused."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid", validate_default=True, allow_inf_nan=False)
+    # docstrings of options become the descriptions in configs/schema.json
+    model_config = ConfigDict(
+        frozen=True, extra="forbid", validate_default=True, allow_inf_nan=False, use_attribute_docstrings=True
+    )
 
 
 T = TypeVar("T", bound=Options)
@@ -125,7 +128,7 @@ def _explain(root: type[BaseModel], tree: dict[str, Any], issue: Any) -> str:
     """One sentence for one mistake: path, value, what is allowed, and the nearest name."""
     location = [str(part) for part in issue["loc"]]
     kind, value = issue["type"], issue["input"]
-    path = ".".join(_without_tags(tree, issue["loc"]))
+    path = ".".join(_without_tags(tree, issue["loc"], keep_last=kind == "missing"))
     if kind == "extra_forbidden":
         allowed = sorted(_fields_at(root, issue["loc"][:-1]))
         return f"{path}: unknown key{nearest(location[-1], allowed)}; allowed: {', '.join(allowed) or 'none'}"
@@ -143,12 +146,15 @@ def _explain(root: type[BaseModel], tree: dict[str, Any], issue: Any) -> str:
     return f"{path}: {message.removeprefix('value error, ')}, got {shown if len(shown) <= 80 else shown[:77] + '...'}"
 
 
-def _without_tags(node: Any, location: Sequence[int | str]) -> list[str]:
-    """A location without the tags that pydantic adds for unions: they stand nowhere in what the user wrote."""
+def _without_tags(node: Any, location: Sequence[int | str], *, keep_last: bool) -> list[str]:
+    """A location without the tags that pydantic adds for unions: they stand nowhere in what the user wrote.
+
+    ``keep_last``: the last part is a key that is not there.
+    """
     path = []
     for depth, part in enumerate(location):
         inside = part in node if isinstance(node, dict) else isinstance(node, list) and part in range(len(node))
-        if inside or depth == len(location) - 1:
+        if inside or (keep_last and depth == len(location) - 1):
             path.append(str(part))
         if inside:
             node = node[part]

@@ -24,6 +24,7 @@ from mmcl.layers import MLPHead
 from mmcl.media.inputs import Media, decode_windows
 from mmcl.objectives.base import ObjectiveMix, Term
 from mmcl.types import (
+    TIMED,
     Batch,
     Clip,
     ConfigError,
@@ -314,7 +315,7 @@ class MultimodalModel(Pretrained):
         if isinstance(clips, (str, bytes, Path, Clip)):
             raise TypeError(f"a list of clips is needed, got one {type(clips).__name__}")
         spec = self.tower(tower).spec
-        assert not isinstance(spec, TextSpec)
+        assert isinstance(spec, TIMED)
         parts = []
         for start in range(0, len(clips), batch):
             rows = [decode_windows(clip, spec, windows) for clip in clips[start : start + batch]]
@@ -367,9 +368,11 @@ class TrainStep(nn.Module):
         super().__init__()
         self.model, self.mix = model, mix
 
-    def forward(self, batch: Batch, cache: CachePass | None = None) -> Term | Values | Tensor:
-        """The terms of a batch; under the gradient cache what its pass asks for: features, terms, or a number whose
-        gradient is that of the features pulled through the towers.
+    def forward(
+        self, batch: Batch, cache: CachePass | None = None, optimizer_step: int | None = None
+    ) -> Term | Values | Tensor:
+        """The terms of a batch in this optimizer step (:class:`ObjectiveMix`); under the gradient cache what its pass
+        asks for: features, terms, or a number whose gradient is that of the features pulled through the towers.
         """
         if cache is not None and cache.stage == "features":
             return self.model.encode(batch, self.mix.needs)
@@ -380,7 +383,7 @@ class TrainStep(nn.Module):
             touched = [0.0 * p.sum() for p in self.parameters() if p.requires_grad]
             return torch.stack([x.float() if x.dtype != torch.float64 else x for x in (*pulled, *touched)]).sum()
         embeddings = self.model(batch, self.mix.needs) if cache is None else self.model.embeddings(cache.values, batch)
-        term: Term = self.mix(embeddings, Comm.current())
+        term: Term = self.mix(embeddings, Comm.current(), step=optimizer_step)
         return term
 
 

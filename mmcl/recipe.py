@@ -13,6 +13,7 @@ from mmcl.data.options import DataOptions
 from mmcl.model import ModelOptions, MultimodalModel
 from mmcl.objectives import OBJECTIVES, ObjectiveOptions
 from mmcl.objectives.base import Objective, ObjectiveMix, check_needs
+from mmcl.objectives.weights import Ramp, over_run
 
 PositiveInt = Annotated[int, Field(ge=1)]
 Fraction = Annotated[float, Field(ge=0, le=1)]
@@ -149,12 +150,12 @@ def build_model(config: RunConfig) -> tuple[MultimodalModel, ObjectiveMix]:
     model = MultimodalModel(config.model)
     towers = model.tower_infos()
     objectives: dict[str, Objective] = {}
-    weights: dict[str, float] = {}
+    weights: dict[str, float | Ramp] = {}
     for number, options in enumerate(config.objectives):
         name = options.name if options.name not in objectives else f"{options.name}_{number}"
         objectives[name] = OBJECTIVES[options.name].build(options, towers, path=f"objectives.{number}")
         check_needs(objectives[name].needs, towers, path=f"objectives.{number}")
-        weights[name] = options.weight
+        weights[name] = over_run(options.weight, config.train.steps, f"objectives.{number}.weight")
     mix = ObjectiveMix(objectives, weights)
     model.add_scales(mix.scales)
     model.load_weights()

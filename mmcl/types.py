@@ -157,7 +157,28 @@ class TextSpec:
         return 0.0
 
 
-Spec: TypeAlias = VideoSpec | AudioSpec | TextSpec
+@dataclass(frozen=True, slots=True)
+class VectorSpec:
+    """What a tower eats that passes stored embeddings on: the member ``NAME.npy`` of a sample, float32 ``(D,)``."""
+
+    member: str
+    """NAME; it is the modality too"""
+    width: int
+    """``D``"""
+
+    @property
+    def modality(self) -> Modality:
+        return self.member
+
+    @property
+    def seconds(self) -> float:
+        return 0.0
+
+
+Spec: TypeAlias = VideoSpec | AudioSpec | TextSpec | VectorSpec
+
+TIMED = (VideoSpec, AudioSpec)
+"""specs of what lies in time: their views are windows"""
 
 
 @dataclass(frozen=True, slots=True)
@@ -188,7 +209,7 @@ class ViewBatch:
     """One view of every row: padded values, who has it, and the parameters it was made with."""
 
     data: Tensor
-    """uint8 ``(B, T, C, H, W)`` | float32 ``(B, S)`` | int64 ``(B, L)``"""
+    """uint8 ``(B, T, C, H, W)`` | float32 ``(B, S)`` | int64 ``(B, L)`` | float32 ``(B, D)``"""
     present: Tensor
     """bool ``(B,)``; rows that are not present hold zeros"""
     mask: Tensor | None = None

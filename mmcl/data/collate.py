@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from mmcl.hashing import text_hash
-from mmcl.types import AudioSpec, Batch, TextSpec, VideoSpec, View, ViewBatch
+from mmcl.types import AudioSpec, Batch, TextSpec, VectorSpec, VideoSpec, View, ViewBatch
 
 T = TypeVar("T")
 
@@ -109,11 +109,11 @@ def _collate_view(values: Sequence[Value | None], view: View, blank: Value) -> V
     return ViewBatch(data, present, params={"start_seconds": starts, **params})
 
 
-def row_shape(spec: VideoSpec | AudioSpec) -> tuple[int, ...]:
+def row_shape(spec: VideoSpec | AudioSpec | VectorSpec) -> tuple[int, ...]:
     """The shape of one row of a view."""
     if isinstance(spec, VideoSpec):
         return (spec.frames, 3, spec.size, spec.size)
-    return (spec.samples,)
+    return (spec.width,) if isinstance(spec, VectorSpec) else (spec.samples,)
 
 
 def interleave(parts: Sequence[Batch]) -> Batch:

@@ -14,7 +14,8 @@ from mmcl.media.clip import MediaReader, own_window
 from mmcl.media.video import Decoder
 from mmcl.media.windows import Rule, Short, Window, place_windows, sample_windows
 from mmcl.shards.members import Sample
-from mmcl.types import AudioSpec, SampleError, TextSpec, VideoSpec, View
+from mmcl.shards.vectors import read_vector
+from mmcl.types import TIMED, AudioSpec, SampleError, TextSpec, VectorSpec, VideoSpec, View
 
 # what a random number is for, so that no two uses share their numbers
 _WINDOW, _CAPTION = 16, 17
@@ -52,7 +53,7 @@ class ViewMaker:
         words = (self.seed, epoch, text_hash(sample.key))
         caption = self._caption(sample.captions, words)
         values: dict[View, Value] = {}
-        timed = [view for view in self.views if not isinstance(view.spec, TextSpec)]
+        timed = [view for view in self.views if isinstance(view.spec, TIMED)]
         specs = [self._decoded(view) for view in timed]
         if timed and (sample.video is not None or sample.image is not None or sample.audio is not None):
             with MediaReader(
@@ -75,6 +76,9 @@ class ViewMaker:
         if caption:
             texts = [view for view in self.views if isinstance(view.spec, TextSpec)]
             values.update({view: Value(caption, params=self._params(view, words)) for view in texts})
+        for view in self.views:
+            if isinstance(view.spec, VectorSpec) and view.spec.member in sample.vectors:
+                values[view] = Value(read_vector(sample.vectors[view.spec.member], view.spec.width))
         if not values:
             raise SampleError("no_views", "the sample has none of the modalities that the run asks for")
         return values, caption
@@ -111,7 +115,7 @@ class ViewMaker:
 
     def _decoded(self, view: View) -> VideoSpec | AudioSpec:
         """What to decode for a view of picture or sound."""
-        assert not isinstance(view.spec, TextSpec)
+        assert isinstance(view.spec, TIMED)
         augmentation = self.augmentations.get(view.augmentation)
         if augmentation is None or isinstance(view.spec, AudioSpec):
             return view.spec
@@ -126,5 +130,5 @@ class ViewMaker:
         augmentation = self.augmentations.get(view.augmentation)
         if augmentation is None:
             return blank_value(view)
-        like = view if isinstance(view.spec, TextSpec) else replace(view, spec=self._decoded(view))
+        like = replace(view, spec=self._decoded(view)) if isinstance(view.spec, TIMED) else view
         return replace(blank_value(like), params=blank_params(augmentation, view))

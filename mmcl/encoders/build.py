@@ -11,6 +11,7 @@ from mmcl.config import Options, unknown_name
 from mmcl.encoders.audio import TinyAudio, TinyAudioOptions
 from mmcl.encoders.base import Encoder
 from mmcl.encoders.library import HfText, HfTextOptions, OpenClipOptions, build_open_clip
+from mmcl.encoders.precomputed import Precomputed, PrecomputedOptions
 from mmcl.encoders.text import TinyText, TinyTextOptions
 from mmcl.encoders.video import TinyVideo, TinyVideoOptions
 
@@ -18,6 +19,7 @@ TOWERS: Mapping[str, tuple[type[Options], Callable[[Any], Encoder]]] = {
     "tiny_video": (TinyVideoOptions, TinyVideo),
     "tiny_audio": (TinyAudioOptions, TinyAudio),
     "tiny_text": (TinyTextOptions, TinyText),
+    "precomputed": (PrecomputedOptions, Precomputed),
     "open_clip:": (OpenClipOptions, build_open_clip),
     "hf:": (HfTextOptions, HfText),
 }
@@ -43,6 +45,7 @@ TowerOptions: TypeAlias = Annotated[
     Annotated[TinyVideoOptions, Tag("tiny_video")]
     | Annotated[TinyAudioOptions, Tag("tiny_audio")]
     | Annotated[TinyTextOptions, Tag("tiny_text")]
+    | Annotated[PrecomputedOptions, Tag("precomputed")]
     | Annotated[OpenClipOptions, Tag("open_clip:")]
     | Annotated[HfTextOptions, Tag("hf:")],
     Discriminator(_tag),

@@ -22,7 +22,7 @@ from mmcl.media.video import Decoder
 from mmcl.model import MultimodalModel, average_windows
 from mmcl.progress import show_progress
 from mmcl.shards import load_manifest
-from mmcl.types import Batch, Modality, RunError, View
+from mmcl.types import Batch, Modality, RunError, VectorSpec, View
 
 
 @dataclass(frozen=True, eq=False)
@@ -114,8 +114,9 @@ def embed_shards(
 
 
 def _modalities(model: MultimodalModel) -> list[Modality]:
-    """Modalities of the towers, in their order."""
-    return list(dict.fromkeys(model.tower(name).spec.modality for name in model.towers))
+    """Modalities of the towers, in their order; stored embeddings of a teacher have no place in the joint space."""
+    specs = [(name in model.options.frozen, model.tower(name).spec) for name in model.towers]
+    return list(dict.fromkeys(spec.modality for frozen, spec in specs if not (frozen and isinstance(spec, VectorSpec))))
 
 
 def _progress(stream: ClipStream, total: int, *, quiet: bool) -> Iterator[Batch]:

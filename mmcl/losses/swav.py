@@ -82,11 +82,17 @@ def swav(scores: Sequence[Tensor], *, temperature: float = 0.1, epsilon: float =
     return row_mean(swapped_rows(codes, predictions))
 
 
-def swapped_rows(codes: Mapping[int, Tensor], predictions: Sequence[Tensor]) -> Tensor:
+def swapped_rows(
+    codes: Mapping[int, Tensor],
+    predictions: Sequence[Tensor],
+    predicted_by: Mapping[int, Sequence[int]] | None = None,
+) -> Tensor:
     """Cross-entropy of every view's log-softmax with the codes of every other view, mean over the pairs, ``(B,)``.
 
-    ``codes``: ``(B, K)`` by the number of the view that gave them.
+    ``codes``: ``(B, K)`` by the number of the view that gave them. ``predicted_by``: by the same number the views that
+    predict them; None: all others.
     """
-    pairs = [(code, view) for code in codes for view in range(len(predictions)) if view != code]
+    others = {code: [view for view in range(len(predictions)) if view != code] for code in codes}
+    pairs = [(code, view) for code in codes for view in (predicted_by or others)[code]]
     rows = [-(codes[code] * predictions[view]).sum(1) for code, view in pairs]
     return torch.stack(rows).mean(0)

@@ -25,7 +25,7 @@ from mmcl.media.augment_audio import augment_audio
 from mmcl.media.augment_tokens import augment_tokens
 from mmcl.media.augment_video import augment_video, background_erase
 from mmcl.media.augmentation import mask_id
-from mmcl.types import AudioSpec, Batch, TextSpec, View, ViewBatch
+from mmcl.types import AudioSpec, Batch, TextSpec, VectorSpec, View, ViewBatch
 
 __all__ = ["augment", "augment_audio", "background_erase"]
 
@@ -52,4 +52,6 @@ def _augment_view(view: View, values: ViewBatch) -> ViewBatch:
         return replace(values, data=ids * values.present[:, None], mask=mask)
     if isinstance(spec, AudioSpec):
         return replace(values, data=augment_audio(values.data, values.params, sample_rate_hz=spec.sample_rate_hz))
+    if isinstance(spec, VectorSpec):
+        return values
     return replace(values, data=augment_video(values.data, values.params, size=spec.size))

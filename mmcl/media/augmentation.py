@@ -198,7 +198,7 @@ def draw_params(augmentation: Augmentation, view: View, words: Sequence[int]) ->
         return _video_params(augmentation.video, size, view.spec.frames, draws)
     if isinstance(view.spec, AudioSpec):
         return _audio_params(augmentation.audio, view.spec, draws)
-    return _text_params(augmentation.text, draws)
+    return _text_params(augmentation.text, draws) if isinstance(view.spec, TextSpec) else {}
 
 
 def blank_params(augmentation: Augmentation, view: View) -> Params:

@@ -11,7 +11,9 @@ from torch import Tensor, nn
 
 from mmcl.config import unknown_name
 from mmcl.distributed import Comm
-from mmcl.types import ConfigError, Embeddings, Level, Need, TowerInfo
+from mmcl.objectives.ranks import mean_negatives
+from mmcl.objectives.weights import Ramp
+from mmcl.types import ConfigError, Embeddings, Level, Need, TowerInfo, VectorSpec
 
 LEVELS: tuple[Level, ...] = ("joint", "pooled", "tokens")
 """what every tower gives; ``stage:NAME`` comes on top"""
@@ -41,6 +43,8 @@ def check_needs(needs: Iterable[Need], towers: Mapping[str, TowerInfo], path: st
         for level in need.levels:
             if level not in LEVELS and not level.startswith("stage:"):
                 raise unknown_name(f"{path}: tower {need.tower!r}", level, (*LEVELS, "stage:NAME"))
+            if level not in ("joint", "pooled") and isinstance(towers[need.tower].spec, VectorSpec):
+                raise ConfigError(f"{path}: {need.tower!r} holds stored embeddings, which have no level {level!r}")
         if need.kind == "momentum" and not towers[need.tower].trainable:
             learning = ", ".join(name for name, tower in towers.items() if tower.trainable) or "none"
             raise ConfigError(
@@ -59,6 +63,8 @@ class Objective(nn.Module):
     needs: tuple[Need, ...] = ()
     scales: tuple[str, ...] = ()
     """names of the model's temperatures that this objective uses"""
+    labels_option: str | None = None
+    """the option that makes this objective learn from labels, where it does"""
 
     def forward(self, embeddings: Embeddings, comm: Comm) -> Term:
         raise NotImplementedError
@@ -72,9 +78,12 @@ class Objective(nn.Module):
 
 
 class ObjectiveMix(nn.Module):
-    """The weighted sum of named objectives, one logged line per term."""
+    """The weighted sum of named objectives, one logged line per term, and the weights that change.
 
-    def __init__(self, objectives: Mapping[str, Objective], weights: Mapping[str, float]) -> None:
+    ``negatives`` in its metrics: how many others of the batch, in the mean, a row shares no key, caption or group with.
+    """
+
+    def __init__(self, objectives: Mapping[str, Objective], weights: Mapping[str, float | Ramp]) -> None:
         super().__init__()
         if not objectives:
             raise ValueError("a mix needs at least one objective")
@@ -86,27 +95,44 @@ class ObjectiveMix(nn.Module):
     @property
     def needs(self) -> tuple[Need, ...]:
         """The union of all needs, in the order of the objectives."""
-        return tuple(dict.fromkeys(need for objective in self._each().values() for need in objective.needs))
+        return tuple(dict.fromkeys(need for objective in self.each().values() for need in objective.needs))
 
     @property
     def scales(self) -> tuple[str, ...]:
         """The union of all temperatures, in the order of the objectives."""
-        return tuple(dict.fromkeys(name for objective in self._each().values() for name in objective.scales))
+        return tuple(dict.fromkeys(name for objective in self.each().values() for name in objective.scales))
 
-    def _each(self) -> dict[str, Objective]:
+    def each(self) -> dict[str, Objective]:
+        """The objectives by name, in the order of the configuration."""
         return {name: module for name, module in self.objectives.items() if isinstance(module, Objective)}
 
-    def forward(self, embeddings: Embeddings, comm: Comm) -> Term:
-        terms = {name: objective(embeddings, comm) for name, objective in self._each().items()}
-        loss = torch.stack([self.weights[name] * term.loss for name, term in terms.items()]).sum()
+    def weights_at(self, step: int | None) -> dict[str, float]:
+        """The weights in force in optimizer step ``step``, counted from 0; None will do where none changes."""
+        changing = [name for name, weight in self.weights.items() if isinstance(weight, Ramp)]
+        if changing and step is None:
+            raise ValueError(f"the weights of {', '.join(changing)} change: which optimizer step is it?")
+        return {
+            name: weight.at(step or 0) if isinstance(weight, Ramp) else weight for name, weight in self.weights.items()
+        }
+
+    def forward(self, embeddings: Embeddings, comm: Comm, *, step: int | None = None) -> Term:
+        """The mix in optimizer step ``step``, counted from 0."""
+        terms = {name: objective(embeddings, comm) for name, objective in self.each().items()}
+        weights = self.weights_at(step)
+        loss = torch.stack([weights[name] * term.loss for name, term in terms.items()]).sum()
         metrics = {name: term.loss.detach() for name, term in terms.items()}
+        batch = embeddings.batch
+        anything = torch.stack([view.present for view in batch.views.values()]).any(0)
+        metrics["negatives"] = mean_negatives(batch.groups, anything, comm)
+        changing = (name for name, weight in self.weights.items() if isinstance(weight, Ramp))
+        metrics.update({f"{name}/weight": loss.new_tensor(weights[name]).detach() for name in changing})
         for name, term in terms.items():
             metrics.update({f"{name}/{key}": value for key, value in term.metrics.items()})
         return Term(loss, metrics, {name: term.pending for name, term in terms.items()})
 
     def commit(self, pending: Mapping[str, Any]) -> None:
-        for name, objective in self._each().items():
+        for name, objective in self.each().items():
             objective.commit(pending[name])
 
     def ema_pairs(self) -> list[tuple[nn.Module, nn.Module]]:
-        return [pair for objective in self._each().values() for pair in objective.ema_pairs()]
+        return [pair for objective in self.each().values() for pair in objective.ema_pairs()]

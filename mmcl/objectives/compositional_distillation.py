@@ -16,18 +16,25 @@ from mmcl.losses import jeffreys, jensen_shannon
 from mmcl.losses.class_nce import class_nce_rows
 from mmcl.objectives.base import Objective, Term
 from mmcl.objectives.ranks import all_rows, classification, mean_over_ranks
-from mmcl.types import ConfigError, Embeddings, Need, TowerInfo, View
+from mmcl.objectives.weights import Weight
+from mmcl.types import ConfigError, Embeddings, Need, TowerInfo, VectorSpec, View
 
 
 class CompositionalDistillationOptions(Options):
-    """Chen et al. 2021 (arXiv 2104.10955), with class labels or, our addition, without."""
+    """Compositional contrastive distillation, with class labels or, our addition, without (CCL; Chen et al. 2021, arXiv
+    2104.10955).
+
+    Needs: a student that learns, one or more frozen teachers (towers, or embeddings stored in the shards); with
+    ``classes`` labels.
+    """
 
     name: Literal["compositional_distillation"] = "compositional_distillation"
-    weight: Annotated[float, Field(ge=0)] = 1.0
+    weight: Weight = 1.0
     student: str = "video"
     """the tower that learns"""
     teachers: Annotated[tuple[str, ...], Field(min_length=1)]
-    """frozen towers (``model.frozen``); they see the student's time window"""
+    """frozen towers (``model.frozen``); they see the student's time window. A tower ``precomputed`` gives embeddings
+    that are stored in the shards; a sample without one is a row without that teacher"""
     level: Literal["pooled", "joint"] = "pooled"
     """what student and teachers are compared by"""
     classes: Annotated[int, Field(ge=2)] | None = None
@@ -91,6 +98,7 @@ class CompositionalDistillation(Objective):
         self.options = options
         self.student, self.teachers, self.temperatures = student, dict(teachers), dict(temperatures)
         self.needs = (student, *teachers.values())
+        self.labels_option = None if options.classes is None else "classes"
         width = widths[student.tower]
         self.classify = None if options.classes is None else nn.Linear(width, options.classes)
         self.compositions = nn.ModuleDict(
@@ -180,7 +188,7 @@ def build(
     Raises:
         ConfigError: a tower is unknown or comes twice, the student is frozen, or a teacher is not.
     """
-    check_student_and_teachers(options.student, options.teachers, towers, path)
+    check_student_and_teachers(options.student, options.teachers, towers, path, level=options.level)
     for name in options.temperatures:
         if name not in options.teachers:
             raise unknown_name(f"{path}.temperatures", name, options.teachers)
@@ -199,9 +207,11 @@ def build(
 
 
 def check_student_and_teachers(
-    student: str, teachers: tuple[str, ...], towers: Mapping[str, TowerInfo], path: str
+    student: str, teachers: tuple[str, ...], towers: Mapping[str, TowerInfo], path: str, *, level: str = "pooled"
 ) -> None:
-    """ConfigError unless all are towers, each named once, the student trained and the teachers frozen."""
+    """ConfigError unless all are towers, each named once, the student trained, the teachers frozen, and stored
+    embeddings compared as they are.
+    """
     places = [(f"{path}.student", student), *((f"{path}.teachers.{i}", name) for i, name in enumerate(teachers))]
     for number, (where, name) in enumerate(places):
         if name not in towers:
@@ -212,3 +222,5 @@ def check_student_and_teachers(
             raise ConfigError(f"{where}: {name!r} is frozen and learns nothing; take it out of model.frozen")
         if name != student and towers[name].trainable:
             raise ConfigError(f"{where}: the teacher {name!r} is not frozen; add it to model.frozen")
+        if level == "joint" and isinstance(towers[name].spec, VectorSpec):
+            raise ConfigError(f"{path}.level: joint, but {name!r} holds stored embeddings; take pooled")

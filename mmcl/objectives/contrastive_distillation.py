@@ -17,6 +17,7 @@ from mmcl.hashing import hash64, text_hash
 from mmcl.objectives.base import Objective, Term
 from mmcl.objectives.compositional_distillation import check_student_and_teachers
 from mmcl.objectives.ranks import all_rows
+from mmcl.objectives.weights import Weight
 from mmcl.types import ConfigError, Embeddings, Need, TowerInfo, View
 
 _NEGATIVES = 48
@@ -24,10 +25,17 @@ _NEGATIVES = 48
 
 
 class ContrastiveDistillationOptions(Options):
-    """Tian et al. 2020 (arXiv 1910.10699). Their β, 0.8, is the default ``weight``."""
+    """Contrastive representation distillation with bounded memory banks (CRD; Tian et al. 2020, arXiv 1910.10699).
+
+    The authors' β, 0.8, is the default ``weight``. A sample that its slot does not hold has the other side's own row as
+    its positive, and the rows of a step share one draw of negatives.
+
+    Needs: a student that learns and one frozen teacher (a tower, or embeddings stored in the shards); labels, where
+    there are some.
+    """
 
     name: Literal["contrastive_distillation"] = "contrastive_distillation"
-    weight: Annotated[float, Field(ge=0)] = 0.8
+    weight: Weight = 0.8
     student: str = "video"
     teacher: str
     """a frozen tower (``model.frozen``); it sees the student's time window"""
@@ -190,7 +198,7 @@ def build(
     Raises:
         ConfigError: an unknown tower, a frozen student or a teacher that is not frozen, more negatives than slots.
     """
-    check_student_and_teachers(options.student, (options.teacher,), towers, path)
+    check_student_and_teachers(options.student, (options.teacher,), towers, path, level=options.level)
     if options.negatives > options.slots:
         raise ConfigError(f"{path}.negatives: at most the {options.slots} slots, got {options.negatives}")
     student, teacher = towers[options.student], towers[options.teacher]

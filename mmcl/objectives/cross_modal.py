@@ -12,6 +12,7 @@ from pydantic import Field
 from mmcl.config import Options, unknown_name
 from mmcl.distributed import Comm, contrastive
 from mmcl.objectives.base import Objective, Term
+from mmcl.objectives.weights import Weight
 from mmcl.types import ConfigError, Embeddings, Need, TowerInfo, View
 
 
@@ -19,7 +20,7 @@ class CrossModalOptions(Options):
     """Symmetric InfoNCE between pairs of towers (Radford et al. 2021, arXiv 2103.00020), one temperature per pair."""
 
     name: Literal["cross_modal"] = "cross_modal"
-    weight: Annotated[float, Field(ge=0)] = 1.0
+    weight: Weight = 1.0
     pairs: Annotated[tuple[tuple[str, str], ...], Field(min_length=1)] | None = None
     """towers to contrast, e.g. ``[[video, text], [audio, text]]``; null: every pair of towers"""
     unpaired_negatives: bool = False

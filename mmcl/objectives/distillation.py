@@ -21,7 +21,8 @@ from mmcl.distributed import Comm
 from mmcl.objectives.base import Objective, Term
 from mmcl.objectives.compositional_distillation import check_student_and_teachers
 from mmcl.objectives.ranks import all_rows, classification, mean_over_ranks
-from mmcl.types import ConfigError, Embeddings, Level, Need, TextSpec, TowerInfo, View
+from mmcl.objectives.weights import Weight
+from mmcl.types import TIMED, ConfigError, Embeddings, Level, Need, TowerInfo, VectorSpec, View
 
 MethodName: TypeAlias = Literal[
     "knowledge_distillation",
@@ -64,10 +65,17 @@ METHODS: Mapping[str, _Method] = {
 
 
 class DistillationOptions(Options):
-    """One teacher, one method; further ones are further objectives in the list."""
+    """One teacher, one of 13 methods, as collected by Tian et al. 2020 (arXiv 1910.10699).
+
+    Further teachers and methods are further objectives in the list. All run in one stage, beside the others: the papers
+    of activation_boundary, flow and factor_transfer first train the student on the teacher alone.
+
+    Needs: a student that learns and one frozen teacher (a tower, or for methods without maps embeddings stored in the
+    shards); with ``classes`` labels.
+    """
 
     name: Literal["distillation"] = "distillation"
-    weight: Annotated[float, Field(ge=0)] = 1.0
+    weight: Weight = 1.0
     method: MethodName
     student: str = "video"
     teacher: str
@@ -141,6 +149,7 @@ class Distillation(Objective):
         self.method = METHODS[options.method]
         self.parts = nn.ModuleList(self._part(options.method, *pair) for pair in widths)
         classes = options.classes
+        self.labels_option = None if classes is None else "classes"
         self.classify = None if classes is None else nn.Linear(pooled_widths[0], classes)
         # a frozen tower predicts no classes: a linear probe on it, trained beside the student, does
         probed = self.method.reads == "logits" and classes is not None
@@ -296,8 +305,9 @@ def width_of(tower: TowerInfo, level: Level) -> int:
 
 def _check_level(level: Level, tower: TowerInfo, method: str, path: str, side: str) -> None:
     reads = METHODS[method].reads
-    maps = [] if isinstance(tower.spec, TextSpec) else ["tokens", *(f"stage:{name}" for name, _ in tower.stages)]
-    allowed = {"features": [*FLAT, *maps], "maps": maps, "flow": maps, "logits": []}.get(reads, list(FLAT))
+    flat = ("pooled",) if isinstance(tower.spec, VectorSpec) else FLAT
+    maps = [] if not isinstance(tower.spec, TIMED) else ["tokens", *(f"stage:{name}" for name, _ in tower.stages)]
+    allowed = {"features": [*flat, *maps], "maps": maps, "flow": maps, "logits": []}.get(reads, list(flat))
     if level not in allowed:
         raise ConfigError(
             f"{path}: the {side} {tower.name!r} offers {method} no level {level!r}; "

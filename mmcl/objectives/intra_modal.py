@@ -26,6 +26,7 @@ from mmcl.objectives.view_methods import (
     VICRegOptions,
 )
 from mmcl.objectives.views import Count, Norm, PositiveFloat, PositiveInt, Reduction, ViewSet, learning_tower
+from mmcl.objectives.weights import Weight
 from mmcl.types import ConfigError, TextSpec, TowerInfo, VideoSpec, View
 
 
@@ -138,10 +139,14 @@ IntraModalMethod: TypeAlias = Annotated[
 
 
 class IntraModalOptions(Options):
-    """Views of one tower's input agree, by one of nine methods."""
+    """Views of one tower's input agree, by one of nine methods.
+
+    Needs: one tower that learns; different views of its samples, by ``augmentation`` or ``windows: different``. Methods
+    moco and byol keep a momentum copy of the tower.
+    """
 
     name: Literal["intra_modal"] = "intra_modal"
-    weight: Annotated[float, Field(ge=0)] = 1.0
+    weight: Weight = 1.0
     tower: str
     method: IntraModalMethod
     views: Annotated[int, Field(ge=2)] = 2

@@ -5,6 +5,8 @@ Both leave gradients that, averaged over ranks, are those of one process.
 
 from __future__ import annotations
 
+from itertools import combinations
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -35,3 +37,27 @@ def classification(logits: Tensor, labels: Tensor, rows: Tensor, comm: Comm) -> 
     with torch.autocast(logits.device.type, enabled=False):
         wide = logits if logits.dtype == torch.float64 else logits.float()
         return comm.mean(F.cross_entropy(wide, labels.clamp_min(0), reduction="none"), rows & (labels >= 0))
+
+
+@torch.no_grad()
+def mean_negatives(groups: Tensor, present: Tensor, comm: Comm) -> Tensor:
+    """How many other rows share no number with a row, 0-d: the mean over the present rows of all ranks.
+
+    ``groups`` int64 ``(B, G)`` as in a batch, ``present`` bool ``(B,)``. By counting equal numbers in every set of
+    columns (inclusion and exclusion), so no ``(N, N)`` matrix is made; G is small.
+    """
+    everyone = comm.gather(torch.cat([groups, present[:, None].to(groups)], 1))
+    numbers, here = everyone[:, :-1], everyone[:, -1] > 0
+    related = torch.zeros_like(everyone[:, 0])
+    for size in range(1, numbers.shape[1] + 1):
+        for columns in combinations(numbers.unbind(1), size):
+            code, counts = torch.zeros_like(related), here
+            for column in columns:
+                code, counts = (code * 6364136223846793005 + column) & (2**62 - 1), counts & (column >= 0)
+            code = code.masked_fill(~counts, -1)
+            ordered = code.sort().values
+            equal = torch.searchsorted(ordered, code, right=True) - torch.searchsorted(ordered, code)
+            related += (equal * (-1) ** (size + 1)).masked_fill(~counts, 0)
+    rows = here.sum()
+    others = (rows - related.clamp_min(1)).masked_fill(~here, 0)  # a row without any number is itself all the same
+    return others.sum() / rows.clamp_min(1)

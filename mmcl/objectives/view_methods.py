@@ -15,6 +15,7 @@ from mmcl.losses.byol import cosine_rows
 from mmcl.losses.moco import moco_rows
 from mmcl.losses.swav import swapped_rows
 from mmcl.objectives.base import Term
+from mmcl.objectives.ranks import mean_negatives
 from mmcl.objectives.views import (
     Contrast,
     Count,
@@ -85,6 +86,13 @@ class ContrastMethod(PairMethod):
             for a, b in self.pairs
         ]
 
+    def metrics(self, embeddings: Embeddings, comm: Comm) -> dict[str, Tensor]:
+        """With the other samples that a row repels, in the mean."""
+        groups = embeddings.batch.groups
+        groups = groups if self.mask_false_negatives else torch.full_like(groups, -1)
+        negatives = mean_negatives(groups, self.present(embeddings), comm)
+        return {**super().metrics(embeddings, comm), "negatives": negatives}
+
 
 class BarlowOptions(MethodOptions):
     """A wide projector and the weight of redundancy."""
@@ -144,25 +152,36 @@ class QueueMethod(MultiView):
         super().__init__(views, options, online=queries, momentum=keys)
         self.temperature = options.temperature
         self.queue = KeyQueue(options.queue, options.out)
+        self.other_queue = None if views.other is None else KeyQueue(options.queue, options.out)
 
     def forward(self, embeddings: Embeddings, comm: Comm) -> Term:
         present = self.present(embeddings)
         queries = self.project(embeddings)
         keys = {i: unit_rows(x) for i, x in self.project_momentum(embeddings).items()}
-        filled = self.queue.mask()
         terms = []
         for i, query in queries.items():
-            rows = [
-                moco_rows(query, key, self.queue.rows, filled, temperature=self.temperature)
-                for j, key in keys.items()
-                if j != i
-            ]
+            rows = [self._rows(query, j, keys[j]) for j in self.view_set.positives(i) if j in keys]
             terms.append(comm.mean(torch.stack(rows).mean(0), present))
-        pending = {"keys": present_keys(keys.values(), present, comm)}
+        sides: dict[str, list[Tensor]] = {}
+        for j, key in keys.items():
+            sides.setdefault("keys" if self._queue(j) is self.queue else "other_keys", []).append(key)
+        pending = {name: present_keys(side, present, comm) for name, side in sides.items()}
         return Term(self.reduce(terms), self.metrics(embeddings, comm), pending)
+
+    def _queue(self, view: int) -> KeyQueue:
+        """Keys of one tower: its negatives would else be told apart by their modality alone."""
+        queue = self.of_tower(view, self.queue, self.other_queue)
+        assert isinstance(queue, KeyQueue)
+        return queue
+
+    def _rows(self, query: Tensor, view: int, key: Tensor) -> Tensor:
+        queue = self._queue(view)
+        return moco_rows(query, key, queue.rows, queue.mask(), temperature=self.temperature)
 
     def commit(self, pending: Mapping[str, Tensor]) -> None:
         self.queue.push(pending["keys"])
+        if self.other_queue is not None:
+            self.other_queue.push(pending["other_keys"])
 
 
 class PredictionOptions(MethodOptions):
@@ -177,7 +196,12 @@ class PredictionMethod(MultiView):
     def __init__(self, views: ViewSet, options: PredictionOptions, *, momentum: bool) -> None:
         everything = range(len(views.views))
         super().__init__(views, options, online=everything, momentum=everything if momentum else ())
-        self.predictor = MLPHead(options.out, options.predictor_hidden, options.out, layers=2, norm=options.norm)
+        self.predictor = self._predictor(options)
+        self.other_predictor = None if views.other is None else self._predictor(options)
+
+    @staticmethod
+    def _predictor(options: PredictionOptions) -> MLPHead:
+        return MLPHead(options.out, options.predictor_hidden, options.out, layers=2, norm=options.norm)
 
     def distance(self, cosine: Tensor) -> Tensor:
         """2 − 2 cos; subclasses have their own scale."""
@@ -189,8 +213,8 @@ class PredictionMethod(MultiView):
         targets = self.project_momentum(embeddings) if self.momentum else projected
         terms = []
         for i, rows in projected.items():
-            prediction = self.predictor(rows, present)
-            cosines = [cosine_rows(prediction, target) for j, target in targets.items() if j != i]
+            prediction = self.of_tower(i, self.predictor, self.other_predictor)(rows, present)
+            cosines = [cosine_rows(prediction, targets[j]) for j in self.view_set.positives(i)]
             terms.append(comm.mean(self.distance(torch.stack(cosines).mean(0)), present))
         return Term(self.reduce(terms), self.metrics(embeddings, comm))
 
@@ -228,7 +252,7 @@ class AssignmentMethod(MultiView):
         scores = [self.prototypes(rows[present]) for rows in projected.values()]
         codes = {i: self._codes(number, scores[i], comm) for number, i in enumerate(self.coding)}
         predictions = [(view / self.options.temperature).log_softmax(1) for view in scores]
-        values = swapped_rows(codes, predictions)
+        values = swapped_rows(codes, predictions, {i: self.view_set.positives(i) for i in codes})
         loss = comm.mean(values, torch.ones_like(values, dtype=torch.bool))
         loss = loss * (1 if self.reduction == "mean" else len(self.coding))
         pending = {f"rows_{i}": present_keys([projected[i]], present, comm) for i in self.coding if self.queues}

@@ -18,7 +18,7 @@ from mmcl.losses._math import unit
 from mmcl.losses.dcl import dcl_weights
 from mmcl.losses.nt_xent import nt_xent_rows
 from mmcl.objectives.base import Objective
-from mmcl.types import ConfigError, Embeddings, Need, TowerInfo, View
+from mmcl.types import TIMED, ConfigError, Embeddings, Kind, Need, TowerInfo, VectorSpec, View
 
 PositiveInt = Annotated[int, Field(ge=1)]
 Count = Annotated[int, Field(ge=0)]
@@ -34,7 +34,9 @@ class MethodOptions(Options):
     layers: Annotated[int, Field(ge=1, le=4)] = 3
     """linear maps of the projector"""
     hidden: PositiveInt = 2048
+    """width between them"""
     out: PositiveInt = 128
+    """width of the rows that are compared"""
     norm: Norm = "none"
     """before each activation: ``batch`` counts the present rows of all ranks"""
 
@@ -44,27 +46,72 @@ class MethodOptions(Options):
 
 @dataclass(frozen=True)
 class ViewSet:
-    """The views that one objective compares."""
+    """The views that one objective compares, and which of them attract each other."""
 
     tower: TowerInfo
-    views: tuple[View, ...]
+    own: tuple[View, ...]
+    """of ``tower``"""
     reduction: Reduction = "mean"
     """over the terms of a batch: pairs of views, or views that ask"""
+    other: TowerInfo | None = None
+    others: tuple[View, ...] = ()
+    """of ``other``; numbered on after ``own``"""
+    own_clips: bool = True
+    """views of one tower attract each other; those of two towers do where their times differ"""
+
+    @property
+    def views(self) -> tuple[View, ...]:
+        return (*self.own, *self.others)
+
+    def tower_of(self, view: int) -> TowerInfo:
+        assert self.other is not None or view < len(self.own)
+        return self.tower if self.other is None or view < len(self.own) else self.other
+
+    def positives(self, view: int) -> tuple[int, ...]:
+        """Numbers of the views that this one attracts."""
+        return tuple(i for i in range(len(self.views)) if i != view and self._attract(i, view))
+
+    def neighbours(self) -> list[tuple[int, int]]:
+        """Pairs that attract each other and are no more than one clip apart; what has no time is near to all."""
+        pairs = ((i, j) for i in range(len(self.views)) for j in self.positives(i) if i < j)
+        return [(i, j) for i, j in pairs if abs(self.views[i].clip - self.views[j].clip) <= 1 or self._timeless(i, j)]
+
+    def _attract(self, i: int, j: int) -> bool:
+        if (i < len(self.own)) == (j < len(self.own)):
+            return self.own_clips
+        return self._timeless(i, j) or self.views[i].clip != self.views[j].clip
+
+    def _timeless(self, *views: int) -> bool:
+        return any(not isinstance(self.views[i].spec, TIMED) for i in views)
 
 
 class MultiView(Objective):
-    """Projects some views online and some by momentum copies; rows count where all views are present."""
+    """Projects some views online and some by momentum copies, with a projector per tower; rows count where all views
+    are present.
+    """
 
     def __init__(
         self, views: ViewSet, options: MethodOptions, *, online: Iterable[int], momentum: Iterable[int] = ()
     ) -> None:
         super().__init__()
-        self.views, self.reduction = views.views, views.reduction
-        self.online = {i: Need(views.tower.name, self.views[i], ("pooled",)) for i in online}
-        self.momentum = {i: Need(views.tower.name, self.views[i], ("pooled",), "momentum") for i in momentum}
+        self.view_set, self.views, self.reduction = views, views.views, views.reduction
+        self.online = {i: self._need(i, "online") for i in online}
+        self.momentum = {i: self._need(i, "momentum") for i in momentum}
         self.needs = (*self.online.values(), *self.momentum.values())
         self.projector = options.projector(views.tower.width)
         self.momentum_projector = frozen_copy(self.projector) if self.momentum else None
+        self.other_projector = None if views.other is None else options.projector(views.other.width)
+        copied = self.other_projector is not None and self.momentum
+        self.other_momentum_projector = frozen_copy(self.other_projector) if copied and self.other_projector else None
+
+    def _need(self, view: int, kind: Kind) -> Need:
+        return Need(self.view_set.tower_of(view).name, self.views[view], ("pooled",), kind)
+
+    def of_tower(self, view: int, own: nn.Module | None, other: nn.Module | None) -> nn.Module:
+        """What belongs to the tower of a view, of two parts that there are one per tower."""
+        part = own if self.view_set.tower_of(view) is self.view_set.tower else other
+        assert part is not None
+        return part
 
     def present(self, embeddings: Embeddings) -> Tensor:
         """bool ``(B,)``: rows that have every view."""
@@ -73,14 +120,15 @@ class MultiView(Objective):
     def project(self, embeddings: Embeddings) -> dict[int, Tensor]:
         """``(B, out)`` of each online view, by its number; absent rows hold anything."""
         present = self.present(embeddings)
-        return {i: self.projector(embeddings.get(need), present) for i, need in self.online.items()}
+        heads = (self.projector, self.other_projector)
+        return {i: self.of_tower(i, *heads)(embeddings.get(need), present) for i, need in self.online.items()}
 
     @torch.no_grad()
     def project_momentum(self, embeddings: Embeddings) -> dict[int, Tensor]:
         """The same of the momentum copies, without a gradient."""
-        assert self.momentum_projector is not None
         present = self.present(embeddings)
-        return {i: self.momentum_projector(embeddings.get(need), present) for i, need in self.momentum.items()}
+        heads = (self.momentum_projector, self.other_momentum_projector)
+        return {i: self.of_tower(i, *heads)(embeddings.get(need), present) for i, need in self.momentum.items()}
 
     def reduce(self, terms: Sequence[Tensor]) -> Tensor:
         stacked = torch.stack(list(terms))
@@ -90,7 +138,11 @@ class MultiView(Objective):
         return {"rows": comm.sum(self.present(embeddings).sum())}
 
     def ema_pairs(self) -> list[tuple[nn.Module, nn.Module]]:
-        return [] if self.momentum_projector is None else [(self.projector, self.momentum_projector)]
+        pairs = [
+            (self.projector, self.momentum_projector),
+            (self.other_projector, self.other_momentum_projector),
+        ]
+        return [(online, copied) for online, copied in pairs if online is not None and copied is not None]
 
 
 def frozen_copy(module: MLPHead) -> MLPHead:
@@ -233,6 +285,8 @@ def learning_tower(name: str, towers: Mapping[str, TowerInfo], path: str) -> Tow
     """
     if name not in towers:
         raise unknown_name(path, name, towers)
+    if isinstance(towers[name].spec, VectorSpec):
+        raise ConfigError(f"{path}: tower {name!r} holds stored embeddings, which have no views")
     if not towers[name].trainable:
         raise ConfigError(f"{path}: tower {name!r} is frozen, so there is nothing to learn from its views")
     return towers[name]

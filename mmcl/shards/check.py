@@ -21,6 +21,7 @@ from mmcl.media.probe import (
 from mmcl.media.video import Decoder, open_video
 from mmcl.shards.members import Bytes, Sample, decode_text, parse_sample, role_of
 from mmcl.shards.reader import RawSample
+from mmcl.shards.vectors import read_vector
 from mmcl.types import SampleError
 
 _FRAMES_AT_ONCE = 64
@@ -64,6 +65,8 @@ def check_files(raw: RawSample, *, decoder: Decoder = "decord", tolerance_second
                 decode_image(data)
             elif role in ("video", "audio"):
                 decoded.setdefault(role, decode_media(data, decoder, needs_audio=role == "audio"))
+            elif role == "embedding":
+                read_vector(data)
             elif role == "text" and not decode_text(data).strip():
                 problems.append(Problem(extension, "caption_empty", "no text in it"))
         except SampleError as error:

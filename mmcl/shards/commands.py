@@ -221,12 +221,16 @@ def reshard(
     ] = "",
     split_seed: Annotated[int, typer.Option(help="Seed of which group goes where.")] = 0,
     rename: Annotated[bool, typer.Option("--rename", help="Number keys that come twice instead of stopping.")] = False,
+    attach: Annotated[
+        list[str] | None,
+        typer.Option(help="NAME=FOLDER:MODALITY: rows that `mmcl embed` wrote become KEY.NAME.npy of their samples."),
+    ] = None,
 ) -> None:
     """Write the same samples into other shards: of another size, shuffled over all of them, split, or merged.
 
     The old shards stay as they are.
     """
-    from mmcl.shards.reshard import ReshardOptions, parse_split
+    from mmcl.shards.reshard import ReshardOptions, parse_attach, parse_split
     from mmcl.shards.reshard import reshard as run
 
     options = ReshardOptions(
@@ -236,6 +240,7 @@ def reshard(
         split=parse_split(split),
         split_seed=split_seed,
         rename=rename,
+        attach=parse_attach(attach or []),
     )
     with show_progress("reshard", "samples") as progress:
         report = run(shards, out, options, progress=progress)

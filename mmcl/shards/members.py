@@ -17,7 +17,7 @@ from mmcl.shards.reader import RawSample
 from mmcl.types import SampleError, Source
 
 Bytes: TypeAlias = bytes | memoryview
-Role: TypeAlias = Literal["video", "image", "audio", "text", "json", "label"]
+Role: TypeAlias = Literal["video", "image", "audio", "text", "json", "label", "embedding"]
 
 ROLES: Mapping[str, Role] = MappingProxyType(
     {
@@ -57,6 +57,8 @@ class Sample:
     metadata: Mapping[str, Any] = field(default_factory=dict)
     """the sample's whole JSON object"""
     source: Source | None = None
+    vectors: Mapping[str, Bytes] = field(default_factory=dict)
+    """embeddings by name, still encoded (``mmcl.shards.vectors``): NAME of each file ``KEY.NAME.npy``"""
     ignored: tuple[str, ...] = ()
     """extensions that the table does not name"""
 
@@ -69,10 +71,13 @@ def parse_sample(raw: RawSample) -> Sample:
     """
     found: dict[str, Bytes] = {}
     ignored: list[str] = []
+    vectors: dict[str, Bytes] = {}
     for extension, data in raw.members.items():
         role = role_of(extension)
         if role is None:
             ignored.append(extension)
+        elif role == "embedding":
+            vectors[extension.removesuffix(".npy")] = data
         else:
             found.setdefault(role, data)
     facts = parse_json(found["json"]) if "json" in found else {}
@@ -96,12 +101,15 @@ def parse_sample(raw: RawSample) -> Sample:
         _video_size(facts),
         facts,
         raw.source,
+        vectors,
         tuple(ignored),
     )
 
 
 def role_of(extension: str) -> Role | None:
     """What a file of this extension holds; None: the table does not name it."""
+    if extension.endswith(".npy"):  # named ones alone: a sample may have many
+        return "embedding"
     return ROLES.get(extension) or ROLES.get(extension.rpartition(".")[2])
 
 

@@ -18,10 +18,12 @@ from mmcl.shards.manifest import Manifest, ShardEntry, load_manifest, write_mani
 from mmcl.shards.members import parse_json, read_group
 from mmcl.shards.reader import RawSample, ShardReader
 from mmcl.shards.scan import check_positive
+from mmcl.shards.vectors import Vector, load_embeddings, write_vector
 from mmcl.shards.writer import MAX_BYTES, MAX_COUNT, ShardWriter
 from mmcl.types import ConfigError, RunError, SampleError
 
 _SPLIT = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]{0,63}")
+_MEMBER = re.compile(r"[a-z0-9_-]{1,64}")
 _ORDER, _PART = 0, 1  # what a hashed number is for
 
 
@@ -39,6 +41,9 @@ class ReshardOptions:
     split: Mapping[str, float] = field(default_factory=dict)
     """name of a folder -> its share of the groups; shares add up to 1. All samples of a group fall into one part."""
     split_seed: int = 0
+    attach: Mapping[str, str] = field(default_factory=dict)
+    """NAME -> ``FOLDER:MODALITY``: rows of `mmcl embed` that become a file ``KEY.NAME.npy`` of their samples, in place
+    of one that is there; samples without a row get none"""
     rename: bool = False
     """give a key that came before a number, where otherwise nothing would be written"""
 
@@ -47,6 +52,9 @@ class ReshardOptions:
         for name in self.split:
             if not _SPLIT.fullmatch(name):
                 raise ConfigError(f"split={name[:40]!r}: letters, digits, _ and - only")
+        for name in self.attach:
+            if not _MEMBER.fullmatch(name):
+                raise ConfigError(f"attach={name[:40]!r}: small letters, digits, _ and - only")
         if self.split and abs(sum(self.split.values()) - 1) > 1e-6:
             raise ConfigError(f"split: the shares add up to {sum(self.split.values()):g}, not to 1")
 
@@ -57,6 +65,8 @@ class ReshardReport:
 
     manifests: tuple[Manifest, ...]
     renamed: int
+    attached: Mapping[str, int] = field(default_factory=dict)
+    """samples that got an embedding, by its name"""
 
     def lines(self) -> list[str]:
         """What to tell the user."""
@@ -65,6 +75,8 @@ class ReshardReport:
             f"{int(manifest.shard_bytes.sum()) / 1e6:.1f} MB"
             for manifest in self.manifests
         ]
+        samples = sum(manifest.num_samples for manifest in self.manifests)
+        lines += [f"{name}.npy: {count} of {samples} samples" for name, count in self.attached.items()]
         return lines + ([f"{self.renamed} keys came twice and got a number"] if self.renamed else [])
 
 
@@ -91,6 +103,7 @@ def reshard(
     if options.shuffle is not None:
         hashes = hash64(options.shuffle, _ORDER, np.array([text_hash(name) for name in names], dtype=np.uint64))
         order = np.argsort(hashes, kind="stable")
+    vectors = {name: _vectors(name, place, keys) for name, place in options.attach.items()}
     target = new_folder(out)
     writers = {
         name: ShardWriter(target / name, max_count=options.max_count, max_bytes=options.max_bytes)
@@ -100,7 +113,8 @@ def reshard(
     done = 0
     try:
         for raw, name in _read(readers, places, names, order):
-            writers[_part(raw, options, shares)].write(name, raw.members)
+            added = {f"{n}.npy": write_vector(rows[raw.key]) for n, rows in vectors.items() if raw.key in rows}
+            writers[_part(raw, options, shares)].write(name, {**raw.members, **added})
             done += 1
             if progress is not None:
                 progress(done, len(names), "")
@@ -110,7 +124,32 @@ def reshard(
         for writer in writers.values():
             writer.discard()
         raise
-    return ReshardReport(tuple(_manifest(target / name, writer.entries) for name, writer in writers.items()), renamed)
+    manifests = tuple(_manifest(target / name, writer.entries) for name, writer in writers.items())
+    return ReshardReport(manifests, renamed, {name: sum(k in rows for k in keys) for name, rows in vectors.items()})
+
+
+def parse_attach(texts: Sequence[str]) -> dict[str, str]:
+    """``["sound=emb:audio"]`` to places by name. Raises ``ConfigError``.
+
+    >>> parse_attach(["sound=emb:audio"])
+    {'sound': 'emb:audio'}
+    """
+    places: dict[str, str] = {}
+    for text in texts:
+        name, _, place = text.partition("=")
+        folder, _, modality = place.rpartition(":")
+        if not (name and folder and modality) or name in places:
+            raise ConfigError(f"attach: {text[:80]!r} is not NAME=FOLDER:MODALITY with a name of its own")
+        places[name] = place
+    return places
+
+
+def _vectors(name: str, place: str, keys: Sequence[str]) -> dict[str, Vector]:
+    folder, _, modality = place.rpartition(":")
+    found = load_embeddings(folder, modality)
+    if not found.keys() & set(keys):
+        raise ConfigError(f"attach: {name}={place}: it has none of the {len(keys)} keys of these shards")
+    return found
 
 
 def parse_split(text: str) -> dict[str, float]:

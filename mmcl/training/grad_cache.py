@@ -31,6 +31,7 @@ def cached_backward(
     *,
     micro_batch: int,
     parts: int = 1,
+    optimizer_step: int | None = None,
     no_sync: Context = nullcontext,
     autocast: Context = nullcontext,
 ) -> Term:
@@ -41,6 +42,7 @@ def cached_backward(
         batch: the rows of this rank, equally many on all ranks.
         micro_batch: rows per forward.
         parts: the loss is divided by it.
+        optimizer_step: as :class:`~mmcl.model.TrainStep` takes it.
         no_sync: keeps gradients of backwards inside it on this rank; they are reduced once, with the last replay.
         autocast: the precision of forwards.
 
@@ -60,7 +62,7 @@ def cached_backward(
         leaves[key].requires_grad_()
     with no_sync():
         with autocast():
-            term: Term = step(batch, CachePass("loss", leaves))
+            term: Term = step(batch, CachePass("loss", leaves), optimizer_step)
         torch.autograd.backward(term.loss / parts)
     after = _random_state(batch)
     for number, (chunk, state) in enumerate(zip(chunks, states, strict=True)):

@@ -16,6 +16,7 @@ from mmcl.distributed import Comm
 from mmcl.model import parameter_counts
 from mmcl.recipe import RunConfig, build_model
 from mmcl.training.run_folder import RunFolder
+from mmcl.training.soundness import check_labels
 from mmcl.training.trainer import Trainer, build_accelerator, build_stream
 from mmcl.types import Batch, MmclError, RunError
 
@@ -134,6 +135,7 @@ def describe(config: RunConfig) -> str:
     """What a run would do: the resolved configuration, parameter counts, the shapes of its first batch."""
     torch.manual_seed(config.train.seed)
     model, mix = build_model(config)
+    check_labels(config, mix)
     views = tuple(dict.fromkeys(need.view for need in mix.needs))
     batch = next(iter(build_stream(config, views, Comm())))
     lines = [to_yaml(config).rstrip(), "", "# parameters"]

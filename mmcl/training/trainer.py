@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import sys
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -32,6 +33,7 @@ from mmcl.training.momentum import advance, momentum_at
 from mmcl.training.optim import build_optimizer, learning_rate_factor, set_learning_rate
 from mmcl.training.run_folder import RunFolder
 from mmcl.training.signals import StopRequest
+from mmcl.training.soundness import SilenceWatch, check_labels, not_finite
 from mmcl.types import Batch, ConfigError, RunError, View
 
 
@@ -59,6 +61,7 @@ class Trainer:
         self.comm = Comm.current()
         torch.manual_seed(config.train.seed)
         self.model, self.mix = build_model(config)
+        check_labels(config, self.mix)
         self.views = tuple(dict.fromkeys(need.view for need in self.mix.needs))
         self.stream = build_stream(config, self.views, self.comm)
         step = TrainStep(self.model, self.mix)
@@ -67,6 +70,7 @@ class Trainer:
         self.step_module: nn.Module = accelerator.prepare_model(step)
         self.optimizer = build_optimizer(self.step_module, config.train.optimizer)
         self.progress = Progress()
+        self._silence = SilenceWatch(self.mix.objectives)
 
     def fit(self, folder: RunFolder, *, resume: Path | None) -> Progress:
         """Trains to the last step, or until a stop is asked for, and saves; ``resume`` is what was loaded.
@@ -97,6 +101,7 @@ class Trainer:
                     limits.watch(batch)
                 term, grad_norm = self.optimizer_step(step_batches)
                 meter.count(step_batches)
+                self._silence.watch(term)
                 self.progress.step += 1
                 self.progress.samples = self.stream.draws
                 show(self.progress.step, options.steps, meter.note)
@@ -150,11 +155,12 @@ class Trainer:
                 batch,
                 micro_batch=micro_batch,
                 parts=parts,
+                optimizer_step=self.progress.step,
                 no_sync=lambda: self.accelerator.no_sync(self.step_module),
                 autocast=self.accelerator.autocast,
             )
         with self.accelerator.autocast():
-            term: Term = self.step_module(batch)
+            term: Term = self.step_module(batch, optimizer_step=self.progress.step)
         torch.autograd.backward(term.loss / parts)
         return term
 
@@ -169,16 +175,13 @@ class Trainer:
 
     def _check_finite(self, terms: list[Term], grad_norm: Tensor, batches: list[Batch]) -> None:
         """Loss and averaged gradients are global values: every rank sees the same and stops at the same step."""
-        values = {name: value for term in terms for name, value in term.metrics.items()}
-        values.update({"loss": torch.stack([term.loss.detach() for term in terms]).sum(), "grad_norm": grad_norm})
-        finite = torch.stack([value.float() for value in values.values()]).isfinite().tolist()
-        wrong = [name for name, ok in zip(values, finite, strict=True) if not ok]
+        wrong = not_finite(terms, grad_norm, self.mix.objectives, self.step_module.named_parameters())
         if wrong:
             keys = sorted(
                 {key for keys in self.comm.gather_objects([k for b in batches for k in b.keys]) for key in keys}
             )
             raise RunError(
-                f"step {self.progress.step + 1}: not finite: {', '.join(wrong)}; nothing was changed by this step; "
+                f"step {self.progress.step + 1}: not finite: {wrong}; nothing was changed by this step; "
                 f"keys of its batch: {', '.join(keys)}"
             )
 
@@ -218,6 +221,8 @@ class Trainer:
         }
         if not self.accelerator.is_main_process:
             return
+        for line in self._silence.complaints(last=self.progress.step == self.config.train.steps):
+            print(line, file=sys.stderr, flush=True)
         folder.write_metrics(record)
         folder.write_skipped(sorted(skipped, key=lambda entry: int(entry["draw"])))
         self.accelerator.log({k: v for k, v in record.items() if k != "step"}, step=self.progress.step)

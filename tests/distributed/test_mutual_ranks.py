@@ -19,8 +19,13 @@ def subject(options: dict[str, Any]) -> Subject:
 
 @pytest.mark.parametrize(
     "options",
-    [{"queue": 7}, {"keys": "online", "queue": 0, "towers": ("video", "text")}],
-    ids=["three towers and queues of 7", "online keys in the batch"],
+    [
+        {"queue": 7},
+        {"keys": "online", "queue": 0, "towers": ("video", "text")},
+        pytest.param({"queue": 7, "classes": 3, "towers": ("video", "audio")}, marks=pytest.mark.slow),
+        pytest.param({"queue": 0, "classes": 3, "towers": ("video", "text")}, marks=pytest.mark.slow),
+    ],
+    ids=["three towers and queues of 7", "online keys in the batch", "labels and queues", "labels in the batch"],
 )
 def test_exact(gloo: GlooPool, options: dict[str, Any]) -> None:
     record = assert_exact(gloo, functools.partial(subject, options))

@@ -70,6 +70,15 @@ def more_views() -> Subject:
     )
 
 
+def rho_across_towers() -> Subject:
+    return subject(
+        simclr=make(RHO, "simclr", rho=2, other="audio"),
+        moco=make(RHO, "moco", rho=2, other="audio", own_clips=False),
+        byol=make(RHO, "byol", rho=2, other="text"),
+        swav=make(RHO, "swav", {"queue": 6}, rho=2, other="audio", reduction="mean"),
+    )
+
+
 @pytest.mark.parametrize(
     "build",
     [
@@ -78,6 +87,7 @@ def more_views() -> Subject:
         rho_contrast,
         pytest.param(pairs_of_views, marks=pytest.mark.slow),
         pytest.param(rho_prediction, marks=pytest.mark.slow),
+        pytest.param(rho_across_towers, marks=pytest.mark.slow),
         pytest.param(more_views, marks=pytest.mark.slow),
     ],
 )

@@ -46,6 +46,74 @@ def test_golden() -> None:
         assert float(metrics[f"loss/{name}"]) == pytest.approx(value, abs=1e-6), name
 
 
+def labelled(objective: Any, queries: list[Tensor], keys: list[Tensor], labels: Tensor) -> Any:
+    """As ``run``, with labels and pooled rows of 10 numbers."""
+    batch = batch_for(objective, "full", rows=len(labels))
+    batch.groups.fill_(-1)
+    batch.labels.copy_(labels)
+    random = torch.Generator().manual_seed(0)
+    values: dict[Any, Tensor] = {}
+    for needs, rows in ((objective.queries, queries), (objective.keys, keys)):
+        for need, row in zip(needs.values(), rows, strict=True):
+            values[need.tower, need.view, "joint", need.kind] = row
+            values[need.tower, need.view, "pooled", need.kind] = torch.randn(
+                len(row), 10, generator=random, dtype=torch.float64
+            )
+    return objective(Embeddings(values, batch), Comm()), values
+
+
+def test_with_labels_the_batch_is_its_formula() -> None:
+    """Σ_a CE of the classifiers, and contrasts in which all keys of a class are positives."""
+    labels = torch.tensor([0, 2, 0, 1])
+    queries, keys = [A, C], [B, normed(A + B)]
+    objective = cohort(classes=3)
+    term, values = labelled(objective, queries, keys, labels)
+    expected = {"classification": 0.0, "vcl": 0.0, "icl": 0.0}
+    for a, name in enumerate(("video", "audio")):
+        need = objective.queries[name]
+        scores = objective.classifiers[name](values[name, need.view, "pooled", "online"])
+        expected["classification"] += float(torch.nn.functional.cross_entropy(scores.detach(), labels))
+        for b in range(2):
+            logits = queries[a] @ keys[b].T / 0.1
+            for i in range(4):
+                mates = [j for j in range(4) if labels[j] == labels[i]]
+                shares = [float(logits[i].logsumexp(0) - logits[i, j]) for j in mates]
+                expected["vcl" if a == b else "icl"] += sum(shares) / len(mates) / 4
+    for name, value in expected.items():
+        assert float(term.metrics[f"loss/{name}"]) == pytest.approx(value), name
+    soft = {name: float(term.metrics[f"loss/{name}"]) for name in ("soft_vcl", "soft_icl")}
+    assert soft == pytest.approx({"soft_vcl": 28.58437977, "soft_icl": 34.36510003}, abs=1e-6), "as without labels"
+    total = expected["classification"] + 0.1 * (expected["vcl"] + expected["icl"]) + sum(soft.values())
+    assert float(term.loss) == pytest.approx(total)
+    assert objective.labels_option == "classes" and cohort().labels_option is None
+
+
+def test_rows_without_a_label_take_no_part_and_one_class_is_finite() -> None:
+    objective = cohort(classes=3)
+    queries = [x.clone().requires_grad_() for x in (A, C)]
+    term, _ = labelled(objective, queries, [B, normed(A + B)], torch.tensor([1, -1, 1, 1]))
+    torch.autograd.backward(term.loss)
+    kept = [0, 2, 3]
+    assert all(q.grad is not None and not q.grad[1].any() and q.grad[kept].isfinite().all() for q in queries)
+    assert int(term.metrics["rows"]) == 3
+    term, _ = labelled(objective, [A, C], [B, C], torch.full((4,), -1))
+    assert float(term.loss.detach()) == 0
+
+
+def test_a_queue_holds_nobody_of_ones_class_against_one() -> None:
+    objective = cohort(towers=("video",), classes=3, queue=8)
+    objective.queue_video = torch.zeros(8, 3, dtype=torch.float64)
+    labels = torch.tensor([0, 1, 2, 0])
+    objective.commit(labelled(objective, [A], [B], labels)[0].pending)
+    assert objective.queue_labels[:4].tolist() == labels.tolist()
+    term, _ = labelled(objective, [A], [C], labels)
+    each = []
+    for i in range(4):
+        others = [j for j in range(4) if labels[j] != labels[i]]
+        each.append(float(losses.moco(A[i : i + 1], C[i : i + 1], B[others], temperature=0.1)))
+    assert float(term.metrics["loss/vcl"]) == pytest.approx(sum(each) / 4)
+
+
 def test_weights_weigh() -> None:
     weights = dict(zip(TERMS, (0.1, 2.0, 0.0, 0.5), strict=True))
     term = run(cohort(**weights), [A, C], [B, normed(A + B)])

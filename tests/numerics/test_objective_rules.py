@@ -24,6 +24,7 @@ CASES: list[dict[str, Any]] = [
     {**DISTILLATION, "method": "factor_transfer"},
     {**DISTILLATION, "method": "kdsvd", "levels": (TOKENS, TOKENS)},
     {"name": "mutual", "queue": 0, "temperature": 0.01},
+    {"name": "mutual", "queue": 0, "temperature": 0.1, "classes": 3},
 ]
 each = pytest.mark.parametrize("options", CASES, ids=lambda options: options.get("method", options["name"]))
 

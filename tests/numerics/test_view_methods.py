@@ -38,8 +38,9 @@ class Unchanged(nn.Module):
 def bare(objective: Objective) -> Objective:
     """Without heads, so that golden rows reach the loss."""
     for part in ("projector", "momentum_projector", "predictor"):
-        if getattr(objective, part, None) is not None:
-            setattr(objective, part, Unchanged())
+        for name in (part, f"other_{part}"):
+            if getattr(objective, name, None) is not None:
+                setattr(objective, name, Unchanged())
     return objective.double()
 
 
@@ -115,6 +116,58 @@ def test_golden_persistency() -> None:
     close(
         given(simclr, rows).loss, float(losses.nt_xent(A, B, temperature=0.1) + losses.nt_xent(B, C, temperature=0.1))
     )
+
+
+def across(method: str, other: str = "audio", rho: int = 2, **more: Any) -> Objective:
+    return make(RHO, method, {"out": 3} if method in ("moco", "swav") else {}, rho=rho, other=other, **more)
+
+
+def test_which_clips_of_two_towers_attract_each_other() -> None:
+    """Views 0 … ρ − 1 are the tower's, the rest the other's; clips of one time never meet across towers."""
+    both: Any = across("simclr", rho=3).view_set
+    assert [both.positives(i) for i in (0, 1, 4)] == [(1, 2, 4, 5), (0, 2, 3, 5), (0, 2, 3, 5)]
+    assert both.neighbours() == [(0, 1), (0, 4), (1, 2), (1, 3), (1, 5), (2, 4), (3, 4), (4, 5)]
+    only: Any = across("simclr", rho=3, own_clips=False).view_set
+    assert [only.positives(i) for i in range(6)] == [(4, 5), (3, 5), (3, 4), (1, 2), (0, 2), (0, 1)]
+    words: Any = across("simclr", other="text", rho=3, own_clips=False).view_set
+    assert [words.positives(i) for i in range(4)] == [(3,), (3,), (3,), (0, 1, 2)]
+    assert words.neighbours() == [(0, 3), (1, 3), (2, 3)]
+    assert [(n.tower, n.view.clip) for n in across("byol", rho=2).needs[:4]] == [
+        ("video", 0),
+        ("video", 1),
+        ("audio", 0),
+        ("audio", 1),
+    ]
+
+
+def test_golden_persistency_across_towers() -> None:
+    """Clips 0 and 1 of the tower are A and C, of the other B and A + B: sums of the pure losses over what attracts."""
+    video, audio = [A, C], [B, normed(A + B)]
+    rows = dict(enumerate((*video, *audio)))
+    pairs = [(A, C), (A, audio[1]), (C, B), (B, audio[1])]
+    simclr = given(bare(across("simclr")), rows)
+    close(simclr.loss, float(sum(losses.nt_xent(x, y, temperature=0.1) for x, y in pairs)))
+    partners = [(A, [C], [audio[1]]), (C, [A], [B]), (B, [audio[1]], [C]), (audio[1], [B], [A])]
+    byol = given(bare(across("byol")), rows)
+    close(byol.loss, float(sum(losses.persistency_byol(p, [*own, *across_]) for p, own, across_ in partners)))
+    alone = given(bare(across("byol", own_clips=False)), rows)
+    close(alone.loss, float(sum(losses.persistency_byol(p, across_) for p, _, across_ in partners)))
+    moco = bare(across("moco"))
+    queues = {"queue": normed(A + C), "other_queue": normed(B + C)[:2]}
+    for name, queue in queues.items():
+        moco.get_submodule(name).push(queue)  # type: ignore[operator]
+    total = 0.0
+    for number, (query, own, other) in enumerate(partners):
+        first, second = list(queues.values()) if number < 2 else list(queues.values())[::-1]
+        mine = losses.moco(query, own[0], first, temperature=0.1)
+        total += float(mine + losses.moco(query, other[0], second, temperature=0.1)) / 2
+    close(given(moco, rows).loss, total)
+    swav = across("swav", reduction="mean", own_clips=False)
+    swav.get_parameter("prototypes.weight").data = C.clone()[:4]
+    codes = {i: losses.sinkhorn(row @ C.T) for i, row in rows.items()}
+    logs = {i: (row @ C.T / 0.1).log_softmax(1) for i, row in rows.items()}
+    crossed = [-(codes[i] * logs[j]).sum(1).mean() for i, j in ((0, 3), (1, 2), (2, 1), (3, 0))]
+    close(given(bare(swav), rows).loss, float(sum(crossed) / 4))
 
 
 def test_equal_keys_make_moco_independent_of_rho() -> None:
@@ -285,12 +338,17 @@ def test_views_that_are_asked_for() -> None:
         (RHO, {"tower": "vidoe"}, {}, r"objectives\.2\.tower: unknown name 'vidoe'"),
         (INTRA, {"tower": "audio"}, {}, r"objectives\.2\.tower: tower 'audio' is frozen"),
         (RHO, {"tower": "text"}, {}, r"objectives\.2\.tower: 'text' is a text tower"),
+        (RHO, {"other": "speech"}, {}, r"objectives\.2\.other: unknown name 'speech'"),
+        (RHO, {"other": "audio"}, {}, r"objectives\.2\.other: tower 'audio' is frozen"),
+        (RHO, {"other": "video"}, {}, r"objectives\.2\.other: 'video' is the tower itself"),
+        (RHO, {"other": "sound", "rho": 1}, {}, r"objectives\.2\.rho: 1, but audio of another time needs"),
         (INTRA, {"tower": "text", "windows": "different"}, {}, r"objectives\.2\.windows: 'different' needs"),
         (INTRA, {"tower": "text"}, {"crop_size": 32}, r"objectives\.2\.method\.crop_size: 32, but 'text' is no video"),
     ],
 )
 def test_what_no_tower_gives_is_refused(name: str, more: dict[str, str], how: dict[str, int], message: str) -> None:
     towers = {**TOWERS, "audio": dataclasses.replace(TOWERS["audio"], trainable=False)}
+    towers["sound"] = dataclasses.replace(TOWERS["audio"], name="sound")
     entry = OBJECTIVES[name]
     options = build_options(entry.options, {"name": name, "method": {"name": "swav", **how}, "tower": "video", **more})
     with pytest.raises(ConfigError, match=message):

@@ -17,7 +17,7 @@ LAYERS = [
     {"data", "encoders", "objectives"},
     {"hub", "model", "recipe"},
     {"training", "evaluation", "search"},
-    {"shipped", "demo", "cli", "__main__"},
+    {"shipped", "catalogue", "demo", "cli", "__main__"},
 ]
 LEVEL = {name: level for level, names in enumerate(LAYERS) for name in names}
 
@@ -32,6 +32,8 @@ NEIGHBOURS = {
     ("__main__", "cli"),
     ("cli", "demo"),
     ("cli", "shipped"),
+    ("cli", "catalogue"),
+    ("catalogue", "shipped"),
     ("demo", "shipped"),
     ("hashing", "types"),
 }

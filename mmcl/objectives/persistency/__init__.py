@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Annotated, Literal, TypeAlias
 
 from pydantic import Field
@@ -15,7 +15,8 @@ from mmcl.objectives.persistency.moco import PersistencyMoCoOptions
 from mmcl.objectives.persistency.simclr import PersistencySimCLROptions
 from mmcl.objectives.persistency.swav import PersistencySwAVOptions
 from mmcl.objectives.views import Reduction, ViewSet, learning_tower
-from mmcl.types import ConfigError, TextSpec, TowerInfo, View
+from mmcl.objectives.weights import Weight
+from mmcl.types import TIMED, ConfigError, TowerInfo, View
 
 PersistencyMethod: TypeAlias = Annotated[
     PersistencySimCLROptions | PersistencyMoCoOptions | PersistencyBYOLOptions | PersistencySwAVOptions,
@@ -24,16 +25,26 @@ PersistencyMethod: TypeAlias = Annotated[
 
 
 class PersistencyOptions(Options):
-    """ρSimCLR, ρMoCo, ρBYOL or ρSwAV over ρ clips of each sample (arXiv 2104.14558)."""
+    """ρSimCLR, ρMoCo, ρBYOL or ρSwAV over ρ clips of each sample (arXiv 2104.14558).
+
+    Needs: one tower of video or audio that learns, and samples longer than a clip; ``data.sampling`` says how far apart
+    clips may lie. Methods moco and byol keep a momentum copy of the tower. With ``other`` a second tower that learns.
+    """
 
     name: Literal["persistency"] = "persistency"
-    weight: Annotated[float, Field(ge=0)] = 1.0
+    weight: Weight = 1.0
     tower: str
     method: PersistencyMethod
     rho: Annotated[int, Field(ge=1, le=4)] = 2
     """clips of a sample at different times; 1: one clip, augmented twice"""
     augmentation: str = "none"
     """a name in ``data.augmentations``; each clip is a draw of its own"""
+    other: str | None = None
+    """our addition: a second tower that learns with the first. A clip's positives are then the second tower's rows of
+    other times, and the reverse; text lies in no time, so a caption goes with all clips. null: clips of ``tower`` alone
+    """
+    own_clips: bool = True
+    """with ``other``: clips of the same tower attract each other as well"""
     reduction: Reduction = "sum"
     """over asking clips (simclr: neighbours); ``sum``, the authors', makes gradients grow with ρ"""
 
@@ -42,14 +53,21 @@ def build(options: PersistencyOptions, towers: Mapping[str, TowerInfo], path: st
     """The objective for these towers.
 
     Raises:
-        ConfigError: an unknown or frozen tower, or one whose modality has no time.
+        ConfigError: an unknown or frozen tower, one whose modality has no time, or one clip alone where two towers
+            are to meet at different times.
     """
     tower = learning_tower(options.tower, towers, f"{path}.tower")
-    if isinstance(tower.spec, TextSpec):
-        raise ConfigError(f"{path}.tower: {tower.name!r} is a text tower; clips at several times need video or audio")
+    if not isinstance(tower.spec, TIMED):
+        raise ConfigError(
+            f"{path}.tower: {tower.name!r} is a {tower.modality} tower; clips at several times need video or audio"
+        )
     clips = [(0, 0), (0, 1)] if options.rho == 1 else [(i, 0) for i in range(options.rho)]
-    views = tuple(View(tower.spec, clip=i, augmentation=options.augmentation, copy=j) for i, j in clips)
-    chosen = ViewSet(tower, views, options.reduction)
+    own = _views(tower, clips, options)
+    chosen = ViewSet(tower, own, options.reduction)
+    if options.other is not None:
+        other = _other(options, towers, path)
+        others = clips if isinstance(other.spec, TIMED) else [(0, 0)]
+        chosen = ViewSet(tower, own, options.reduction, other, _views(other, others, options), options.own_clips)
     match options.method:
         case PersistencySimCLROptions():
             return simclr.build(chosen, options.method)
@@ -59,3 +77,17 @@ def build(options: PersistencyOptions, towers: Mapping[str, TowerInfo], path: st
             return byol.build(chosen, options.method)
         case PersistencySwAVOptions():
             return swav.build(chosen, options.method)
+
+
+def _other(options: PersistencyOptions, towers: Mapping[str, TowerInfo], path: str) -> TowerInfo:
+    assert options.other is not None
+    other = learning_tower(options.other, towers, f"{path}.other")
+    if other.name == options.tower:
+        raise ConfigError(f"{path}.other: {other.name!r} is the tower itself; its own clips are positives anyway")
+    if options.rho == 1 and isinstance(other.spec, TIMED):
+        raise ConfigError(f"{path}.rho: 1, but {other.modality} of another time needs at least 2 clips")
+    return other
+
+
+def _views(tower: TowerInfo, clips: Sequence[tuple[int, int]], options: PersistencyOptions) -> tuple[View, ...]:
+    return tuple(View(tower.spec, clip=i, augmentation=options.augmentation, copy=j) for i, j in clips)

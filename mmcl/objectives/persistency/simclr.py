@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from itertools import pairwise
 from typing import Literal
 
 from mmcl.objectives.base import Objective
@@ -17,5 +16,5 @@ class PersistencySimCLROptions(ContrastOptions):
 
 
 def build(views: ViewSet, options: PersistencySimCLROptions) -> Objective:
-    """ρ − 1 pairs of neighbours."""
-    return ContrastMethod(views, options, list(pairwise(range(len(views.views)))))
+    """ρ − 1 pairs of neighbours; with a second tower also those between the towers."""
+    return ContrastMethod(views, options, views.neighbours())

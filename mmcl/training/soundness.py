@@ -1,0 +1,110 @@
+"""Whether a run can teach anything: labels that are not there, numbers that are not finite, losses that stay at 0."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+
+import torch
+from torch import Tensor, nn
+
+from mmcl.data.labels import look_for_labels
+from mmcl.objectives.base import ObjectiveMix, Term
+from mmcl.recipe import RunConfig
+from mmcl.shards import load_manifest
+from mmcl.types import ConfigError
+
+SILENT_STEPS = 3
+"""steps of loss 0 that are too many; a queue is empty in the first"""
+SILENT_LOSS = 1e-4
+"""what rounding makes of a loss of 0, at most"""
+
+
+def check_labels(config: RunConfig, mix: ObjectiveMix) -> None:
+    """Refuses objectives that learn from labels where the shards have none, or higher ones than there are classes.
+
+    Raises:
+        ConfigError: names the option, the shards and what they hold.
+    """
+    wanted = [
+        (n, objective.labels_option) for n, objective in enumerate(mix.each().values()) if objective.labels_option
+    ]
+    if not wanted:
+        return
+    places = [shards for shards, _ in config.data.weighted]
+    found = look_for_labels([load_manifest(shards) for shards in places])
+    for number, option in wanted:
+        options = config.objectives[number]
+        classes = getattr(options, option)
+        where = f"objectives.{number}.{option}: {classes}"
+        if found.highest < 0:
+            raise ConfigError(
+                f"{where}: {options.name} learns from labels, but none of {found.samples} samples looked at in "
+                f"{', '.join(places)} has one; their files: {', '.join(found.extensions) or 'none'}. A label is a "
+                f"number in the JSON (column `label` of `mmcl shards make`) or in KEY.cls; without, leave {option} out"
+            )
+        if found.highest >= classes:
+            raise ConfigError(f"{where}, but a sample in {', '.join(places)} has label {found.highest}")
+
+
+def not_finite(
+    terms: Sequence[Term], grad_norm: Tensor, objectives: Iterable[str], parameters: Iterable[tuple[str, nn.Parameter]]
+) -> str:
+    """What is not finite in a step, for people; "" where all is.
+
+    First the objectives whose term it is, with their own figures in brackets; where all terms are finite, the parts of
+    the model whose gradients are not.
+    """
+    found: dict[str, list[Tensor]] = {}
+    for term in terms:
+        for name, value in (*term.metrics.items(), ("loss", term.loss.detach())):
+            found.setdefault(name, []).append(value.float())
+    found["grad_norm"] = [grad_norm.float()]
+    finite = torch.stack([torch.stack(values).isfinite().all() for values in found.values()]).tolist()
+    wrong = [name for name, ok in zip(found, finite, strict=True) if not ok]
+    if not wrong:
+        return ""
+    said, named = [], set()
+    for objective in objectives:
+        parts = [name for name in wrong if name.startswith(f"{objective}/")]
+        if objective in wrong or parts:
+            named |= {objective, *parts}
+            inner = ", ".join(name.removeprefix(f"{objective}/") for name in parts)
+            said.append(f"objective {objective}" + (f" ({inner})" if inner else ""))
+    if not said:
+        bad = (name for name, p in parameters if p.grad is not None and not bool(p.grad.isfinite().all()))
+        said = [f"gradient of {part}" for part in dict.fromkeys(".".join(name.split(".")[:3]) for name in bad)]
+    return ", ".join([*said, *(name for name in wrong if name not in named)])
+
+
+class SilenceWatch:
+    """Sees objectives whose loss was 0 since the start: they teach nothing, and would say nothing."""
+
+    def __init__(self, objectives: Iterable[str]) -> None:
+        self._names = list(objectives)
+        self._largest: Tensor | None = None
+        self._steps = 0
+        self._said: set[str] = set()
+
+    def watch(self, term: Term) -> None:
+        """Takes in one step; stays on its device."""
+        seen = torch.stack([term.metrics[name].float().abs() for name in (*self._names, "negatives")])
+        self._largest = seen if self._largest is None else torch.maximum(self._largest, seen)
+        self._steps += 1
+
+    def complaints(self, *, last: bool = False) -> list[str]:
+        """A line for each objective that is silent, once; ``last``: there will be no further step."""
+        if self._largest is None or (self._steps < SILENT_STEPS and not last):
+            return []
+        *losses, negatives = self._largest.tolist()
+        if negatives == 0:
+            why = "no row had a negative: a batch of one, or rows that are all equal in key, caption or group"
+        else:
+            why = "no row had all that it compares, or none had a negative; its figures in metrics.jsonl tell which"
+        silent = [
+            name
+            for name, loss in zip(self._names, losses, strict=True)
+            if loss < SILENT_LOSS and name not in self._said
+        ]
+        self._said.update(silent)
+        steps = f"all {self._steps} steps" if self._steps > 1 else "the only step"
+        return [f"objective {name} teaches nothing: its loss was 0 in {steps} so far: {why}" for name in silent]

@@ -1,0 +1,93 @@
+"""What no tower and no shard can serve is refused when the run is built, with its place in the configuration."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from support.recipes import tiny_config
+from support.shards import read_shards, write_shards
+
+from mmcl.data.labels import look_for_labels
+from mmcl.recipe import RunConfig, build_model
+from mmcl.shards import load_manifest
+from mmcl.training.launch import describe
+from mmcl.training.trainer import Trainer, build_accelerator
+from mmcl.types import ConfigError
+
+VIEWS = "tower: depth, method: {name: simclr}"
+
+
+@pytest.mark.parametrize(
+    ("objective", "place"),
+    [
+        ("name: cross_modal, pairs: [[video, depth]]", r"pairs\.0"),
+        (f"name: intra_modal, {VIEWS}", "tower"),
+        (f"name: persistency, {VIEWS}", "tower"),
+        ("name: compositional_distillation, teachers: [depth]", r"teachers\.0"),
+        ("name: contrastive_distillation, teacher: depth", r"teachers\.0"),
+        ("name: distillation, method: hint, teacher: depth", r"teachers\.0"),
+        ("name: mutual, towers: [video, depth]", r"towers\.1"),
+    ],
+)
+def test_an_unknown_modality(objective: str, place: str) -> None:
+    with pytest.raises(
+        ConfigError, match=rf"objectives\.1\.{place}: unknown name 'depth'.*allowed: audio, text, video"
+    ):
+        build_model(tiny_config(f"objectives=[{{name: cross_modal}}, {{{objective}}}]"))
+
+
+@pytest.mark.parametrize(
+    ("objective", "message"),
+    [
+        ("name: intra_modal, tower: audio, method: {name: moco}", r"1\.tower: tower 'audio' is frozen"),
+        ("name: persistency, tower: audio, method: {name: byol}", r"1\.tower: tower 'audio' is frozen"),
+        ("name: mutual, towers: [video, audio]", r"1\.towers\.1: 'audio' is frozen"),
+    ],
+)
+def test_momentum_of_a_frozen_tower(objective: str, message: str) -> None:
+    with pytest.raises(ConfigError, match=rf"objectives\.{message}"):
+        build_model(tiny_config(f"objectives=[{{name: cross_modal}}, {{{objective}}}]", "model.frozen=[audio]"))
+
+
+def labelled(folder: Path, shards: Path, labels: dict[int, int]) -> Path:
+    """The same shards with labels at some places."""
+    samples = read_shards(shards / "train")
+    for place, key in enumerate(list(samples)):
+        if place in labels:
+            samples[key]["cls"] = str(labels[place]).encode()
+    write_shards(folder, samples, max_count=5)
+    return folder
+
+
+def run_on(shards: Path, out: Path, *, classes: int = 5) -> RunConfig:
+    plain = "{name: cross_modal}"
+    taught = f"{{name: compositional_distillation, teachers: [audio], classes: {classes}}}"
+    return tiny_config(
+        f"objectives=[{plain}, {taught}]", "model.frozen=[audio]", "train.global_batch=4", shards=shards, out=out
+    )
+
+
+def test_labels_that_are_not_there(shards_folder: Path, tmp_path: Path) -> None:
+    message = (
+        r"objectives\.1\.classes: 5: compositional_distillation learns from labels, but none of 16 samples looked at "
+        r"in .*/train has one; their files: json, mp4"
+    )
+    config = run_on(shards_folder / "train", tmp_path / "run")
+    with pytest.raises(ConfigError, match=message):
+        Trainer(config, build_accelerator(config))
+    with pytest.raises(ConfigError, match=message):
+        describe(config)
+    assert not (tmp_path / "run").exists()
+
+
+def test_labels_that_are_there_and_too_high(shards_folder: Path, tmp_path: Path) -> None:
+    shards = labelled(tmp_path / "some", shards_folder, {11: 4})
+    Trainer(run_on(shards, tmp_path / "run"), build_accelerator(run_on(shards, tmp_path / "run")))
+    found = look_for_labels([load_manifest(shards)])
+    assert (found.samples, found.highest, found.extensions) == (16, 4, ("cls", "json", "mp4", "txt"))
+    few = look_for_labels([load_manifest(shards)] * 2, looks=3)
+    assert few.samples == 6
+    config = run_on(shards, tmp_path / "run", classes=4)
+    with pytest.raises(ConfigError, match=r"objectives\.1\.classes: 4, but a sample in .*some has label 4"):
+        Trainer(config, build_accelerator(config))
