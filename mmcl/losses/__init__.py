@@ -29,6 +29,7 @@ from mmcl.losses.local_mutual_information import local_mutual_information
 from mmcl.losses.moco import moco
 from mmcl.losses.nt_xent import nt_xent
 from mmcl.losses.persistency import persistency_byol, persistency_moco
+from mmcl.losses.soft_targets import soft_target_cross_entropy
 from mmcl.losses.swav import sinkhorn, swav
 
 __all__ = [
@@ -61,6 +62,7 @@ __all__ = [
     "siglip",
     "similarity_preserving",
     "sinkhorn",
+    "soft_target_cross_entropy",
     "swav",
     "tolerance",
     "uniformity",

@@ -13,7 +13,7 @@ from mmcl.config import unknown_name
 from mmcl.distributed import Comm
 from mmcl.types import ConfigError, Embeddings, Level, Need, TowerInfo
 
-LEVELS: tuple[Level, ...] = ("joint", "pooled", "tokens")
+LEVELS: tuple[Level, ...] = ("joint", "pooled", "tokens", "joint_tokens")
 """what every tower gives; ``stage:NAME`` comes on top"""
 
 
