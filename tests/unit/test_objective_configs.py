@@ -35,7 +35,7 @@ def teacher(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.mark.parametrize(
     "name",
-    [TAUGHT[0], *(pytest.param(name, marks=pytest.mark.slow) for name in (*TAUGHT[1:], "mutual"))],
+    [TAUGHT[0], *(pytest.param(name, marks=pytest.mark.slow) for name in (*TAUGHT[1:], "mutual", "tcl"))],
 )
 def test_it_trains(name: str, shards_folder: Path, teacher: Path, tmp_path: Path) -> None:
     places = [f"data.shards={shards_folder / 'train'}", f"train.out={tmp_path / 'run'}"]
