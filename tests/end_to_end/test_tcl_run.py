@@ -1,4 +1,4 @@
-"""A run of all five terms of tcl: two processes and micro-batches give the losses of one, a resumed one its very bits."""
+"""A run of all five terms of tcl: two processes and micro-batches give its losses, a resume its very bits."""
 
 from __future__ import annotations
 
