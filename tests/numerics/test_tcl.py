@@ -74,6 +74,16 @@ def test_local_information_at_equal_logits_is_log_seven() -> None:
     assert value(run(tcl(lmi={}), values), "lmi") == pytest.approx(math.log(7), abs=1e-12)
 
 
+def test_tokens_of_a_sample_of_the_same_group_are_no_negatives() -> None:
+    same = torch.ones(4, 2, 3, dtype=torch.float64) / math.sqrt(3)
+    values = {(tower, "joint", "online"): same[:, 0] for tower in ("video", "text")}
+    values |= {(tower, "joint_tokens", "momentum"): same for tower in ("video", "text")}
+    wanted = (2 * math.log(1 + 2 * 2) + 2 * math.log(1 + 3 * 2)) / 4  # two of the four see four tokens, two see six
+    for masking, expected in ((True, wanted), (False, math.log(7))):
+        term = run(tcl(lmi={}, mask_false_negatives=masking), values, groups=[5, 1, 5, 2])
+        assert value(term, "lmi") == pytest.approx(expected, abs=1e-12)
+
+
 def test_locals_of_pictures_are_pooled_and_those_of_texts_are_not() -> None:
     random = torch.Generator().manual_seed(1)
     tokens = torch.randn(4, 5, 3, generator=random, dtype=torch.float64)
