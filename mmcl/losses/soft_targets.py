@@ -24,7 +24,7 @@ def soft_target_cross_entropy(logits: Tensor, teacher: Tensor, labels: Tensor, *
     Raises:
         ValueError: logits and teacher differ in shape, or labels are not one per row.
 
-    Source: Li et al. 2021 (arXiv 2107.07651), eq. 6 and 7.
+    Source: Li et al. 2021 (arXiv 2107.07651), momentum distillation.
 
     >>> import torch
     >>> logits = torch.tensor([[1.0, 0.0]])

@@ -2,16 +2,17 @@
 
 For a pair with online unit rows v, t, momentum keys v̂, t̂, queues Q and K_v = [v̂ | Q_v], K_t = [t̂ | Q_t], temperature τ:
 
-- **cma** (section 3.1): ½ CE(v·K_t/τ, α softmax(v̂·K_t/τ) + (1 − α) I), and ½ of the same from t to K_v.
-- **imc** (3.2): ½ CE(v·K_v/τ, I) + ½ CE(t·K_t/τ, I); v is of view a, v̂ of view b.
-- **lmi** (3.3): for both modalities, ½ −mean over a sample's real tokens k, then samples i, of
+- **cma**: ½ CE(v·K_t/τ, α softmax(v̂·K_t/τ) + (1 − α) I), and ½ of the same from t to K_v.
+- **imc**: ½ CE(v·K_v/τ, I) + ½ CE(t·K_t/τ, I); v is of view a, v̂ of view b.
+- **lmi**: for both modalities, ½ −mean over a sample's real tokens k, then over samples i, of
   log exp(⟨g_i, l̂_ik⟩/τ) / (exp(⟨g_i, l̂_ik⟩/τ) + Σ_{j≠i,m} exp(⟨g_i, l̂_jm⟩/τ)); g is the online global row, l̂ are the
   tokens of the momentum tower on the other view through its joint head: space-time, time-frequency or text.
-- **itm** (3.4): two-way CE on 3 N pairs: N true ones, N with a hard negative on each side, drawn ∝ softmax(v·t/τ).
-- **mlm** (3.5): CE of masked tokens with the other modality in view, (1 − α) hard + α the momentum copies' beliefs.
+- **itm**: two-way CE on 3 N pairs: N true ones, N with a hard negative on each side, drawn ∝ softmax(v·t/τ).
+- **mlm**: CE of masked tokens with the other modality in view, against (1 − α) truth + α the momentum copies' beliefs.
 
-L = Σ weight · term; weights of ⅓, ⅓, ⅓, 1, 1 make it the authors' (six contrastive terms)/6 + ITM + MLM. All that is
-above was read in the authors' code, beside which these are our decisions, options where one can see it otherwise:
+L = Σ weight · term; weights of ⅓, ⅓, ⅓, 1, 1 make it the sum of the authors' code, (six contrastive terms)/6 + ITM +
+MLM. The formulas are those of that code (github.com/uta-smile/TCL); what differs from it is our decision, and an option
+where one can see it otherwise:
 
 - view b of a video is another clip (``key_clip``; 0 and an augmentation: the paper's two draws of one picture).
 - Keys of the batch and candidates for matching are those of all ranks (the authors': one rank's; only their queue is
@@ -26,8 +27,8 @@ above was read in the authors' code, beside which these are our decisions, optio
 - Temperatures are the model's, τ ≥ 0.01 (the authors': in [0.001, 0.5], one for all); momentum copies move after the
   optimizer's step, once, where the authors move them in each forward.
 
-With no dropout in the text tower and ``text_augmentation: none`` a text's key is what its query was some steps ago:
-imc then learns little from texts, as the authors' pitfall of momentum towers in eval mode.
+Momentum towers are in training mode as the others are: dropout makes the two views of a text differ. Without it, and
+without a ``text_augmentation``, a text's key is what its query was some steps ago, and imc learns little from texts.
 """
 
 from __future__ import annotations
