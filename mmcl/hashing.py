@@ -6,13 +6,10 @@ A library's generator may change its stream between versions; these are part of 
 from __future__ import annotations
 
 import hashlib
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-
-if TYPE_CHECKING:  # numbers are drawn where torch is not needed as well
-    from torch import Tensor
 
 Words = npt.NDArray[np.uint64]
 
@@ -46,22 +43,10 @@ def uniform(*words: Any) -> npt.NDArray[np.float64]:
     return np.asarray((hash64(*words) >> np.uint64(11)).astype(np.float64) * 2.0**-53)
 
 
-def uniform_tensor(*words: Tensor) -> Tensor:
-    """:func:`uniform` of int64 tensors of one device, broadcast against each other; float64, the same numbers."""
+def signed_constants() -> tuple[int, int, int]:
+    """The three constants of ``hash64`` as signed numbers, for the same arithmetic in int64 on another device."""
     golden, first, second = (int(value.astype(np.int64)) for value in (_GOLDEN, _FIRST, _SECOND))
-    state: Tensor | int = golden
-    for word in words:
-        x = (state ^ word) + golden
-        x = (x ^ _shift_right(x, 30)) * first
-        x = (x ^ _shift_right(x, 27)) * second
-        state = x ^ _shift_right(x, 31)
-    assert not isinstance(state, int)
-    return _shift_right(state, 11).double() * 2.0**-53
-
-
-def _shift_right(x: Tensor, bits: int) -> Tensor:
-    """Of int64 taken as 64 bits without a sign."""
-    return (x >> bits) & ((1 << (64 - bits)) - 1)
+    return golden, first, second
 
 
 def text_hash(text: str) -> int:

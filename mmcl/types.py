@@ -122,6 +122,9 @@ class VideoSpec:
     """how a picture becomes square: scale the short side and crop the centre, or scale both sides"""
     mean: tuple[float, float, float] = (0.5, 0.5, 0.5)
     std: tuple[float, float, float] = (0.25, 0.25, 0.25)
+    stride: int | None = None
+    """take every such frame of the source instead: ``fps`` is then its mean frame rate / ``stride``, and holds for
+    pictures alone"""
     modality: Modality = field(default="video", init=False)
 
     @property

@@ -6,6 +6,7 @@ accelerate launch [--config_file configs/accelerate/X.yaml] pipelines/pretrain.p
 from __future__ import annotations
 
 import argparse
+import os
 
 from mmcl.cli import guarded
 
@@ -27,7 +28,8 @@ def main() -> None:
 
         config = load_config(arguments.config, arguments.overrides)
         if arguments.dry_run:
-            print(describe(config))
+            if os.environ.get("RANK", "0") == "0":
+                print(describe(config))
         else:
             pretrain(config, resume=arguments.resume)
 

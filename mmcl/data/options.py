@@ -11,6 +11,7 @@ from mmcl.config import Options
 from mmcl.media.augmentation import Augmentation
 
 PositiveInt = Annotated[int, Field(ge=1)]
+Share = Annotated[float, Field(ge=0, le=1)]
 
 
 class SamplingOptions(Options):
@@ -25,25 +26,37 @@ class SamplingOptions(Options):
     overlap: bool = True
     """clips may share instants; false is a gap of at least 0, and equal distances where the source is too short"""
 
-    @field_validator("gap_seconds", mode="before")
+    overlap_rate: tuple[Share, Share] | None = None
+    """[least, most] share of a clip's time that the next clip shows too; instead of ``gap_seconds``. A least of 0
+    allows any distance; a source too short for the rate asked for gives a larger one"""
+
+    @field_validator("gap_seconds", "overlap_rate", mode="before")
     @classmethod
     def _pair(cls, value: Any) -> Any:
         return tuple(value) if isinstance(value, list) else value
 
-    @property
-    def gap_limits(self) -> tuple[float, float]:
-        """``gap_seconds`` as numbers."""
+    def gap_limits(self, length_seconds: float) -> tuple[float, float]:
+        """Smallest and largest gap in seconds between clips of this length."""
+        if self.overlap_rate is not None:
+            lowest, highest = self.overlap_rate
+            return -highest * length_seconds, -lowest * length_seconds if lowest else math.inf
         least, most = self.gap_seconds
         least = -math.inf if least is None else least
         return (least if self.overlap else max(0.0, least), math.inf if most is None else most)
 
     @model_validator(mode="after")
     def _meaningful(self) -> SamplingOptions:
-        least, most = self.gap_limits
+        least, most = self.gap_limits(0.0)
+        if self.overlap_rate is not None:
+            if (self.gap_seconds, self.overlap) != ((None, None), True):
+                raise ValueError("overlap_rate comes instead of gap_seconds and overlap")
+            if self.overlap_rate[0] > self.overlap_rate[1]:
+                raise ValueError("overlap_rate must be [least, most]")
         if least > most:
             raise ValueError(f"gap_seconds asks for at least {least:g} s and at most {most:g} s")
-        if self.rule == "even" and (self.span_seconds, self.gap_seconds, self.overlap) != (None, (None, None), True):
-            raise ValueError("span_seconds, gap_seconds and overlap belong to rule 'random'")
+        random = (self.span_seconds, self.gap_seconds, self.overlap, self.overlap_rate)
+        if self.rule == "even" and random != (None, (None, None), True, None):
+            raise ValueError("span_seconds, gap_seconds, overlap and overlap_rate belong to rule 'random'")
         return self
 
 

@@ -65,7 +65,8 @@ class ViewMaker:
                 short=self.short,
                 specs=specs,
             ) as media:
-                windows = self._windows(timed, media.duration_seconds, words)
+                specs = [media.resolved(spec) for spec in specs]
+                windows = self._windows(timed, specs, media.duration_seconds, words)
                 wanted = [(windows[view.clip], spec) for view, spec in zip(timed, specs, strict=True)]
                 for view, (window, spec), data in zip(timed, wanted, media.read_all(wanted), strict=True):
                     if data is not None:
@@ -85,10 +86,16 @@ class ViewMaker:
             return captions[0]
         return captions[int(uniform(*words, _CAPTION) * len(captions))]
 
-    def _windows(self, timed: Sequence[View], duration_seconds: float, words: tuple[int, ...]) -> Mapping[int, Window]:
+    def _windows(
+        self,
+        timed: Sequence[View],
+        specs: Sequence[VideoSpec | AudioSpec],
+        duration_seconds: float,
+        words: tuple[int, ...],
+    ) -> Mapping[int, Window]:
         """One window per clip number, as long as the longest view asks for."""
         clips = sorted({view.clip for view in timed})
-        length_seconds = max(view.spec.seconds for view in timed)
+        length_seconds = max(spec.seconds for spec in specs)
         if "even" in (self.rule, self.sampling.rule):
             windows = place_windows(duration_seconds, length_seconds, len(clips), rule="even")
         else:
@@ -98,7 +105,7 @@ class ViewMaker:
                 len(clips),
                 words=(*words, _WINDOW),
                 span_seconds=math.inf if self.sampling.span_seconds is None else self.sampling.span_seconds,
-                gap_seconds=self.sampling.gap_limits,
+                gap_seconds=self.sampling.gap_limits(length_seconds),
             )
         return dict(zip(clips, windows, strict=True))
 

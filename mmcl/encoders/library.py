@@ -28,6 +28,8 @@ class OpenClipOptions(Options):
     frames: int = Field(default=8, ge=1)
     fps: float = Field(default=4.0, ge=0.001, le=1000)
     """frames per second at which a window is sampled; a window lasts ``frames / fps`` seconds"""
+    stride: int | None = Field(default=None, ge=1)
+    """take every such frame of the source, at whatever rate it has, instead of ``fps``"""
     fit: Literal["crop", "squash"] = "crop"
     config: dict[str, Any] = Field(default_factory=dict)
     """keys of the tower's own configuration to change, such as ``layers`` or ``image_size``"""
@@ -169,7 +171,7 @@ class OpenClipVideo(Encoder):
         if height != width:
             raise ConfigError(f"tower.config.image_size: pictures must be square, {options.name} has {size}")
         mean, std = tuple(open_clip.OPENAI_DATASET_MEAN), tuple(open_clip.OPENAI_DATASET_STD)
-        self.spec = VideoSpec(options.frames, height, options.fps, options.fit, mean, std)
+        self.spec = VideoSpec(options.frames, height, options.fps, options.fit, mean, std, options.stride)
         self.width = whole["embed_dim"]
         self.register_buffer("mean", torch.tensor(mean).view(3, 1, 1), persistent=False)
         self.register_buffer("std", torch.tensor(std).view(3, 1, 1), persistent=False)

@@ -27,6 +27,8 @@ class TinyVideoOptions(Options):
     frames: int = Field(default=4, ge=1, le=4096)
     fps: float = Field(default=2.0, ge=0.001, le=1000)
     """frames per second at which a window is sampled; a window lasts ``frames / fps`` seconds"""
+    stride: int | None = Field(default=None, ge=1)
+    """take every such frame of the source, at whatever rate it has, instead of ``fps``"""
     fit: Literal["crop", "squash"] = "squash"
     """scale both sides, so that so small a picture keeps its edges, or scale the short side and crop the centre"""
     dropout: float = Field(default=0.0, ge=0, lt=1)
@@ -61,8 +63,9 @@ class TinyVideo(Encoder):
 
     def __init__(self, options: TinyVideoOptions) -> None:
         super().__init__()
-        spec = VideoSpec(frames=options.frames, size=options.size, fps=options.fps, fit=options.fit)
-        self.spec = spec
+        spec = self.spec = VideoSpec(
+            frames=options.frames, size=options.size, fps=options.fps, fit=options.fit, stride=options.stride
+        )
         self.width = options.width
         channels, width = options.channels, options.width
         self.stages = (("early", channels), ("middle", 2 * channels))

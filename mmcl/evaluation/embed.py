@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -184,6 +185,19 @@ def default_clips(checkpoint: Path | str) -> int:
     return int(read_yaml(config).get("evaluate", {}).get("clips", 1)) if config.exists() else 1
 
 
+def check_writable(folder: Path) -> None:
+    """Says at once if a folder cannot be made or written: embedding may take hours. Makes nothing.
+
+    Raises:
+        RunError: names the folder and the reason.
+    """
+    there = next(path for path in (folder.absolute(), *folder.absolute().parents) if path.exists())
+    if not there.is_dir():
+        raise RunError(f"cannot write to {folder}: {there} is not a folder")
+    if not os.access(there, os.W_OK):
+        raise RunError(f"cannot write to {folder}: permission denied")
+
+
 def embed_to_folder(
     checkpoint: Path, shards: str, out: Path, *, clips: int | None = None, workers: int = 2, decoder: Decoder = "decord"
 ) -> int:
@@ -193,6 +207,7 @@ def embed_to_folder(
         ConfigError: no such checkpoint or shards.
         RunError: nothing could be read, or the folder cannot be written.
     """
+    check_writable(out)
     model = MultimodalModel.from_pretrained(checkpoint)
     embedded = embed_shards(model, shards, clips=clips or default_clips(checkpoint), workers=workers, decoder=decoder)
     tensors = {f"{modality}.rows": rows for modality, rows in embedded.rows.items()}

@@ -9,7 +9,7 @@ from typing import overload
 
 import numpy as np
 
-from mmcl.evaluation.embed import EmbeddedItem, EmbeddedShards, default_clips, embed_shards
+from mmcl.evaluation.embed import EmbeddedItem, EmbeddedShards, check_writable, default_clips, embed_shards
 from mmcl.evaluation.gallery import GalleryItem, poster_jpeg, waveform_svg
 from mmcl.evaluation.report import ListResult, ModalityRows, RetrievalReport, evaluate_list, fingerprint, write_report
 from mmcl.media.clip import MediaReader
@@ -66,6 +66,7 @@ def evaluate_checkpoint(
         ConfigError: no such checkpoint, shards, column or value.
         RunError: nothing could be read, or the report cannot be written.
     """
+    check_writable(out)
     model = MultimodalModel.from_pretrained(checkpoint)
     clips = clips or default_clips(checkpoint)
     embedded = embed_shards(model, shards, clips=clips, workers=workers, decoder=decoder)

@@ -15,7 +15,12 @@ EPSILON = 1e-5
 
 @full_precision
 def barlow(
-    a: Tensor, b: Tensor, *, redundancy: float = 5e-3, over_ranks: Callable[[Tensor], Tensor] | None = None
+    a: Tensor,
+    b: Tensor,
+    *,
+    redundancy: float = 5e-3,
+    epsilon: float = EPSILON,
+    over_ranks: Callable[[Tensor], Tensor] | None = None,
 ) -> Tensor:
     """Σ over columns of (1 − c_dd)² + redundancy · Σ over different columns of c_de², c their correlation.
 
@@ -23,6 +28,7 @@ def barlow(
         a: float ``(B, D)``, the first view; columns are standardised inside (population variance).
         b: float ``(B, D)``, the second view; gradients reach both.
         redundancy: weight of the entries off the diagonal; at least 0.
+        epsilon: added to variances.
         over_ranks: takes a sum over these rows to the sum over the rows of all ranks; None: these are all.
 
     Returns:
@@ -45,11 +51,45 @@ def barlow(
     units = []
     for x in (a, b):
         centred = x - total(x.sum(0)) / rows
-        units.append(centred * (total(centred.square().sum(0)) / rows + EPSILON).rsqrt())
+        units.append(centred * (total(centred.square().sum(0)) / rows + epsilon).rsqrt())
     correlation = total(units[0].T @ units[1]) / rows
     diagonal = correlation.diagonal()
     off_diagonal = correlation.square().sum() - diagonal.square().sum()
     return ((1 - diagonal).square().sum() + redundancy * off_diagonal) * (count >= 2)
+
+
+@full_precision
+def barlip(
+    a: Tensor,
+    b: Tensor,
+    *,
+    weight: float = 0.025,
+    redundancy: float = 5e-3,
+    over_ranks: Callable[[Tensor], Tensor] | None = None,
+) -> Tensor:
+    """weight · ``barlow(a, b)``: Barlow Twins between two modalities.
+
+    Args:
+        a: float ``(B, D)``, projections of one modality; columns are standardised inside (population variance).
+        b: float ``(B, D)``, projections of the other; gradients reach both.
+        weight: of the whole; at least 0.
+        redundancy: weight of the entries off the diagonal; at least 0.
+        over_ranks: takes a sum over these rows to the sum over the rows of all ranks; None: these are all.
+
+    Returns:
+        0-d, ≥ 0; 0 with fewer than two rows.
+
+    Raises:
+        ValueError: shapes differ or are not 2-d, or a weight is negative.
+
+    Source: Fini et al. 2023 (arXiv 2305.08675), BarLIP.
+
+    >>> x = torch.tensor([[1.0, 1.0], [1.0, -1.0], [-1.0, 1.0], [-1.0, -1.0]])
+    >>> f"{barlip(x, x.flip(1)):.4f}"
+    '0.0503'
+    """
+    positive("weight", weight, or_zero=True)
+    return weight * barlow(a, b, redundancy=redundancy, epsilon=1e-8, over_ranks=over_ranks)
 
 
 @full_precision

@@ -5,27 +5,31 @@ Parameters by name, one row each (``mmcl.media.augmentation`` draws them):
 video, uint8 ``(B, T, C, H, W)``, the same for all frames of a row, in this order
     ``crop_box`` int64 ``(B, 4)`` top, left, height, width in pixels · ``flip`` bool · ``rotation_degrees`` float32 ·
     ``brightness``, ``contrast``, ``saturation`` float32 factors · ``hue`` float32 in full circles · ``grey`` bool ·
-    ``blur_sigma`` float32 pixels
+    ``blur_sigma`` float32 pixels · ``erase_frame`` int64 · ``erase_strength`` float32
 audio, float32 ``(B, S)``
-    ``gain`` float32 factor · ``shift_samples`` int64 · ``time_masks`` int64 ``(B, n, 2)`` start and length in samples
+    ``gain`` float32 factor · ``shift_samples`` int64 · ``frequency_masks`` float32 ``(B, n, 2)`` lowest and highest Hz
+    · ``time_masks`` int64 ``(B, n, 2)`` start and length in samples
 text, int64 ``(B, L)``
     ``token_seed`` int64 · ``token_swap``, ``token_delete``, ``token_mask``, and of the masked ones
     ``token_mask_random``, ``token_mask_keep``, float32 probabilities; afterwards also
     ``token_targets`` int64 ``(B, L)``: the token that a masked place had, −1 elsewhere
+
+Mixing with other rows comes after all of these: ``mmcl.media.mixing``.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import replace
 
 import torch
-from torch import Tensor
 
+from mmcl.media.augment_audio import augment_audio
 from mmcl.media.augment_tokens import augment_tokens
-from mmcl.media.augment_video import augment_video
+from mmcl.media.augment_video import augment_video, background_erase
 from mmcl.media.augmentation import mask_id, vocabulary
 from mmcl.types import AudioSpec, Batch, TextSpec, View, ViewBatch
+
+__all__ = ["augment", "augment_audio", "background_erase"]
 
 
 @torch.no_grad()
@@ -57,22 +61,5 @@ def _augment_view(view: View, values: ViewBatch) -> ViewBatch:
             params["token_targets"] = targets.masked_fill(~values.present[:, None], -1)
         return replace(values, data=ids * values.present[:, None], mask=mask, params=params)
     if isinstance(spec, AudioSpec):
-        return replace(values, data=augment_audio(values.data, values.params))
+        return replace(values, data=augment_audio(values.data, values.params, sample_rate_hz=spec.sample_rate_hz))
     return replace(values, data=augment_video(values.data, values.params, size=spec.size))
-
-
-def augment_audio(waves: Tensor, params: Mapping[str, Tensor]) -> Tensor:
-    """float32 ``(B, S)`` in [−1, 1]: gain, shift, stretches of silence."""
-    samples = waves.shape[1]
-    places = torch.arange(samples, device=waves.device)
-    if "gain" in params:
-        waves = (waves * params["gain"][:, None]).clamp(-1.0, 1.0)
-    if "shift_samples" in params:
-        sources = places - params["shift_samples"][:, None]
-        outside = (sources < 0) | (sources >= samples)
-        waves = waves.gather(1, sources.clamp(0, samples - 1)).masked_fill(outside, 0.0)
-    if "time_masks" in params:
-        for start, length in (span.unbind(1) for span in params["time_masks"].unbind(1)):
-            silent = (places >= start[:, None]) & (places < (start + length)[:, None])
-            waves = waves.masked_fill(silent, 0.0)
-    return waves

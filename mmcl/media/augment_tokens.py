@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor
 
-from mmcl.hashing import uniform_tensor
+from mmcl.media.device_hash import device_uniform
 
 _SWAP_SIDE, _SWAP, _DELETE, _MASK, _MASK_KIND, _MASK_VALUE = range(6)
 
@@ -78,6 +78,5 @@ def _delete(ids: Tensor, mask: Tensor, free: Tensor, seed: Tensor, chance: Tenso
 
 
 def _uniform(seed: Tensor, purpose: int, length: int) -> Tensor:
-    """float64 ``(B, length)``: ``mmcl.hashing.uniform(seed, purpose, position)`` on the seed's device."""
-    positions = torch.arange(length, device=seed.device)
-    return uniform_tensor(seed, torch.full_like(seed, purpose), positions)
+    """float64 ``(B, length)``: one number for each position."""
+    return device_uniform(seed, purpose, torch.arange(length, device=seed.device))

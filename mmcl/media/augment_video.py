@@ -14,7 +14,18 @@ CHUNK_BYTES = 64 << 20
 LUMA = (0.2989, 0.587, 0.114)
 """ITU-R BT.601: what red, green and blue add to brightness"""
 _GEOMETRY = ("crop_box", "flip")
-_NAMES = (*_GEOMETRY, "rotation_degrees", "brightness", "contrast", "saturation", "hue", "grey", "blur_sigma")
+_NAMES = (
+    *_GEOMETRY,
+    "rotation_degrees",
+    "brightness",
+    "contrast",
+    "saturation",
+    "hue",
+    "grey",
+    "blur_sigma",
+    "erase_frame",
+    "erase_strength",
+)
 
 
 def augment_video(frames: Tensor, params: Mapping[str, Tensor], *, size: int) -> Tensor:
@@ -52,7 +63,43 @@ def _augment_rows(frames: Tensor, params: Mapping[str, Tensor], size: int) -> Te
         x = torch.where(_per_row(params["grey"]), luma(x), x)
     if "blur_sigma" in params:
         x = blur(x, params["blur_sigma"])
+    if "erase_frame" in params:
+        x = background_erase(x, params["erase_frame"], params["erase_strength"])
     return x.round().clamp(0, 255).to(torch.uint8)
+
+
+def background_erase(video: Tensor, frame_index: Tensor | int, strength: Tensor | float) -> Tensor:
+    """One frame of a clip is laid over all of them, so that what stands still no longer tells: (1 − λ)·x_t + λ·x_k.
+
+    Args:
+        video: float or uint8 ``(T, C, H, W)`` or ``(B, T, C, H, W)``; not modified.
+        frame_index: k, a number or int64 ``(B,)``.
+        strength: λ in [0, 1], a number or float ``(B,)`` (the paper draws it from 0 to 0.3).
+
+    Returns:
+        Same shape and dtype; uint8 is rounded.
+
+    Raises:
+        ValueError: another number of axes, or a frame that the clip does not have.
+
+    Source: Wang et al. 2021 (arXiv 2009.05769), eq. 1.
+
+    >>> [f"{x:.1f}" for x in background_erase(torch.arange(4.0).view(4, 1, 1, 1), 2, 0.3).flatten()]
+    ['0.6', '1.3', '2.0', '2.7']
+    """
+    if video.ndim not in (4, 5):
+        raise ValueError(f"video must be (T, C, H, W) or (B, T, C, H, W), got {tuple(video.shape)}")
+    clips = video if video.ndim == 5 else video[None]
+    frames = torch.as_tensor(frame_index, device=video.device).expand(len(clips))
+    if len(clips) and not (int(frames.min()) >= 0 and int(frames.max()) < clips.shape[1]):
+        raise ValueError(f"frame_index must lie in 0 … {clips.shape[1] - 1}, got {frames.tolist()}")
+    share = torch.as_tensor(strength, device=video.device).expand(len(clips))
+    wide = clips if clips.is_floating_point() else clips.float()
+    still = wide[torch.arange(len(clips), device=video.device), frames][:, None]
+    mixed = wide + _per_row(share.to(wide.dtype)) * (still - wide)
+    if not clips.is_floating_point():
+        mixed = mixed.round().to(clips.dtype)
+    return mixed.view(video.shape)
 
 
 def _per_row(values: Tensor) -> Tensor:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from typing import Annotated, Any, TypeAlias
+from typing import Annotated, Any, Literal, TypeAlias
 
 import numpy as np
 from pydantic import Field, field_validator, model_validator
@@ -29,7 +29,7 @@ NONE = "none"
 
 CROP_TRIES = 10
 # what a random number is for, so that no two uses share their numbers
-_CROP, _FLIP, _ROTATION, _JITTER, _GREY, _BLUR, _GAIN, _SHIFT, _MASK, _TOKENS = range(32, 42)
+_CROP, _FLIP, _ROTATION, _JITTER, _GREY, _BLUR, _GAIN, _SHIFT, _MASK, _TOKENS, _BAND, _MIX, _ERASE = range(32, 45)
 
 
 class _Ranges(Options):
@@ -85,6 +85,24 @@ class RotationOptions(Options):
     """uniform in [−x, x], counter-clockwise"""
 
 
+class EraseOptions(_Ranges):
+    """One frame of the clip laid over all of them: background erasing (Wang et al. 2021, arXiv 2009.05769)."""
+
+    probability: Probability = 1.0
+    strength: tuple[Probability, Probability] = (0.0, 0.3)
+    """share of that frame, uniform"""
+
+
+class MixOptions(_Ranges):
+    """A part of another sample of the batch, laid over last (Zhang et al. 2018, arXiv 1710.09412)."""
+
+    probability: Probability = 1.0
+    share: tuple[Probability, Probability] = (0.0, 0.5)
+    """of the other sample, uniform"""
+    scope: Literal["rank", "global"] = "rank"
+    """choose the other among the rows of the same rank, or of all: the same on any number of ranks, for an exchange"""
+
+
 class VideoAugmentation(Options):
     """Changes of pictures, the same for all frames of a clip; applied in the order of these keys."""
 
@@ -97,6 +115,8 @@ class VideoAugmentation(Options):
     jitter: JitterOptions | None = None
     grey: Probability = 0.0
     blur: BlurOptions | None = None
+    erase: EraseOptions | None = None
+    mix: MixOptions | None = None
 
 
 class AudioAugmentation(_Ranges):
@@ -106,10 +126,15 @@ class AudioAugmentation(_Ranges):
     """[least, most], uniform; the result is clipped to [−1, 1]"""
     shift_seconds: Annotated[float, Field(ge=0)] = 0.0
     """later or earlier by at most this, uniform; silence comes in from the other side"""
+    frequency_masks: Annotated[int, Field(ge=0, le=64)] = 0
+    """bands of silence (SpecAugment: Park et al. 2019, arXiv 1904.08779)"""
+    frequency_mask_width: Annotated[float, Field(gt=0, le=1)] = 0.2
+    """width of each as a share of the mel scale, uniform from 0 to this"""
     time_masks: Annotated[int, Field(ge=0, le=64)] = 0
     """stretches of silence"""
     time_mask_seconds: Positive = 0.2
     """length of each, uniform from 0 to this"""
+    mix: MixOptions | None = None
 
 
 class TextAugmentation(Options):
@@ -192,7 +217,8 @@ def draw_params(augmentation: Augmentation, view: View, words: Sequence[int]) ->
     """
     draws = _Draws((*words, view.clip, text_hash(view.augmentation), view.copy))
     if isinstance(view.spec, VideoSpec):
-        return _video_params(augmentation.video, decoded_spec(view.spec, augmentation).size, draws)
+        size = decoded_spec(view.spec, augmentation).size
+        return _video_params(augmentation.video, size, view.spec.frames, draws)
     if isinstance(view.spec, AudioSpec):
         return _audio_params(augmentation.audio, view.spec, draws)
     return _text_params(augmentation.text, draws)
@@ -218,7 +244,7 @@ class _Draws:
         return hash64(*self.words, purpose).astype(np.int64)
 
 
-def _video_params(options: VideoAugmentation, size: int, draws: _Draws) -> Params:
+def _video_params(options: VideoAugmentation, size: int, frames: int, draws: _Draws) -> Params:
     params: Params = {}
     if options.crop is not None:
         params["crop_box"] = _crop_box(options.crop, size, draws(_CROP, 4 * CROP_TRIES).reshape(4, CROP_TRIES))
@@ -236,6 +262,13 @@ def _video_params(options: VideoAugmentation, size: int, draws: _Draws) -> Param
         chance, where = draws(_BLUR, 2)
         sigma = _between(options.blur.sigma, where)
         params["blur_sigma"] = np.float32(sigma if chance < options.blur.probability else 0.0)
+    if options.erase is not None:
+        chance, where, frame = draws(_ERASE, 3)
+        strength = _between(options.erase.strength, where)
+        params["erase_frame"] = np.asarray(int(frame * frames))
+        params["erase_strength"] = np.float32(strength if chance < options.erase.probability else 0.0)
+    if options.mix is not None:
+        params.update(_mix_share(options.mix, draws))
     return {name: np.asarray(value) for name, value in params.items()}
 
 
@@ -291,13 +324,37 @@ def _audio_params(options: AudioAugmentation, spec: AudioSpec, draws: _Draws) ->
     if options.shift_seconds:
         most = round(options.shift_seconds * spec.sample_rate_hz)
         params["shift_samples"] = np.asarray(int(draws(_SHIFT, 1)[0] * (2 * most + 1)) - most)
+    if options.frequency_masks:
+        u = draws(_BAND, 2 * options.frequency_masks).reshape(2, -1)
+        top_mels = _mels(spec.sample_rate_hz / 2)
+        widths = u[0] * options.frequency_mask_width * top_mels
+        lowest = u[1] * (top_mels - widths)
+        params["frequency_masks"] = _hertz(np.stack([lowest, lowest + widths], axis=1)).astype(np.float32)
     if options.time_masks:
         u = draws(_MASK, 2 * options.time_masks).reshape(2, -1)
         most = min(spec.samples, round(options.time_mask_seconds * spec.sample_rate_hz))
         lengths = (u[0] * (most + 1)).astype(np.int64)
         starts = (u[1] * (spec.samples - lengths + 1)).astype(np.int64)
         params["time_masks"] = np.stack([starts, lengths], axis=1)
+    if options.mix is not None:
+        params.update(_mix_share(options.mix, draws))
     return params
+
+
+def _mels(hertz: float) -> float:
+    """The mel scale of O'Shaughnessy (1987)."""
+    return 2595.0 * math.log10(1.0 + hertz / 700.0)
+
+
+def _hertz(mels: np.ndarray) -> np.ndarray:
+    hertz: np.ndarray = 700.0 * (10.0 ** (mels / 2595.0) - 1.0)
+    return hertz
+
+
+def _mix_share(options: MixOptions, draws: _Draws) -> Params:
+    chance, where = draws(_MIX, 2)
+    share = _between(options.share, where) if chance < options.probability else 0.0
+    return {f"{options.scope}_mix_share": np.asarray(share, dtype=np.float32)}
 
 
 def _text_params(options: TextAugmentation, draws: _Draws) -> Params:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from contextlib import closing
+from dataclasses import replace
 from types import TracebackType
 from typing import TypeAlias
 
@@ -80,6 +81,25 @@ class MediaReader:
             if error.reason != "no_video_stream":
                 raise
             return probe(self._video).duration_seconds
+
+    def resolved(self, spec: VideoSpec | AudioSpec) -> VideoSpec | AudioSpec:
+        """The spec with ``stride`` turned into this source's frames per second; any other spec as it is.
+
+        Raises ``SampleError`` as ``open_video`` does.
+        """
+        if not isinstance(spec, VideoSpec) or spec.stride is None:
+            return spec
+        fps = spec.fps
+        if self._video is not None:
+            try:
+                times = self._open(self._scales or [(spec.size, spec.fit)]).frame_times_seconds
+            except SampleError as error:
+                if error.reason != "no_video_stream":
+                    raise
+            else:
+                if len(times) > 1:
+                    fps = (len(times) - 1) / float(times[-1] - times[0]) / spec.stride
+        return replace(spec, fps=fps, stride=None)
 
     def read_all(self, wanted: Sequence[tuple[Window, VideoSpec | AudioSpec]]) -> list[np.ndarray | None]:
         """What towers of these specs eat of these windows, each taken round the window's centre (see ``own_window``).
@@ -236,7 +256,9 @@ def read_clip(
         short=short,
     ) as reader:
         if video_spec is not None:
-            found = reader.read_video(own_window(window, video_spec), video_spec)
+            seen = reader.resolved(video_spec)
+            assert isinstance(seen, VideoSpec)
+            found = reader.read_video(own_window(window, seen), seen)
             if found is not None:
                 frames, times = found
         if audio_spec is not None:

@@ -31,6 +31,7 @@ def decode_windows(clip: Media, spec: VideoSpec | AudioSpec, windows: int) -> np
     source = clip if path is None else path
     picture = path is not None and path.suffix.lower() in (".jpg", ".jpeg", ".png", ".webp")
     with MediaReader(image=source) if picture else MediaReader(video=source) as media:
+        spec = media.resolved(spec)
         placed = place_windows(media.duration_seconds, spec.seconds, windows, rule="even")
         found = [media.read(window, spec) for window in placed]
     rows = [row for row in found if row is not None]

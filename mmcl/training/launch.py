@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import warnings
 from collections.abc import Callable
 from contextlib import ExitStack
 from pathlib import Path
@@ -36,6 +37,7 @@ def pretrain(config: RunConfig, *, resume: str | None = None) -> bool:
         ConfigError: a wrong configuration, a folder that already holds a run, a checkpoint that does not fit.
         RunError: the run cannot go on.
     """
+    _ignore_harmless_warnings()
     accelerator = build_accelerator(config)
     if not torch.cuda.is_available():
         torch.set_num_threads(
@@ -61,6 +63,14 @@ def pretrain(config: RunConfig, *, resume: str | None = None) -> bool:
     finally:
         # without this a process group sometimes aborts at exit and the launcher reports a failure
         accelerator.end_training()
+
+
+def _ignore_harmless_warnings() -> None:
+    """Two that every rank would print in every run."""
+    # its successor synchronises buffers once, at the start, which here would be as good; accelerate does not know it
+    warnings.filterwarnings("ignore", "`broadcast_buffers` is deprecated", FutureWarning)
+    # axes of length 1 may have any stride
+    warnings.filterwarnings("ignore", "Grad strides do not match bucket view strides", UserWarning)
 
 
 def _together(look: Callable[[], T]) -> T:
@@ -94,7 +104,8 @@ def _headline(trainer: Trainer, source: Path | None) -> str:
     lines = [
         f"{stream.num_samples:,} samples in {stream.num_shards:,} shards, "
         f"{parameter_counts(trainer.model)['total']:,} parameters, {config.train.steps:,} steps of "
-        f"{config.train.global_batch} on {trainer.comm.world_size} process(es) with {stream.workers} decoding worker(s)"
+        f"{config.train.global_batch} on {trainer.comm.world_size} process(es) ({trainer.accelerator.device.type}) "
+        f"with {stream.workers} decoding worker(s)"
     ]
     if stream.workers != config.data.workers and config.data.workers > 0:
         lines.append(

@@ -4,10 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 import torch
 from accelerate import Accelerator, DistributedDataParallelKwargs
@@ -18,9 +16,10 @@ import mmcl
 from mmcl.config import to_yaml
 from mmcl.data import ClipStream
 from mmcl.data.collate import holes
-from mmcl.data.health import SkipLimits, read_quarantine, skip_records
+from mmcl.data.health import SkipLimits, read_quarantine
 from mmcl.distributed import Comm
 from mmcl.media.augment import augment
+from mmcl.media.mixing import mix
 from mmcl.model import TrainStep
 from mmcl.objectives.base import Term
 from mmcl.progress import on_terminal, show_progress
@@ -28,6 +27,7 @@ from mmcl.recipe import RunConfig, build_model
 from mmcl.shards import load_manifest
 from mmcl.training import checkpoint as ckpt
 from mmcl.training.grad_cache import cached_backward, check_cacheable
+from mmcl.training.meter import Meter
 from mmcl.training.momentum import advance, momentum_at
 from mmcl.training.optim import build_optimizer, learning_rate_factor, set_learning_rate
 from mmcl.training.run_folder import RunFolder
@@ -139,7 +139,8 @@ class Trainer:
 
     def _moved(self, batch: Batch) -> Batch:
         """The batch on the training device, augmented there: models see no batch that has not gone through here."""
-        return augment(batch.to(self.accelerator.device))
+        moved = augment(batch.to(self.accelerator.device))
+        return mix(moved, seed=self.config.train.seed, exchange=self.comm)
 
     def _backward(self, batch: Batch, parts: int) -> Term:
         micro_batch = self.config.train.micro_batch
@@ -305,44 +306,6 @@ def random_state() -> dict[str, Tensor]:
     if torch.cuda.is_available():
         state["cuda"] = torch.cuda.get_rng_state()
     return state
-
-
-class Meter:
-    """Rates between two log lines, and the bad samples of this rank since the last one."""
-
-    def __init__(self) -> None:
-        self.note = ""
-        """the latest figures, for the progress bar"""
-        self._steps, self._wait_seconds = 0, 0.0
-        self._start = time.perf_counter()
-        self._skipped: list[tuple[int, str, str, str]] = []
-
-    def timed(self, batches: Iterator[Batch]) -> Iterator[Batch]:
-        while True:
-            start = time.perf_counter()
-            batch = next(batches)
-            self._wait_seconds += time.perf_counter() - start
-            yield batch
-
-    def count(self, batches: list[Batch]) -> None:
-        self._steps += 1
-        for batch in batches:
-            self._skipped += batch.skipped
-
-    def rates(self, samples_per_step: int) -> dict[str, float]:
-        """Since the last call."""
-        seconds = max(time.perf_counter() - self._start, 1e-9)
-        rates = {
-            "samples_per_second": self._steps * samples_per_step / seconds,
-            "data_wait_fraction": min(self._wait_seconds / seconds, 1.0),
-        }
-        self._steps, self._wait_seconds, self._start = 0, 0.0, time.perf_counter()
-        return rates
-
-    def take_skipped(self) -> list[dict[str, Any]]:
-        records = skip_records(self._skipped)
-        self._skipped = []
-        return records
 
 
 def _mean_term(terms: list[Term]) -> Term:

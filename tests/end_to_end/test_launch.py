@@ -66,7 +66,7 @@ def alone(shards_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path
 def two(shards_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     out = tmp_path_factory.mktemp("two") / "run"
     done = launch(2, *overrides(shards_folder, out, "train.processes=2"))
-    assert "on 2 process(es)" in done.stdout
+    assert "on 2 process(es) (cpu)" in done.stdout
     return out
 
 

@@ -131,6 +131,32 @@ CASES = [
     ),
     Case("byol", losses.byol, pair("predictions", "targets"), detached=("targets",), temperature=False),
     Case("barlow", losses.barlow, pair("a", "b"), unscaled=("a", "b"), temperature=False),
+    Case("barlip", losses.barlip, pair("a", "b"), unscaled=("a", "b"), temperature=False),
+    Case(
+        "mv_info_nce",
+        lambda x, y, z, temperature=0.2: losses.mv_info_nce([x, y, z], temperature=temperature),
+        pair("x", "y", "z"),
+    ),
+    Case(
+        "mv_info_nce_all",
+        lambda x, y, z, temperature=0.2: losses.mv_info_nce([x, y, z], temperature=temperature, negatives="all"),
+        pair("x", "y", "z"),
+    ),
+    Case(
+        "mv_dhel",
+        lambda x, y, z, temperature=0.2: losses.mv_dhel([x, y, z], temperature=temperature),
+        pair("x", "y", "z"),
+    ),
+    Case(
+        "soft_clip",
+        lambda a, b, temperature=0.2: losses.soft_clip(a, b, temperature=temperature, detach_targets=False),
+        pair("a", "b"),
+    ),
+    Case(
+        "cmim_contrast",
+        lambda z, z_other, temperature=0.2: losses.cmim_contrast(z, z_other, temperature=temperature),
+        pair("z", "z_other"),
+    ),
     Case("vicreg", losses.vicreg, pair("a", "b"), unscaled=("a", "b"), temperature=False),
     Case(
         "swav",

@@ -284,7 +284,8 @@ def test_examples_in_docstrings(name: str) -> None:
 
 
 def test_every_loss_has_a_case() -> None:
-    assert {case.name for case in CASES} - {"dclw"} == set(losses.__all__) - {"sinkhorn"}
+    # m3co takes numbers of rows, which do not move with the rows
+    assert {case.name for case in CASES} - {"dclw", "mv_info_nce_all"} == set(losses.__all__) - {"sinkhorn", "m3co"}
 
 
 def test_losses_import_torch_alone() -> None:

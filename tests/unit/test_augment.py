@@ -11,9 +11,8 @@ import torchvision.transforms.v2.functional as tv
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mmcl.hashing import uniform
-from mmcl.media import augment_tokens, augment_video
-from mmcl.media.augment import augment, augment_audio
+from mmcl.media import augment_video
+from mmcl.media.augment import augment
 from mmcl.media.augmentation import (
     AudioAugmentation,
     Augmentation,
@@ -305,78 +304,6 @@ def test_what_the_draws_depend_on() -> None:
 def test_nothing_is_drawn_for_what_is_off() -> None:
     for view in (VIDEO, AUDIO, TEXT):
         assert draw_params(Augmentation(), view, (1,)) == {}
-
-
-# sound
-
-
-def test_audio_against_a_loop() -> None:
-    batch = batch_of(list(range(6)))
-    before, after = batch.views[AUDIO], augment(batch).views[AUDIO]
-    for row in range(6):
-        wave = before.data[row].numpy()
-        gain, shift = float(before.params["gain"][row]), int(before.params["shift_samples"][row])
-        assert 0.5 <= gain <= 2.0 and -80 <= shift <= 80
-        wanted = np.zeros_like(wave)
-        for i in range(len(wave)):
-            if 0 <= i - shift < len(wave):
-                wanted[i] = np.clip(wave[i - shift] * np.float32(gain), -1, 1)
-        for start, length in before.params["time_masks"][row].tolist():
-            assert 0 <= length <= 160 and 0 <= start <= 400 - length
-            wanted[start : start + length] = 0
-        assert np.array_equal(after.data[row].numpy(), wanted)
-    assert torch.equal(augment_audio(before.data, {}), before.data)
-
-
-# tokens
-
-
-def test_the_hash_of_the_device_is_our_hash() -> None:
-    seeds = torch.tensor([0, 1, -5, 2**62, -(2**63)])
-    ours = augment_tokens._uniform(seeds[:, None], 3, 7)
-    assert np.array_equal(ours.numpy(), uniform(seeds.numpy()[:, None], 3, np.arange(7)))
-
-
-def tokens(text: str, rows: int, special: tuple[int, ...] = (), **chances: float) -> list[list[int]]:
-    ids, mask = ByteTokenizer(64)([text] * rows)
-    params = {name: torch.full((rows,), chance) for name, chance in chances.items()}
-    params["token_seed"] = torch.arange(rows) * 7919
-    out, kept, _ = augment_tokens.augment_tokens(ids, mask, params, mask_id=999, special_ids=special)
-    assert (out[~kept] == 0).all() and kept.any(1).all()
-    assert (kept.int().diff(dim=1) <= 0).all(), "tokens stand together"
-    return [row[keep].tolist() for row, keep in zip(out, kept, strict=True)]
-
-
-TEXT_IDS = [ord(c) + 1 for c in "abcdefghij"]
-
-
-def test_token_deletion_keeps_order() -> None:
-    rows = tokens("abcdefghij", 400, token_delete=0.3)
-    for row in rows:
-        assert row == [number for number in TEXT_IDS if number in row]
-    assert np.mean([len(row) for row in rows]) == pytest.approx(7.0, abs=0.25)
-    assert all(len(row) == 1 for row in tokens("abcdefghij", 50, token_delete=1.0))
-    assert tokens("", 3, token_delete=1.0) == [[0]] * 3
-
-
-def test_token_masks() -> None:
-    rows = np.array(tokens("abcdefghij", 400, token_mask=0.25))
-    assert (rows == 999).mean() == pytest.approx(0.25, abs=0.03)
-    assert ((rows == 999) | (rows == TEXT_IDS)).all()
-
-
-def test_token_swaps_are_of_neighbours() -> None:
-    rows = np.array(tokens("abcdefghij", 600, token_swap=0.5))
-    assert (np.sort(rows, axis=1) == TEXT_IDS).all()
-    assert np.abs(rows - TEXT_IDS).max() == 1
-    # a row of ten has five pairs or, where they start at the second token, four
-    assert (rows != TEXT_IDS).mean() == pytest.approx(0.45, abs=0.04)
-
-
-def test_special_tokens_keep_their_place() -> None:
-    first, last = TEXT_IDS[0], TEXT_IDS[-1]
-    for row in tokens("abcdefghij", 200, (first, last), token_swap=0.5, token_delete=0.5, token_mask=0.5):
-        assert row[0] == first and row[-1] == last and 3 <= len(row) <= 10
 
 
 # names

@@ -18,7 +18,7 @@ from mmcl.evaluation.embed import EmbeddedShards, embed_shards, embed_to_folder
 from mmcl.evaluation.run import caption_labels, evaluate_checkpoint, split_lists
 from mmcl.model import MultimodalModel
 from mmcl.recipe import build_model
-from mmcl.types import ConfigError
+from mmcl.types import ConfigError, RunError
 
 
 @pytest.fixture(scope="module")
@@ -124,3 +124,10 @@ def test_commands_say_what_is_wrong_in_one_line(
     assert part in done.stderr
     assert len(done.stderr.strip().splitlines()) == 1
     assert not (tmp_path / "out").exists()
+
+
+def test_a_folder_that_cannot_be_written_is_refused_before_anything_is_embedded(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("in the way")
+    for write in (evaluate_checkpoint, embed_to_folder):
+        with pytest.raises(RunError, match=r"cannot write to .*file/report"):
+            write(tmp_path / "no checkpoint", "no shards", tmp_path / "file/report")

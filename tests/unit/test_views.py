@@ -119,6 +119,9 @@ def test_an_unknown_augmentation_is_named(shards_folder: Path) -> None:
         (SamplingOptions(span_seconds=0.4), 0.0, 0.4),
         (SamplingOptions(gap_seconds=(1.0, None)), 1.5, 9.0),
         (SamplingOptions(gap_seconds=(None, 0.1), overlap=False), 0.5, 0.6),
+        (SamplingOptions(overlap_rate=(0.25, 0.5)), 0.25, 0.375),
+        (SamplingOptions(overlap_rate=(0.4, 0.4)), 0.3, 0.3),
+        (SamplingOptions(overlap_rate=(0.0, 0.2)), 0.4, 9.0),
     ],
 )
 def test_clips_lie_as_the_options_say(
@@ -132,6 +135,18 @@ def test_clips_lie_as_the_options_say(
     assert len(set(first.tolist())) > 8
     if sampling.span_seconds == 0.0:
         assert torch.equal(batch.views[views[0]].data, batch.views[views[1]].data)
+
+
+def test_a_stride_counts_frames_of_the_source(shards_folder: Path) -> None:
+    """These sources have 12 frames per second: every fourth is one of 3 per second, also for the sound beside it."""
+    sound = View(AudioSpec(16_000, 0.25))
+    rate, stride = (View(VideoSpec(frames=3, size=32, fps=fps, stride=n)) for fps, n in ((3.0, None), (99.0, 4)))
+    batches = [take(stream(shards_folder / "train", views=[v, sound], global_batch=16), 1)[0] for v in (rate, stride)]
+    a, b = (batch.views[view] for batch, view in zip(batches, (rate, stride), strict=True))
+    assert torch.equal(a.present, b.present) and a.present.any()
+    assert torch.equal(a.data, b.data)
+    assert torch.allclose(a.params["start_seconds"], b.params["start_seconds"], atol=1e-6)
+    assert torch.equal(batches[0].views[sound].data, batches[1].views[sound].data)
 
 
 def test_even_sampling_is_the_same_in_every_epoch(shards_folder: Path) -> None:
@@ -148,6 +163,9 @@ def test_even_sampling_is_the_same_in_every_epoch(shards_folder: Path) -> None:
         ({"sampling": {"gap_seconds": [3, 1]}}, "at least 3 s and at most 1 s"),
         ({"sampling": {"overlap": False, "gap_seconds": [None, -1]}}, "at least 0 s and at most -1 s"),
         ({"sampling": {"rule": "even", "span_seconds": 3}}, "belong to rule 'random'"),
+        ({"sampling": {"overlap_rate": [0.5, 0.2]}}, r"overlap_rate must be \[least, most\]"),
+        ({"sampling": {"overlap_rate": [0.2, 0.5], "overlap": False}}, "instead of gap_seconds and overlap"),
+        ({"sampling": {"overlap_rate": [0.2, 0.5], "rule": "even"}}, "belong to rule 'random'"),
         ({"sampling": {"span_second": 3}}, r"unknown key \(did you mean 'span_seconds'"),
         ({"augmentations": {"a": {"video": {"crop": {"area": [0.9, 0.1]}}}}}, r"a\.video\.crop\.area: .*smallest"),
         ({"augmentations": {"a": {"video": {"flips": 1}}}}, r"a\.video\.flips: unknown key \(did you mean 'flip'"),

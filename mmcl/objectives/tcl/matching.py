@@ -6,7 +6,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from mmcl.hashing import text_hash, uniform_tensor
+from mmcl.hashing import text_hash
+from mmcl.media.device_hash import device_uniform
 from mmcl.objectives.tcl.fusion import Fusion, Tokens, in_chunks
 from mmcl.objectives.tcl.rows import Rows
 
@@ -24,8 +25,7 @@ def hard_negatives(queries: Tensor, candidates: Tensor, rows: Rows, scale: Tenso
     if queries.shape[0] == 0:
         return rows.numbers
     taken = rows.hidden | rows.itself
-    keys = [rows.draws.new_tensor(word) for word in words]
-    u = uniform_tensor(*keys, rows.draws[rows.numbers][:, None], rows.draws).clamp_min(2.0**-54)
+    u = device_uniform(*words, rows.draws[rows.numbers][:, None], rows.draws).clamp_min(2.0**-54)
     with torch.autocast(queries.device.type, enabled=False):
         logits = scale.detach() * (queries.detach() @ candidates.detach().T)
     best = (logits - (-u.log()).log()).masked_fill(taken, -torch.inf).argmax(1)

@@ -1,0 +1,48 @@
+"""What is counted between two log lines."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from typing import Any
+
+from mmcl.data.health import skip_records
+from mmcl.types import Batch
+
+
+class Meter:
+    """Rates between two log lines, and the bad samples of this rank since the last one."""
+
+    def __init__(self) -> None:
+        self.note = ""
+        """the latest figures, for the progress bar"""
+        self._steps, self._wait_seconds = 0, 0.0
+        self._start = time.perf_counter()
+        self._skipped: list[tuple[int, str, str, str]] = []
+
+    def timed(self, batches: Iterator[Batch]) -> Iterator[Batch]:
+        while True:
+            start = time.perf_counter()
+            batch = next(batches)
+            self._wait_seconds += time.perf_counter() - start
+            yield batch
+
+    def count(self, batches: list[Batch]) -> None:
+        self._steps += 1
+        for batch in batches:
+            self._skipped += batch.skipped
+
+    def rates(self, samples_per_step: int) -> dict[str, float]:
+        """Since the last call."""
+        seconds = max(time.perf_counter() - self._start, 1e-9)
+        rates = {
+            "samples_per_second": self._steps * samples_per_step / seconds,
+            "data_wait_fraction": min(self._wait_seconds / seconds, 1.0),
+        }
+        self._steps, self._wait_seconds, self._start = 0, 0.0, time.perf_counter()
+        return rates
+
+    def take_skipped(self) -> list[dict[str, Any]]:
+        records = skip_records(self._skipped)
+        self._skipped = []
+        return records
