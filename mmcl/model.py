@@ -22,7 +22,7 @@ from mmcl.encoders.build import TowerOptions, build_encoder
 from mmcl.hub import Pretrained, write_card
 from mmcl.layers import MLPHead
 from mmcl.media.inputs import Media, decode_windows
-from mmcl.objectives.base import ObjectiveMix, Term
+from mmcl.objectives.base import LEVELS, ObjectiveMix, Term
 from mmcl.types import (
     TIMED,
     Batch,
@@ -195,7 +195,7 @@ class MultimodalModel(Pretrained):
         for name in self.towers:
             if name not in {need.tower for need in online}:
                 self.towers[name].requires_grad_(False)
-            if name not in {need.tower for need in online if "joint" in need.levels}:
+            if name not in {need.tower for need in online if {"joint", "joint_tokens"} & set(need.levels)}:
                 self.heads[name].requires_grad_(False)
 
     def tower(self, name: str) -> Encoder:
@@ -331,11 +331,9 @@ class MultimodalModel(Pretrained):
 
     def _level(self, tower: str, head: nn.Module, features: Features, level: Level) -> Tensor:
         if level == "joint":
-            # unit rows in float32, also under autocast: cosines near 1 need the bits
-            with torch.autocast(features.pooled.device.type, enabled=False):
-                pooled = features.pooled
-                projected: Tensor = head(pooled if pooled.dtype == torch.float64 else pooled.float())
-                return F.normalize(projected, dim=-1)
+            return _unit_projection(head, features.pooled)
+        if level == "joint_tokens" and features.tokens is not None:
+            return _unit_projection(head, features.tokens)
         if level == "pooled":
             return features.pooled
         if level == "tokens" and features.tokens is not None:
@@ -343,8 +341,15 @@ class MultimodalModel(Pretrained):
         stage = level.removeprefix("stage:")
         if level.startswith("stage:") and stage in features.stages:
             return features.stages[stage]
-        known = ", ".join(["joint", "pooled", "tokens", *(f"stage:{name}" for name in features.stages)])
+        known = ", ".join([*LEVELS, *(f"stage:{name}" for name in features.stages)])
         raise ConfigError(f"tower {tower!r} has no level {level!r}; allowed: {known}")
+
+
+def _unit_projection(head: nn.Module, x: Tensor) -> Tensor:
+    """Unit rows in float32, also under autocast: cosines near 1 need the bits."""
+    with torch.autocast(x.device.type, enabled=False):
+        projected: Tensor = head(x if x.dtype == torch.float64 else x.float())
+        return F.normalize(projected, dim=-1)
 
 
 def average_windows(rows: Sequence[Tensor]) -> Tensor:

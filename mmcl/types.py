@@ -21,7 +21,7 @@ Modality: TypeAlias = str
 """An open set of names: ``video``, ``audio``, ``text``; later ``image``, ``motion``, ``points``, …"""
 
 Level: TypeAlias = str
-"""What of a tower an objective sees: ``joint``, ``pooled``, ``tokens`` or ``stage:NAME``."""
+"""What of a tower an objective sees: ``joint``, ``pooled``, ``tokens``, ``joint_tokens`` or ``stage:NAME``."""
 
 Kind: TypeAlias = Literal["online", "momentum"]
 
@@ -98,8 +98,8 @@ class Clip:
 class Tokenizer(Protocol):
     """Text to token numbers; hashable (equal ones make equal views) and picklable (it runs in workers).
 
-    For augmentation it may also have ``special_ids``, numbers that are never changed (none), and ``mask_id``, what
-    stands for a masked token (None: masks are refused).
+    For augmentation it may also have ``special_ids``, numbers that are never changed (none), ``mask_id``, what stands
+    for a masked token (None: masks are refused), and ``vocabulary``, how many numbers there are.
     """
 
     def __call__(self, texts: Sequence[str]) -> tuple[Tensor, Tensor]:

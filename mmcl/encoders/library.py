@@ -104,6 +104,11 @@ class HfTokenizer:
         number: int | None = _hf_tokenizer(self.folder).mask_token_id
         return number
 
+    @property
+    def vocabulary(self) -> int:
+        """How many different numbers there are."""
+        return len(_hf_tokenizer(self.folder))
+
 
 @lru_cache(maxsize=8)
 def _hf_tokenizer(folder: str) -> Any:

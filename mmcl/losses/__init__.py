@@ -32,6 +32,7 @@ from mmcl.losses.moco import moco
 from mmcl.losses.multi_view import mv_dhel, mv_info_nce
 from mmcl.losses.nt_xent import nt_xent
 from mmcl.losses.persistency import persistency_byol, persistency_moco
+from mmcl.losses.soft_targets import soft_target_cross_entropy
 from mmcl.losses.swav import sinkhorn, swav
 
 __all__ = [
@@ -70,6 +71,7 @@ __all__ = [
     "similarity_preserving",
     "sinkhorn",
     "soft_clip",
+    "soft_target_cross_entropy",
     "swav",
     "tolerance",
     "uniformity",

@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from mmcl.losses._checks import matrices, positive
-from mmcl.losses._math import full_precision, masked_logsumexp, unit
+from mmcl.losses._math import full_precision, log_sum_of_candidates, unit
 
 
 @full_precision
@@ -37,14 +37,38 @@ def local_mutual_information(globals_: Tensor, locals_: Tensor, mask: Tensor, *,
     """
     _check(globals_, locals_, mask)
     positive("temperature", temperature)
-    anchors, tokens = unit(globals_), unit(locals_.masked_fill(~mask[..., None], 0.0))
-    logits = torch.einsum("id,jld->ijl", anchors, tokens) / temperature
-    own = torch.eye(len(anchors), dtype=torch.bool, device=logits.device)
-    negatives = masked_logsumexp(logits.flatten(1), (own[..., None] | ~mask).flatten(1))
-    positives = logits.diagonal().T
-    per_token = F.softplus(negatives[:, None] - positives).masked_fill(~mask, 0.0)
-    per_sample = per_token.sum(1) / mask.sum(1).clamp_min(1)
+    own = torch.arange(len(globals_), device=globals_.device)
+    per_sample = local_mutual_information_rows(globals_, locals_, mask, own, temperature=temperature)
     return per_sample.sum() / mask.any(1).sum().clamp_min(1)
+
+
+@full_precision
+def local_mutual_information_rows(
+    globals_: Tensor,
+    locals_: Tensor,
+    mask: Tensor,
+    own: Tensor,
+    hidden: Tensor | None = None,
+    *,
+    temperature: float | Tensor,
+) -> Tensor:
+    """:func:`local_mutual_information` of some rows, ``(b,)``; 0 for one without a valid token.
+
+    ``globals_ (b, D)``; ``own`` int64 ``(b,)``: whose sample each is among the ``N`` of ``locals_ (N, L, D)``;
+    ``hidden`` bool ``(b, N)``: further samples that are no negatives of a row; None: none.
+    """
+    anchors, tokens = unit(globals_), unit(locals_.masked_fill(~mask[..., None], 0.0))
+    samples = torch.arange(len(locals_), device=own.device)
+
+    def out_of_sight(rows: Tensor) -> Tensor:
+        gone = own[rows, None] == samples
+        gone = gone if hidden is None else gone | hidden[rows]
+        return (gone[..., None] | ~mask).flatten(1)
+
+    negatives = log_sum_of_candidates(anchors, tokens.flatten(0, 1), out_of_sight, temperature=temperature, tile=256)
+    positives = torch.einsum("id,ild->il", anchors, tokens[own]) / temperature
+    per_token = F.softplus(negatives[:, None] - positives).masked_fill(~mask[own], 0.0)
+    return per_token.sum(1) / mask[own].sum(1).clamp_min(1)
 
 
 def _check(globals_: Tensor, locals_: Tensor, mask: Tensor) -> None:

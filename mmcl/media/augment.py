@@ -10,7 +10,9 @@ audio, float32 ``(B, S)``
     ``gain`` float32 factor · ``shift_samples`` int64 · ``frequency_masks`` float32 ``(B, n, 2)`` lowest and highest Hz
     · ``time_masks`` int64 ``(B, n, 2)`` start and length in samples
 text, int64 ``(B, L)``
-    ``token_seed`` int64 · ``token_swap``, ``token_delete``, ``token_mask`` float32 probabilities
+    ``token_seed`` int64 · ``token_swap``, ``token_delete``, ``token_mask``, and of the masked ones
+    ``token_mask_random``, ``token_mask_keep``, float32 probabilities; afterwards also
+    ``token_targets`` int64 ``(B, L)``: the token that a masked place had, −1 elsewhere
 
 Mixing with other rows comes after all of these: ``mmcl.media.mixing``.
 """
@@ -24,7 +26,7 @@ import torch
 from mmcl.media.augment_audio import augment_audio
 from mmcl.media.augment_tokens import augment_tokens
 from mmcl.media.augment_video import augment_video, background_erase
-from mmcl.media.augmentation import mask_id
+from mmcl.media.augmentation import mask_id, vocabulary
 from mmcl.types import AudioSpec, Batch, TextSpec, VectorSpec, View, ViewBatch
 
 __all__ = ["augment", "augment_audio", "background_erase"]
@@ -46,10 +48,18 @@ def _augment_view(view: View, values: ViewBatch) -> ViewBatch:
             return values
         assert values.mask is not None
         special = tuple(getattr(spec.tokenizer, "special_ids", ()))
-        ids, mask = augment_tokens(
-            values.data, values.mask, values.params, mask_id=mask_id(spec) or 0, special_ids=special
+        ids, mask, targets = augment_tokens(
+            values.data,
+            values.mask,
+            values.params,
+            mask_id=mask_id(spec) or 0,
+            special_ids=special,
+            vocabulary=vocabulary(spec) or 0,
         )
-        return replace(values, data=ids * values.present[:, None], mask=mask)
+        params = dict(values.params)
+        if "token_mask" in params:
+            params["token_targets"] = targets.masked_fill(~values.present[:, None], -1)
+        return replace(values, data=ids * values.present[:, None], mask=mask, params=params)
     if isinstance(spec, AudioSpec):
         return replace(values, data=augment_audio(values.data, values.params, sample_rate_hz=spec.sample_rate_hz))
     if isinstance(spec, VectorSpec):

@@ -9,26 +9,43 @@ from torch import Tensor
 
 from mmcl.media.device_hash import device_uniform
 
-_SWAP_SIDE, _SWAP, _DELETE, _MASK = range(4)
+_SWAP_SIDE, _SWAP, _DELETE, _MASK, _MASK_KIND, _MASK_VALUE = range(6)
 
 
 def augment_tokens(
-    ids: Tensor, mask: Tensor, params: Mapping[str, Tensor], *, mask_id: int = 0, special_ids: Sequence[int] = ()
-) -> tuple[Tensor, Tensor]:
-    """ids int64 ``(B, L)`` and mask bool ``(B, L)``, changed; how far a row is padded changes nothing.
+    ids: Tensor,
+    mask: Tensor,
+    params: Mapping[str, Tensor],
+    *,
+    mask_id: int = 0,
+    special_ids: Sequence[int] = (),
+    vocabulary: int = 0,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """ids int64 ``(B, L)`` and mask bool ``(B, L)``, changed, and what stood at the masked places (elsewhere −1).
 
-    ``special_ids`` (start, end, …) keep their place among the others and are never swapped, deleted or masked.
-    Wei & Zou 2019 (arXiv 1901.11196) for swap and deletion; every row keeps at least one token.
+    How far a row is padded changes nothing. ``special_ids`` (start, end, …) keep their place among the others and are
+    never swapped, deleted or masked. Wei & Zou 2019 (arXiv 1901.11196) for swap and deletion, of which every row keeps
+    at least one token; Devlin et al. 2019 (arXiv 1810.04805) for masks, some of which show a random token below
+    ``vocabulary`` or the token itself.
     """
     seed = params["token_seed"][:, None]
     if "token_swap" in params:
         ids = _swap(ids, _free(ids, mask, special_ids), seed, params["token_swap"][:, None])
     if "token_delete" in params:
         ids, mask = _delete(ids, mask, _free(ids, mask, special_ids), seed, params["token_delete"][:, None])
+    targets = torch.full_like(ids, -1)
     if "token_mask" in params:
-        masked = _uniform(seed, _MASK, ids.shape[1]) < params["token_mask"][:, None]
-        ids = ids.masked_fill(masked & _free(ids, mask, special_ids), mask_id)
-    return ids, mask
+        length = ids.shape[1]
+        masked = (_uniform(seed, _MASK, length) < params["token_mask"][:, None]) & _free(ids, mask, special_ids)
+        targets = torch.where(masked, ids, targets)
+        zero = torch.zeros_like(params["token_mask"])
+        at_random, kept = (params.get(name, zero)[:, None] for name in ("token_mask_random", "token_mask_keep"))
+        kind = _uniform(seed, _MASK_KIND, length)
+        other = (_uniform(seed, _MASK_VALUE, length) * vocabulary).long()
+        other = torch.where(torch.isin(other, other.new_tensor([*special_ids, mask_id])), mask_id, other)
+        shown = torch.where(kind < at_random, other, mask_id)
+        ids = torch.where(masked & ~((kind >= at_random) & (kind < at_random + kept)), shown, ids)
+    return ids, mask, targets
 
 
 def _free(ids: Tensor, mask: Tensor, special_ids: Sequence[int]) -> Tensor:

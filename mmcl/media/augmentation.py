@@ -12,7 +12,7 @@ from dataclasses import replace
 from typing import Annotated, Any, Literal, TypeAlias
 
 import numpy as np
-from pydantic import Field, field_validator
+from pydantic import Field, field_validator, model_validator
 
 from mmcl.config import Options, unknown_name
 from mmcl.hashing import hash64, text_hash, uniform
@@ -146,6 +146,18 @@ class TextAugmentation(Options):
     """at least one token stays"""
     mask: Probability = 0.0
     """a token becomes the tokenizer's mask token"""
+    mask_random: Probability = 0.0
+    """share of the masked tokens that become any token of the vocabulary instead (BERT: 0.1)"""
+    mask_keep: Probability = 0.0
+    """share of the masked tokens that stay as they are, and still count as masked (BERT: 0.1)"""
+
+    @model_validator(mode="after")
+    def _shares(self) -> TextAugmentation:
+        if self.mask_random + self.mask_keep > 1:
+            raise ValueError(f"mask_random {self.mask_random:g} and mask_keep {self.mask_keep:g} exceed 1 together")
+        if (self.mask_random or self.mask_keep) and not self.mask:
+            raise ValueError("mask_random and mask_keep are shares of mask, which is 0")
+        return self
 
 
 class Augmentation(Options):
@@ -168,10 +180,15 @@ def check_views(views: Sequence[View], augmentations: Mapping[str, Augmentation]
         if view.augmentation != NONE and view.augmentation not in augmentations:
             raise unknown_name(path, view.augmentation, [*augmentations, NONE])
         if isinstance(view.spec, TextSpec) and view.augmentation != NONE:
-            mask = augmentations[view.augmentation].text.mask
-            if mask and mask_id(view.spec) is None:
+            text = augmentations[view.augmentation].text
+            if text.mask and mask_id(view.spec) is None:
                 raise ConfigError(
-                    f"{path}.{view.augmentation}.text.mask: {mask}, but {view.spec.tokenizer!r} has no mask token"
+                    f"{path}.{view.augmentation}.text.mask: {text.mask}, but {view.spec.tokenizer!r} has no mask token"
+                )
+            if text.mask_random and vocabulary(view.spec) is None:
+                raise ConfigError(
+                    f"{path}.{view.augmentation}.text.mask_random: {text.mask_random}, but {view.spec.tokenizer!r} "
+                    "does not say how large its vocabulary is"
                 )
 
 
@@ -179,6 +196,12 @@ def mask_id(spec: TextSpec) -> int | None:
     """The number that stands for a masked token; None where the tokenizer has none."""
     number = getattr(spec.tokenizer, "mask_id", None)
     return None if number is None else int(number)
+
+
+def vocabulary(spec: TextSpec) -> int | None:
+    """How many different tokens there are; None where the tokenizer does not say."""
+    size = getattr(spec.tokenizer, "vocabulary", None)
+    return None if size is None else int(size)
 
 
 def decoded_spec(spec: VideoSpec, augmentation: Augmentation) -> VideoSpec:
@@ -335,6 +358,12 @@ def _mix_share(options: MixOptions, draws: _Draws) -> Params:
 
 
 def _text_params(options: TextAugmentation, draws: _Draws) -> Params:
-    chances = {"token_swap": options.swap, "token_delete": options.delete, "token_mask": options.mask}
+    chances = {
+        "token_swap": options.swap,
+        "token_delete": options.delete,
+        "token_mask": options.mask,
+        "token_mask_random": options.mask_random,
+        "token_mask_keep": options.mask_keep,
+    }
     params = {name: np.asarray(chance, dtype=np.float32) for name, chance in chances.items() if chance}
     return {"token_seed": draws.number(_TOKENS), **params} if params else {}

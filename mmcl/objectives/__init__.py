@@ -16,6 +16,7 @@ from mmcl.objectives import (
     intra_modal,
     mutual,
     persistency,
+    tcl,
 )
 from mmcl.objectives.base import Objective
 from mmcl.objectives.compositional_distillation import CompositionalDistillationOptions
@@ -25,6 +26,7 @@ from mmcl.objectives.distillation import DistillationOptions
 from mmcl.objectives.intra_modal import IntraModalOptions
 from mmcl.objectives.mutual import MutualOptions
 from mmcl.objectives.persistency import PersistencyOptions
+from mmcl.objectives.tcl import TCLOptions
 
 
 class ObjectiveEntry(NamedTuple):
@@ -41,6 +43,7 @@ OBJECTIVES: dict[str, ObjectiveEntry] = {
     "intra_modal": ObjectiveEntry(IntraModalOptions, intra_modal.build),
     "mutual": ObjectiveEntry(MutualOptions, mutual.build),
     "persistency": ObjectiveEntry(PersistencyOptions, persistency.build),
+    "tcl": ObjectiveEntry(TCLOptions, tcl.build),
 }
 
 ObjectiveOptions: TypeAlias = Annotated[
@@ -50,7 +53,8 @@ ObjectiveOptions: TypeAlias = Annotated[
     | DistillationOptions
     | IntraModalOptions
     | MutualOptions
-    | PersistencyOptions,
+    | PersistencyOptions
+    | TCLOptions,
     Field(discriminator="name"),
 ]
 

@@ -15,7 +15,7 @@ from mmcl.objectives.ranks import mean_negatives
 from mmcl.objectives.weights import Ramp
 from mmcl.types import ConfigError, Embeddings, Level, Need, TowerInfo, VectorSpec
 
-LEVELS: tuple[Level, ...] = ("joint", "pooled", "tokens")
+LEVELS: tuple[Level, ...] = ("joint", "pooled", "tokens", "joint_tokens")
 """what every tower gives; ``stage:NAME`` comes on top"""
 
 

@@ -235,12 +235,16 @@ class KeyQueue(nn.Module):
         """bool ``(K,)``: rows that hold a key."""
         return torch.arange(len(self), device=self.rows.device) < self.filled
 
+    def places(self, count: int) -> Tensor:
+        """int64: where the last of ``count`` further keys go, at most K."""
+        dropped = max(count - len(self), 0)
+        return (self.pointer + torch.arange(dropped, count, device=self.rows.device)) % len(self)
+
     @torch.no_grad()
     def push(self, keys: Tensor) -> None:
         """Takes in keys ``(n, D)`` over the oldest; of more than K the last K."""
-        dropped = max(len(keys) - len(self), 0)
-        places = (self.pointer + torch.arange(dropped, len(keys), device=keys.device)) % len(self)
-        self.rows[places] = keys[dropped:].to(self.rows.dtype)
+        places = self.places(len(keys))
+        self.rows[places] = keys[len(keys) - len(places) :].to(self.rows.dtype)
         self.pointer.copy_((self.pointer + len(keys)) % len(self))
         self.filled.copy_((self.filled + len(keys)).clamp(max=len(self)))
 

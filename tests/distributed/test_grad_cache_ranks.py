@@ -9,6 +9,7 @@ import pytest
 import torch
 from support.exactness import Record, assert_same, pick_rows
 from support.gloo import GlooPool
+from support.tcl import make as make_tcl
 from support.view_methods import make
 from torch.nn.parallel import DistributedDataParallel
 
@@ -39,6 +40,7 @@ def build_step(dropout: float = 0.0) -> TrainStep:
         "moco": make("intra_modal", "moco", {}, infos, tower="text"),
         "byol": make("persistency", "byol", {}, infos),
         "swav": make("persistency", "swav", {}, infos),
+        "tcl": make_tcl(infos, text_augmentation="none"),
     }
     mix = ObjectiveMix(objectives, dict.fromkeys(objectives, 1.0))
     model.add_scales(mix.scales)
@@ -59,7 +61,8 @@ def global_batch(step: int, views: tuple[View, ...], empty_rank: int | None) -> 
         if view.modality == "text":
             ids = torch.randint(1, 60, (ROWS, 7), generator=random) * rows[:, None]
             mask = torch.arange(7) < torch.randint(2, 8, (ROWS, 1), generator=random)
-            data[view] = ViewBatch(ids * mask, rows, mask)
+            targets = ids.masked_fill(~mask | ~rows[:, None] | (ids % 3 > 0), -1)
+            data[view] = ViewBatch(ids * mask, rows, mask, {"token_targets": targets})
         else:
             pixels = torch.randint(0, 256, (ROWS, 2, 3, 16, 16), dtype=torch.uint8, generator=random)
             data[view] = ViewBatch(pixels * rows[:, None, None, None, None], rows)

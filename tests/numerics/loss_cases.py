@@ -263,6 +263,15 @@ CASES = [
         )
         for name, loss in (("flow", losses.flow), ("kdsvd", losses.kdsvd))
     ),
+    Case(
+        "soft_target_cross_entropy",
+        lambda logits, teacher, labels: losses.soft_target_cross_entropy(logits, teacher, labels, alpha=0.4),
+        pair("logits", "teacher", width=4),
+        detached=("teacher",),
+        unscaled=("logits", "teacher"),
+        temperature=False,
+        extra=labels,
+    ),
     Case("alignment", losses.alignment, pair("a", "b"), unscaled=("a", "b"), temperature=False),
     Case("uniformity", losses.uniformity, pair("x"), unscaled=("x",), temperature=False),
     Case("tolerance", losses.tolerance, pair("x"), unscaled=("x",), temperature=False, extra=labels),

@@ -8,6 +8,7 @@ import pytest
 import torch
 from support.exactness import TOWERS, pick_rows
 from support.objectives import FROZEN, batch_for, build_objective, embed
+from support.tcl import SMALL as TCL
 
 from mmcl.distributed import Comm
 from mmcl.types import Batch, Embeddings
@@ -25,13 +26,16 @@ CASES: list[dict[str, Any]] = [
     {**DISTILLATION, "method": "kdsvd", "levels": (TOKENS, TOKENS)},
     {"name": "mutual", "queue": 0, "temperature": 0.01},
     {"name": "mutual", "queue": 0, "temperature": 0.1, "classes": 3},
+    {"name": "tcl", "pairs": (("video", "text"),), **TCL},
+    {"name": "tcl", "pairs": (("audio", "video"),), **TCL, "mlm": None},
 ]
+TRAINED = ("mutual", "tcl")
 each = pytest.mark.parametrize("options", CASES, ids=lambda options: options.get("method", options["name"]))
 
 
 def made(options: dict[str, Any]) -> Any:
     rest = {key: value for key, value in options.items() if key != "name"}
-    return build_objective(options["name"], TOWERS if options["name"] == "mutual" else FROZEN, **rest)
+    return build_objective(options["name"], TOWERS if options["name"] in TRAINED else FROZEN, **rest)
 
 
 def turned(embeddings: Embeddings, order: torch.Tensor) -> Embeddings:
@@ -52,7 +56,8 @@ def test_the_order_of_rows_does_not_matter(options: dict[str, Any]) -> None:
 def test_bfloat16_autocast_is_finite_and_float32_inside(options: dict[str, Any]) -> None:
     objective = made(options).float()
     embeddings, leaves = embed(objective, batch_for(objective, "full"))
-    narrow = Embeddings({key: value.float() for key, value in embeddings.values.items()}, embeddings.batch)
+    scales = {name: torch.tensor(100.0) for name in objective.scales}
+    narrow = Embeddings({key: value.float() for key, value in embeddings.values.items()}, embeddings.batch, scales)
     exact = objective(narrow, Comm()).loss
     with torch.autocast("cpu", dtype=torch.bfloat16):
         loss = objective(narrow, Comm()).loss

@@ -23,16 +23,19 @@ from mmcl.objectives.base import ObjectiveMix, Term
 from mmcl.training.momentum import advance
 from mmcl.types import AudioSpec, Batch, Embeddings, Level, TextSpec, TowerInfo, VideoSpec, View, ViewBatch
 
-INPUT_WIDTH, WIDTH, JOINT_WIDTH, TOKENS = 8, 10, 6, 4
+INPUT_WIDTH, WIDTH, JOINT_WIDTH, TOKENS, VOCABULARY = 8, 10, 6, 4, 9
 
 
-def _no_tokens(texts: Sequence[str]) -> tuple[Tensor, Tensor]:
-    raise NotImplementedError("the towers here eat float rows, whatever their modality")
+class _NoTokens:
+    mask_id, vocabulary = 0, VOCABULARY
+
+    def __call__(self, texts: Sequence[str]) -> tuple[Tensor, Tensor]:
+        raise NotImplementedError("the towers here eat float rows, whatever their modality")
 
 
 TOWERS = {
     name: TowerInfo(name, spec, WIDTH, JOINT_WIDTH)
-    for name, spec in {"video": VideoSpec(), "audio": AudioSpec(), "text": TextSpec(_no_tokens)}.items()
+    for name, spec in {"video": VideoSpec(), "audio": AudioSpec(), "text": TextSpec(_NoTokens())}.items()
 }
 
 KINDS = ("mixed", "rank_1_of_2_empty", "rank_2_of_3_empty", "no_audio", "full", "all_absent")
@@ -46,17 +49,18 @@ class Tower(nn.Module):
         super().__init__()
         if levels & {"pooled", "joint"}:
             self.pool = nn.Linear(INPUT_WIDTH, WIDTH)
-        if "joint" in levels:
+        if levels & {"joint", "joint_tokens"}:
             self.joint = nn.Linear(WIDTH, JOINT_WIDTH)
-        if "tokens" in levels:
+        if levels & {"tokens", "joint_tokens"}:
             self.token = nn.Linear(INPUT_WIDTH // TOKENS, WIDTH)
 
     def forward(self, view: ViewBatch, level: Level) -> Tensor:
         rows = view.present.nonzero()[:, 0]
         dummy = len(rows) == 0
         x = view.data[:1] if dummy else view.data[rows]
-        if level == "tokens":
+        if level in ("tokens", "joint_tokens"):
             out = torch.tanh(self.token(x.unflatten(1, (TOKENS, -1))))
+            out = F.normalize(self.joint(out), dim=-1) if level == "joint_tokens" else out
         else:
             out = torch.tanh(self.pool(x))
             out = F.normalize(self.joint(out), dim=-1) if level == "joint" else out
@@ -74,6 +78,9 @@ class Subject(nn.Module):
         self.towers = nn.ModuleDict({name: Tower(wanted) for name, wanted in levels.items() if wanted})
         for name, tower in self.towers.items():
             tower.requires_grad_(towers[name].trainable)
+            online = {x for need in mix.needs if (need.tower, need.kind) == (name, "online") for x in need.levels}
+            if not online & {"tokens", "joint_tokens"} and hasattr(tower, "token"):
+                tower.token.requires_grad_(False)  # a momentum copy alone uses it
         self.momentum_towers = nn.ModuleDict(
             {
                 name: copy.deepcopy(self.towers[name]).requires_grad_(False)
@@ -119,7 +126,8 @@ def make_batch(views: Sequence[View], step: int, kind: str, rows: int = 12) -> B
     for view in views:
         present = ~(hole | absent[view.modality])
         x = torch.randn(rows, INPUT_WIDTH, generator=random, dtype=torch.float64)
-        data[view] = ViewBatch(x * present[:, None], present)
+        mask, params = _text_parts(view, present, step)
+        data[view] = ViewBatch(x * present[:, None], present, mask, params)
     groups = torch.randint(0, rows, (rows, 2), generator=random)
     return Batch(
         views=data,
@@ -128,6 +136,17 @@ def make_batch(views: Sequence[View], step: int, kind: str, rows: int = 12) -> B
         groups=groups.masked_fill(torch.rand(rows, 2, generator=random) < 0.3, -1),
         labels=torch.randint(0, 3, (rows,), generator=random).masked_fill(hole, -1),
     )
+
+
+def _text_parts(view: View, present: Tensor, step: int) -> tuple[Tensor | None, dict[str, Tensor]]:
+    """Texts under an augmentation are of several lengths, and some of their tokens were masked."""
+    if view.modality != "text" or view.augmentation == "none":
+        return None, {}
+    random = torch.Generator().manual_seed(500 + step)
+    mask = torch.arange(TOKENS) < torch.randint(1, TOKENS + 1, (len(present), 1), generator=random)
+    targets = torch.randint(0, VOCABULARY, (len(present), TOKENS), generator=random)
+    hidden = ~mask | ~present[:, None] | (torch.rand(len(present), TOKENS, generator=random) < 0.5)
+    return mask, {"token_targets": targets.masked_fill(hidden, -1)}
 
 
 def pick_rows(batch: Batch, index: Tensor) -> Batch:

@@ -36,7 +36,8 @@ def embed(
     for need in objective.needs:
         for level in need.levels:
             present = batch.views[need.view].present
-            shape = {"pooled": (len(batch), 10), "joint": (len(batch), 6)}.get(level, (len(batch), 4, 10))
+            shapes = {"pooled": (10,), "joint": (6,), "joint_tokens": (4, 6)}
+            shape = (len(batch), *shapes.get(level, (4, 10)))
             x = torch.randn(shape, generator=random, dtype=torch.float64)
             x = (given or {}).get(need.tower, x) * present.view(-1, *[1] * (x.ndim - 1))
             leaf = leaves.setdefault((need.tower, level), x.detach().requires_grad_())

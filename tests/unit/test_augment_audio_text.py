@@ -84,7 +84,7 @@ def tokens(text: str, rows: int, special: tuple[int, ...] = (), **chances: float
     ids, mask = ByteTokenizer(64)([text] * rows)
     params = {name: torch.full((rows,), chance) for name, chance in chances.items()}
     params["token_seed"] = torch.arange(rows) * 7919
-    out, kept = augment_tokens.augment_tokens(ids, mask, params, mask_id=999, special_ids=special)
+    out, kept, _ = augment_tokens.augment_tokens(ids, mask, params, mask_id=999, special_ids=special)
     assert (out[~kept] == 0).all() and kept.any(1).all()
     assert (kept.int().diff(dim=1) <= 0).all(), "tokens stand together"
     return [row[keep].tolist() for row, keep in zip(out, kept, strict=True)]

@@ -154,6 +154,7 @@ def test_transformers_from_a_folder_with_its_tokenizer(tmp_path):
     tower = _build(name=f"hf:{tmp_path}", max_tokens=8)
     tokenizer = pickle.loads(pickle.dumps(tower.spec.tokenizer))
     assert tokenizer == HfTokenizer(str(tmp_path), 8)
+    assert tokenizer.vocabulary == 5 and tokenizer.mask_id is None
     ids, mask = tokenizer(["a dog barks", "", "cat " * 20])
     assert ids[0, :3].tolist() == [2, 3, 4] and mask.sum(1).tolist() == [3, 1, 8]
     assert tower(ids, mask).pooled.isfinite().all()

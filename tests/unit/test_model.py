@@ -36,13 +36,15 @@ def video_rows(model: MultimodalModel, present: list[bool]) -> ViewBatch:
 
 def test_absent_rows_equal_deleted_rows(model: MultimodalModel) -> None:
     rows = video_rows(model, [True, False, True, False])
-    whole = model.encode_view("video", rows, ["joint", "pooled", "tokens"])
+    whole = model.encode_view("video", rows, ["joint", "pooled", "tokens", "joint_tokens"])
     kept = ViewBatch(rows.data[rows.present], rows.present[rows.present])
-    deleted = model.encode_view("video", kept, ["joint", "pooled", "tokens"])
+    deleted = model.encode_view("video", kept, ["joint", "pooled", "tokens", "joint_tokens"])
     for level, value in whole.items():
         assert torch.equal(value[rows.present], deleted[level])
         assert not value[~rows.present].any()
     assert torch.allclose(whole["joint"][rows.present].norm(dim=1), torch.ones(2))
+    first = model.heads["video"](whole["tokens"][0, 3])  # a token goes the way of the whole
+    torch.testing.assert_close(whole["joint_tokens"][0, 3], first / first.norm())
 
 
 def test_a_rank_without_rows_still_uses_every_parameter() -> None:
