@@ -180,9 +180,7 @@ class _Pairs:
         comm, form = block.comm, self.form
         rows, columns = self.rows, self.columns
         any_wants, b_wants = self.wants
-        row_sums, column_sums = LogSums.apply(
-            rows, columns, self.scale, _anchor(rows, any_wants), block, b_wants
-        )
+        row_sums, column_sums = LogSums.apply(rows, columns, self.scale, _anchor(rows, any_wants), block, b_wants)
         cosines = (self.a * self.b).sum(2)
         sums = torch.stack([row_sums[:, None].expand_as(cosines), column_sums.view_as(cosines)])
         values = _softmax_values(sums, cosines, self.both, self.scale, form, comm)
@@ -216,9 +214,7 @@ class _Pairs:
         return total
 
 
-def _softmax_values(
-    sums: Tensor, cosines: Tensor, both: Tensor, scale: Tensor, form: Form, comm: Comm
-) -> Tensor:
+def _softmax_values(sums: Tensor, cosines: Tensor, both: Tensor, scale: Tensor, form: Form, comm: Comm) -> Tensor:
     """The form of each query, in the shape of ``sums``, from the log-sum-exps of its negatives; 0 without any."""
     positives = scale * cosines
     if form.name not in ("dcl", "dclw"):
@@ -235,8 +231,10 @@ def _softmax_values(
 
 
 def _unit(x: Tensor, present: Tensor) -> Tensor:
-    """Rows of length 1; absent ones are 0 whatever they hold, and so is their gradient."""
-    return F.normalize(x.masked_fill(~present[..., None], 0), dim=-1)
+    """Rows of length 1; absent ones are 0 whatever they hold, and so is their gradient, as that of zero rows."""
+    x = x.masked_fill(~present[..., None], 0)
+    norm = torch.linalg.vector_norm(x, dim=-1, keepdim=True)
+    return x / norm.masked_fill(norm < 1e-12, torch.inf)  # F.normalize takes gradients of zero rows times 1e12
 
 
 def _anchor(x: Tensor, wants_gradient: bool) -> Tensor:

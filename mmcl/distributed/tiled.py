@@ -130,9 +130,7 @@ class WeightedTotal(torch.autograd.Function):
         return *(None if x is None else gradient * x for x in ctx.gradients), None, None, None
 
 
-def _tile_weight(
-    logits: Tensor, weights: tuple[Tensor, Tensor], block: Candidates, i: slice, j: slice
-) -> Tensor:
+def _tile_weight(logits: Tensor, weights: tuple[Tensor, Tensor], block: Candidates, i: slice, j: slice) -> Tensor:
     """u_i + v_j where the logit counts in that direction."""
     seen = ~block.for_rows(logits, i).isneginf(), ~block.for_columns(logits, j).isneginf()
     return weights[0][i] * seen[0] + weights[1][j] * seen[1]
