@@ -156,7 +156,7 @@ def build_model(config: RunConfig) -> tuple[MultimodalModel, ObjectiveMix]:
         check_needs(objectives[name].needs, towers, path=f"objectives.{number}")
         weights[name] = options.weight
     mix = ObjectiveMix(objectives, weights)
-    model.add_scales(mix.scales)
+    model.add_scales(mix.scales, mix.start_temperatures)
     model.load_weights()
     model.serve(mix.needs)
     return model, mix

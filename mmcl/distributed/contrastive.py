@@ -39,7 +39,7 @@ class Form:
     hard_quantile: float = 1.0
     """share of negatives that count, the hardest: each query keeps ⌈share · M⌉ of the M negatives it has on all ranks,
     those of highest cosine, ties included; a query is a row in one direction, a column in the other. SigLIP has no
-    direction: a negative weighs ½ for its row and ½ for its column. 1: all (Wang & Liu 2021, arXiv 2012.09740, eq. 9)"""
+    direction: a negative weighs ½ for its row and ½ for its column. 1: all (Wang & Liu 2021, arXiv 2012.09740)"""
 
 
 def contrastive(
@@ -184,11 +184,11 @@ class _Pairs:
         cosines = (self.a * self.b).sum(2)
         sums = torch.stack([row_sums[:, None].expand_as(cosines), column_sums.view_as(cosines)])
         values = _softmax_values(sums, cosines, self.both, self.scale, form, comm)
-        per_row = self.both / self.both.sum(1, keepdim=True).clamp_min(1)
+        per_row = self.both.to(rows.dtype) / self.both.sum(1, keepdim=True).clamp_min(1)
         smoothed = torch.zeros_like(self.scale)
         if form.name == "clip_label_smoothing":
-            counts = count_negatives(block, rows, columns)
-            candidates = 1 + torch.stack([counts[0][:, None].expand_as(cosines), counts[1].view_as(cosines)])
+            of_rows, of_columns = (1 + x.to(rows.dtype) for x in count_negatives(block, rows, columns, self.scale))
+            candidates = torch.stack([of_rows[:, None].expand_as(cosines), of_columns.view_as(cosines)])
             values = values + form.smoothing * (1 - 1 / candidates) * cosines * self.scale
             pairs = comm.sum(self.both.any(1).sum()).clamp_min(1)
             weights = form.smoothing * per_row / candidates / (2 * pairs)
@@ -203,8 +203,9 @@ class _Pairs:
         halves = None
         if self.form.hard_quantile < 1:
             halves = self.rows.new_full((len(self.rows),), 0.5), self.rows.new_full((len(self.columns),), 0.5)
-        count = comm.sum(self.both.sum())
-        return comm.share((positives + self._total(block, halves, self.bias)) * (count > 0) / count.clamp_min(1))
+        count = comm.sum(self.both.sum()).to(positives.dtype)
+        share = torch.where(count > 0, 1 / count.clamp_min(1), 0.0)  # nothing to ask where there is no pair
+        return comm.share(share * (positives + self._total(block, halves, self.bias)))
 
     def _total(self, block: Candidates, weights: tuple[Tensor, Tensor] | None, bias: Tensor | None) -> Tensor:
         any_wants, b_wants = self.wants
@@ -222,6 +223,7 @@ def _softmax_values(sums: Tensor, cosines: Tensor, both: Tensor, scale: Tensor, 
         return torch.logaddexp(sums - positives, sums.new_zeros(()))
     if form.name == "dclw":
         everyone = comm.gather_by_rank(cosines.masked_fill(~both, -torch.inf))
+        everyone = everyone.masked_fill(everyone.isneginf().all(), 0.0)  # no positive at all: any number, but no NaN
         shares = (everyone / form.sigma).flatten().softmax(0).view_as(everyone)
         own = shares[comm.rank * len(cosines) : (comm.rank + 1) * len(cosines)]
         weight = 2 - comm.sum(both.sum()) * own
@@ -234,7 +236,8 @@ def _unit(x: Tensor, present: Tensor) -> Tensor:
     """Rows of length 1; absent ones are 0 whatever they hold, and so is their gradient, as that of zero rows."""
     x = x.masked_fill(~present[..., None], 0)
     norm = torch.linalg.vector_norm(x, dim=-1, keepdim=True)
-    return x / norm.masked_fill(norm < 1e-12, torch.inf)  # F.normalize takes gradients of zero rows times 1e12
+    unit: Tensor = x / norm.masked_fill(norm < 1e-12, torch.inf)  # F.normalize takes gradients of zero rows times 1e12
+    return unit
 
 
 def _anchor(x: Tensor, wants_gradient: bool) -> Tensor:

@@ -1,8 +1,8 @@
 """Sums over all negatives, tile by tile: the N × N logits never exist, and one block serves both directions.
 
 A contrastive loss is a function of few positives and of one sum over the negatives of each row; the sums are here, the
-losses in ``contrastive``. Ranks hold own rows × all columns, so the sums of rows are whole; those of columns are partial
-and joined. Upstream gradients are those of :meth:`Comm.share`: ``world_size`` × own.
+losses in ``contrastive``. Ranks hold own rows × all columns, so the sums of rows are whole; those of columns are
+partial and joined. Upstream gradients are those of :meth:`Comm.share`: ``world_size`` × own.
 """
 
 from __future__ import annotations
@@ -41,14 +41,10 @@ class LogSums(torch.autograd.Function):
             if b is not None:
                 column_sums[j] = torch.logaddexp(column_sums[j], block.for_columns(logits, j).logsumexp(0))
         all_rows = block.put_back(row_sums, block.rows, len(a), -torch.inf)
-        if b is None:
-            column_sums, outputs = block.gather_columns(all_rows), all_rows
-        else:
-            column_sums = _joined(column_sums, comm)
-            outputs = all_rows, block.own_part(column_sums, len(b), -torch.inf)
+        column_sums = block.gather_columns(all_rows) if b is None else _joined(column_sums, comm)
         ctx.save_for_backward(a, scale, columns, row_sums, column_sums)
         ctx.block, ctx.size_b, ctx.b_wants_gradient = block, None if b is None else len(b), b_wants_gradient
-        return outputs
+        return all_rows if b is None else (all_rows, block.own_part(column_sums, len(b), -torch.inf))
 
     @staticmethod
     @torch.autograd.function.once_differentiable
@@ -156,10 +152,10 @@ def _joined(partial: Tensor, comm: Comm) -> Tensor:
     return top + comm.sum((partial - top).exp()).log()
 
 
-def count_negatives(block: Candidates, a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
+@torch.no_grad()
+def count_negatives(block: Candidates, a: Tensor, b: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]:
     """How many negatives own rows of ``a`` and of ``b`` have on all ranks, above the floors."""
     rows, columns = block.pick_rows(a), block.gather_columns(b)
-    scale = a.new_ones(())
     of_rows, of_columns = (torch.zeros(len(x), dtype=torch.int64, device=a.device) for x in (rows, columns))
     for i, j in block.tiles():
         logits = block.logits(rows, columns, scale, i, j)
@@ -195,7 +191,8 @@ def with_hardest(block: Candidates, a: Tensor, b: Tensor | None, scale: Tensor, 
                 known = prefix[part, None] if axis == 0 else prefix[part]
                 counted = ((keys >> (shift + 8)) == known) & ~logits.isneginf()
                 digit = torch.where(counted, (keys >> shift) & (DIGIT - 1), DIGIT)  # the last is not looked at
-                count[part].scatter_add_(1, digit if axis == 0 else digit.T, torch.ones_like(digit))
+                digit = digit if axis == 0 else digit.T
+                count[part].scatter_add_(1, digit, torch.ones_like(digit))
         if b is not None:
             counts[1] = block.comm.sum(counts[1])
         found = [count[:, :DIGIT] for count in counts]

@@ -59,6 +59,8 @@ class Objective(nn.Module):
     needs: tuple[Need, ...] = ()
     scales: tuple[str, ...] = ()
     """names of the model's temperatures that this objective uses"""
+    start_temperatures: Mapping[str, float] = {}
+    """where those of them start that do not start as the model says"""
 
     def forward(self, embeddings: Embeddings, comm: Comm) -> Term:
         raise NotImplementedError
@@ -92,6 +94,12 @@ class ObjectiveMix(nn.Module):
     def scales(self) -> tuple[str, ...]:
         """The union of all temperatures, in the order of the objectives."""
         return tuple(dict.fromkeys(name for objective in self._each().values() for name in objective.scales))
+
+    @property
+    def start_temperatures(self) -> dict[str, float]:
+        """Where temperatures start that do not start as the model says; the first objective of a name has its say."""
+        each = reversed(self._each().values())
+        return {name: start for objective in each for name, start in objective.start_temperatures.items()}
 
     def _each(self) -> dict[str, Objective]:
         return {name: module for name, module in self.objectives.items() if isinstance(module, Objective)}

@@ -51,7 +51,7 @@ def test_is_the_mean_over_pairs(masked: bool, unpaired: bool) -> None:
     objective = build(CrossModalOptions(mask_false_negatives=masked, unpaired_negatives=unpaired), TOWERS)
     term, embeddings = run(objective)
     losses = []
-    for name, (a, b) in objective.pairs.items():
+    for name, ((a,), (b,)) in objective.pairs.items():
         present_a, present_b = embeddings.present(a.view), embeddings.present(b.view)
         loss = contrastive_reference(
             embeddings.get(a),

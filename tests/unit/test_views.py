@@ -161,7 +161,7 @@ def test_a_run_trains_on_augmented_views(shards_folder: Path, tmp_path: Path, mo
     from mmcl.types import Need
 
     monkeypatch.setattr(
-        cross_modal, "_need", lambda tower: Need(tower.name, View(tower.spec, augmentation="strong"), ("joint",))
+        cross_modal, "_need", lambda tower, _: Need(tower.name, View(tower.spec, augmentation="strong"), ("joint",))
     )
     config = tiny_config("train.steps=2", shards=shards_folder / "train", out=tmp_path / "run")
     config = config.model_copy(update={"data": config.data.model_copy(update={"augmentations": {"strong": STRONG}})})
