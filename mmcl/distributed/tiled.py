@@ -105,10 +105,13 @@ class WeightedTotal(torch.autograd.Function):
             weight = None if weights is None else _tile_weight(logits, weights, block, i, j)
             if bias is None:
                 values, slope = logits.masked_fill(logits.isneginf(), 0.0), torch.ones_like(logits)
+                total += values.sum() if weight is None else values.mul_(weight).sum()
             else:
-                values = F.softplus(logits.add_(bias), threshold=40.0)  # beyond, float64 too is linear
-                slope = logits.sigmoid_() if wanted else logits
-            total += values.sum() if weight is None else values.mul_(weight).sum()
+                logits += bias
+                for number, part in enumerate(logits.split(CHUNK)):  # small enough to stay in the cache
+                    values = _softplus(part)
+                    total += (values if weight is None else values.mul_(weight[number * CHUNK :][:CHUNK])).sum()
+                slope = logits.sigmoid_()
             if wanted:
                 slope = slope if weight is None else slope.mul_(weight)
                 d_bias += slope.sum()
@@ -124,6 +127,19 @@ class WeightedTotal(torch.autograd.Function):
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
         return *(None if x is None else gradient * x for x in ctx.gradients), None, None, None
+
+
+CHUNK = 64
+"""rows of a tile at a time"""
+
+
+def _softplus(x: Tensor) -> Tensor:
+    """log(1 + eˣ) to the last bits, 0 at −∞, in a third of the time that ``log1p`` takes on CPUs."""
+    small = x.abs().neg_().exp_()
+    above_one = small + 1
+    logs = above_one.log().mul_(small)
+    above_one -= 1  # what of ``small`` the sum kept; log(1 + y) ≈ y · log(u)/(u − 1) with u the rounded 1 + y
+    return torch.where(above_one == 0, small, logs.div_(above_one)).add_(x.clamp_min(0))
 
 
 def _tile_weight(logits: Tensor, weights: tuple[Tensor, Tensor], block: Candidates, i: slice, j: slice) -> Tensor:
