@@ -11,7 +11,7 @@ from torch import Tensor
 
 from mmcl.distributed.candidates import Candidates
 from mmcl.distributed.comm import Comm
-from mmcl.distributed.tiled import LogSums, WeightedTotal, count_negatives, with_hardest
+from mmcl.distributed.tiled import LogSums, Unit, WeightedTotal, count_negatives, with_hardest
 
 FormName: TypeAlias = Literal["infonce", "siglip", "dcl", "dclw", "clip_label_smoothing"]
 
@@ -234,9 +234,7 @@ def _softmax_values(sums: Tensor, cosines: Tensor, both: Tensor, scale: Tensor, 
 
 def _unit(x: Tensor, present: Tensor) -> Tensor:
     """Rows of length 1; absent ones are 0 whatever they hold, and so is their gradient, as that of zero rows."""
-    x = x.masked_fill(~present[..., None], 0)
-    norm = torch.linalg.vector_norm(x, dim=-1, keepdim=True)
-    unit: Tensor = x / norm.masked_fill(norm < 1e-12, torch.inf)  # F.normalize takes gradients of zero rows times 1e12
+    unit: Tensor = Unit.apply(x, present)
     return unit
 
 
