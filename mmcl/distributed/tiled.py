@@ -28,7 +28,7 @@ class Unit(torch.autograd.Function):
         norm = torch.linalg.vector_norm(x, dim=-1)
         nothing = (~present | (norm < 1e-12))[..., None]
         norm = norm[..., None].masked_fill(nothing, torch.inf)
-        unit = (x / norm).masked_fill_(nothing, 0.0)
+        unit: Tensor = (x / norm).masked_fill_(nothing, 0.0)
         ctx.save_for_backward(unit, norm)
         return unit
 
@@ -131,7 +131,7 @@ class WeightedTotal(torch.autograd.Function):
                 total += values.sum() if weight is None else values.mul_(weight).sum()
             else:
                 logits += bias
-                for number, part in enumerate(logits.split(CHUNK)):  # small enough to stay in the cache
+                for number, part in enumerate(torch.split(logits, CHUNK)):  # small enough to stay in the cache
                     values = _softplus(part)
                     total += (values if weight is None else values.mul_(weight[number * CHUNK :][:CHUNK])).sum()
                 slope = logits.sigmoid_()
