@@ -167,10 +167,13 @@ class MultimodalModel(Pretrained):
         model.load_state_dict({k: v for k, v in self.state_dict().items() if not k.startswith("momentum_")})
         return model
 
-    def add_scales(self, names: Iterable[str]) -> None:
-        """Gives the model a temperature for each name, e.g. one per pair of towers (``"video-text"``)."""
-        start = -math.log(self.options.temperature)
+    def add_scales(self, names: Iterable[str], starts: Mapping[str, float] | None = None) -> None:
+        """Gives the model a temperature for each name, e.g. one per pair of towers (``"video-text"``).
+
+        They start at ``starts``, those that it does not name at the model's ``temperature``.
+        """
         for name in names:
+            start = -math.log((starts or {}).get(name, self.options.temperature))
             self.log_scales[name] = nn.Parameter(torch.tensor(start), requires_grad=self.options.learn_temperature)
 
     def add_momentum(self, tower: str) -> None:

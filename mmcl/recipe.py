@@ -157,7 +157,7 @@ def build_model(config: RunConfig) -> tuple[MultimodalModel, ObjectiveMix]:
         check_needs(objectives[name].needs, towers, path=f"objectives.{number}")
         weights[name] = over_run(options.weight, config.train.steps, f"objectives.{number}.weight")
     mix = ObjectiveMix(objectives, weights)
-    model.add_scales(mix.scales)
+    model.add_scales(mix.scales, mix.start_temperatures)
     model.load_weights()
     model.serve(mix.needs)
     return model, mix

@@ -82,12 +82,17 @@ def holes(rows: int, views: Sequence[View], *, blank: Callable[[View], Value] = 
 
 def _groups(row: Row) -> tuple[int, int, int]:
     """Numbers of key, group and caption; a hole has none."""
-    caption = " ".join(row.caption.casefold().split())
     return (
         text_hash(row.key) if row.key else -1,
         text_hash(row.group) if row.group else -1,
-        text_hash(caption) if caption else -1,
+        _caption_number(row.caption),
     )
+
+
+def _caption_number(caption: str) -> int:
+    """Equal for captions that differ in case and white space alone; −1: none."""
+    words = caption.casefold().split()
+    return text_hash(" ".join(words)) if words else -1
 
 
 def _collate_view(values: Sequence[Value | None], view: View, blank: Value) -> ViewBatch:
@@ -98,7 +103,9 @@ def _collate_view(values: Sequence[Value | None], view: View, blank: Value) -> V
         for name in blank.params
     }
     if isinstance(view.spec, TextSpec):
-        ids, mask = view.spec.tokenizer([str(value.data) for value in full])
+        texts = [str(value.data) for value in full]
+        params["caption_number"] = torch.tensor([_caption_number(text) for text in texts], dtype=torch.int64)
+        ids, mask = view.spec.tokenizer(texts)
         return ViewBatch(ids * present[:, None], present, mask, params)
     assert isinstance(blank.data, np.ndarray)
     data = torch.zeros((len(values), *blank.data.shape), dtype=torch.from_numpy(blank.data).dtype)

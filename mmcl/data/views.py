@@ -26,7 +26,8 @@ class ViewMaker:
     """Decodes the declared views of a sample. Random choices are keyed by (seed, epoch, key, view) alone.
 
     ``rule="random"`` draws windows and captions anew in each epoch, as ``sampling`` says; ``"even"`` spaces the windows
-    evenly over the sample and takes the first caption (evaluation). Parameters of augmentations are drawn here and
+    evenly over the sample and takes the first captions (evaluation). Text views of different ``clip`` numbers are
+    different captions; those beyond the number of captions are absent. Parameters of augmentations are drawn here and
     applied later, by ``mmcl.media.augment``.
 
     Raises:
@@ -45,13 +46,13 @@ class ViewMaker:
         check_views(self.views, self.augmentations, path="data.augmentations")
 
     def __call__(self, sample: Sample, *, epoch: int) -> tuple[dict[View, Value], str]:
-        """The views that this sample has, and the caption chosen.
+        """The views that this sample has, and the caption chosen for clip 0.
 
         Raises:
             SampleError: a member of the sample is damaged; the whole sample is then a hole.
         """
         words = (self.seed, epoch, text_hash(sample.key))
-        caption = self._caption(sample.captions, words)
+        captions = self._captions(sample.captions, words)
         values: dict[View, Value] = {}
         timed = [view for view in self.views if isinstance(view.spec, TIMED)]
         specs = [self._decoded(view) for view in timed]
@@ -73,22 +74,19 @@ class ViewMaker:
                     if data is not None:
                         start_seconds = own_window(window, spec).start_seconds
                         values[view] = Value(data, start_seconds, self._params(view, words))
-        if caption:
-            texts = [view for view in self.views if isinstance(view.spec, TextSpec)]
-            values.update({view: Value(caption, params=self._params(view, words)) for view in texts})
         for view in self.views:
+            if isinstance(view.spec, TextSpec) and view.clip < len(captions):
+                values[view] = Value(captions[view.clip], params=self._params(view, words))
             if isinstance(view.spec, VectorSpec) and view.spec.member in sample.vectors:
                 values[view] = Value(read_vector(sample.vectors[view.spec.member], view.spec.width))
         if not values:
             raise SampleError("no_views", "the sample has none of the modalities that the run asks for")
-        return values, caption
+        return values, captions[0] if captions else ""
 
-    def _caption(self, captions: Sequence[str], words: tuple[int, ...]) -> str:
-        if not captions:
-            return ""
-        if self.rule == "even":
-            return captions[0]
-        return captions[int(uniform(*words, _CAPTION) * len(captions))]
+    def _captions(self, captions: Sequence[str], words: tuple[int, ...]) -> Sequence[str]:
+        """All captions: the first is drawn, the others follow it in their order."""
+        first = 0 if self.rule == "even" else int(uniform(*words, _CAPTION) * len(captions))
+        return [*captions[first:], *captions[:first]]
 
     def _windows(
         self,

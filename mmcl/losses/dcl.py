@@ -39,10 +39,8 @@ def dcl(a: Tensor, b: Tensor, *, temperature: float | Tensor, sigma: float | Non
         positive("sigma", sigma)
     a, b = unit(a), unit(b)
     weight = 1.0 if sigma is None else dcl_weights(a, b, sigma=sigma).detach()
-    numbers = torch.arange(len(a), device=a.device)
     directions = [
-        nt_xent_rows(x, y, x, y, numbers, temperature=temperature, weight=weight, decoupled=True)
-        for x, y in ((a, b), (b, a))
+        nt_xent_rows(x, y, temperature=temperature, weight=weight, decoupled=True) for x, y in ((a, b), (b, a))
     ]
     return row_mean(torch.stack(directions).mean(0))
 

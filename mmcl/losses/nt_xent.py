@@ -1,4 +1,4 @@
-"""SimCLR's loss over two views, and its form for rows that are spread over ranks."""
+"""SimCLR's loss over two views, and what DCL shares with it."""
 
 from __future__ import annotations
 
@@ -32,55 +32,30 @@ def nt_xent(a: Tensor, b: Tensor, *, temperature: float | Tensor) -> Tensor:
     matrices(a=a, b=b)
     positive("temperature", temperature)
     a, b = unit(a), unit(b)
-    numbers = torch.arange(len(a), device=a.device)
-    return row_mean(
-        (
-            nt_xent_rows(a, b, a, b, numbers, temperature=temperature)
-            + nt_xent_rows(b, a, b, a, numbers, temperature=temperature)
-        )
-        / 2
-    )
+    directions = [nt_xent_rows(x, y, temperature=temperature) for x, y in ((a, b), (b, a))]
+    return row_mean(torch.stack(directions).mean(0))
 
 
-@full_precision
 def nt_xent_rows(
     anchors: Tensor,
     partners: Tensor,
-    same_view: Tensor,
-    other_view: Tensor,
-    numbers: Tensor,
     *,
     temperature: float | Tensor,
-    groups: Tensor | None = None,
     weight: Tensor | float = 1.0,
     decoupled: bool = False,
 ) -> Tensor:
-    """log Σ exp over the candidates − weight · positive, one direction, ``(B,)``. Rows are taken as unit rows.
+    """log Σ exp over the rows of both views − weight · positive, one direction, ``(B,)``, of unit rows ``(B, D)``.
 
-    Args:
-        anchors: float ``(B, D)``.
-        partners: float ``(B, D)``, the other view of the anchors.
-        same_view: float ``(N, D)``, all rows of the anchors' view; an anchor does not see itself.
-        other_view: float ``(N, D)``, all rows of the partners' view.
-        numbers: int64 ``(B,)``: where the anchors stand among the N.
-        temperature: divides the cosine.
-        groups: int64 ``(N, G)`` or None; rows of equal number (−1: none) in any column are not each other's negatives.
-        weight: ``(B,)`` or a number, of the positives.
-        decoupled: leave the positive out of the sum (DCL); an anchor without negatives then gives 0.
+    ``weight``, ``(B,)`` or a number, is of the positives. ``decoupled`` leaves the positive out of the sum (DCL); an
+    anchor without negatives then gives 0.
     """
-    count = len(same_view)
-    columns = torch.arange(count, device=numbers.device)
+    numbers = torch.arange(len(anchors), device=anchors.device)
 
     def hidden(rows: Tensor) -> Tensor:
-        own = numbers[rows, None] == columns
-        negatives = own
-        if groups is not None:
-            for group in groups.unbind(1):
-                mine = group[numbers[rows], None]
-                negatives = negatives | ((mine == group) & (mine >= 0))
-        return torch.cat([negatives, negatives if decoupled else negatives & ~own], 1)
+        own = rows[:, None] == numbers
+        return torch.cat([own, own if decoupled else torch.zeros_like(own)], 1)
 
-    total = log_sum_of_candidates(anchors, torch.cat([same_view, other_view]), hidden, temperature=temperature)
+    total = log_sum_of_candidates(anchors, torch.cat([anchors, partners]), hidden, temperature=temperature)
     alone = total == float("-inf")
     pull = weight * (anchors * partners).sum(1) / temperature
     return (total - pull).masked_fill(alone, 0.0)

@@ -65,6 +65,8 @@ class Objective(nn.Module):
     """names of the model's temperatures that this objective uses"""
     labels_option: str | None = None
     """the option that makes this objective learn from labels, where it does"""
+    start_temperatures: Mapping[str, float] = {}
+    """where those of them start that do not start as the model says"""
 
     def forward(self, embeddings: Embeddings, comm: Comm) -> Term:
         raise NotImplementedError
@@ -101,6 +103,12 @@ class ObjectiveMix(nn.Module):
     def scales(self) -> tuple[str, ...]:
         """The union of all temperatures, in the order of the objectives."""
         return tuple(dict.fromkeys(name for objective in self.each().values() for name in objective.scales))
+
+    @property
+    def start_temperatures(self) -> dict[str, float]:
+        """Where temperatures start that do not start as the model says; the first objective of a name has its say."""
+        each = reversed(self.each().values())
+        return {name: start for objective in each for name, start in objective.start_temperatures.items()}
 
     def each(self) -> dict[str, Objective]:
         """The objectives by name, in the order of the configuration."""

@@ -1,73 +1,154 @@
-"""Contrast between modalities: clips of one sample attract, those of different samples repel (CLIP), pair by pair."""
+"""Contrast between modalities: clips of one sample attract, those of different samples repel, pair by pair."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from itertools import combinations
+from itertools import combinations, product
 from typing import Annotated, Literal
 
 import torch
-from pydantic import Field
+from pydantic import Field, model_validator
+from torch import Tensor, nn
 
 from mmcl.config import Options, unknown_name
-from mmcl.distributed import Comm, contrastive
+from mmcl.distributed import Comm, Form, contrastive
 from mmcl.objectives.base import Objective, Term
 from mmcl.objectives.weights import Weight
-from mmcl.types import ConfigError, Embeddings, Need, TowerInfo, View
+from mmcl.types import ConfigError, Embeddings, Need, TextSpec, TowerInfo, View
+
+SHARED = "shared"
+"""the name of the temperature that all pairs share"""
+
+OWN_OPTIONS = {"sigma": "dclw", "detach_weight": "dclw", "smoothing": "clip_label_smoothing", "start_bias": "siglip"}
+"""option: the only estimator that has it"""
 
 
 class CrossModalOptions(Options):
-    """Symmetric InfoNCE between pairs of towers (Radford et al. 2021, arXiv 2103.00020), one temperature per pair."""
+    """Symmetric contrast between pairs of towers; CLIP's by default (Radford et al. 2021, arXiv 2103.00020)."""
 
     name: Literal["cross_modal"] = "cross_modal"
     weight: Weight = 1.0
     pairs: Annotated[tuple[tuple[str, str], ...], Field(min_length=1)] | None = None
     """towers to contrast, e.g. ``[[video, text], [audio, text]]``; null: every pair of towers"""
+    estimator: Literal["infonce", "siglip", "dcl", "dclw", "clip_label_smoothing"] = "infonce"
+    """CLIP's InfoNCE; a sigmoid per pair of rows (arXiv 2303.15343); InfoNCE without the positive in the sum, or its
+    positives weighted too (arXiv 2110.06848, without the terms inside a modality); InfoNCE with smoothed targets"""
+    sigma: Annotated[float, Field(gt=0)] = 0.5
+    """dclw: a positive weighs 2 − N·softmax(cosine / sigma), of mean 1"""
+    detach_weight: bool = True
+    """dclw: the weight is a number, not something to learn through (the paper; a known implementation differs)"""
+    smoothing: Annotated[float, Field(gt=0, lt=1)] = 0.1
+    """clip_label_smoothing: share of the target that is spread evenly over all candidates (arXiv 2305.08675)"""
+    start_bias: float = -10.0
+    """siglip: where its learned bias starts"""
+    start_temperature: Annotated[float, Field(gt=0.01, le=10)] | None = None
+    """where the learned temperatures start; null: at ``model.temperature``, for siglip at 0.1 as in the paper"""
+    shared_temperature: bool = False
+    """one temperature (and bias) for all pairs, not one per pair"""
+    hard_quantile: Annotated[float, Field(gt=0, le=1)] = 1.0
+    """share of the negatives that count: of the M that a row has over all ranks the ⌈share·M⌉ of highest cosine, for
+    each row and direction of its own, ties included (arXiv 2012.09740); siglip: half for the row, half for the column
+    """
+    captions: Annotated[int, Field(ge=1, le=16)] = 1
+    """captions of a sample that are positives of its clip, each against the negatives alone; the mean over them counts.
+    They are different ones; a sample with fewer has fewer. In pairs of a text tower with another modality"""
     unpaired_negatives: bool = False
     """rows that have only one side of a pair are negatives of the others' pairs too"""
     mask_false_negatives: bool = True
-    """samples of equal key, caption or group are never each other's negatives"""
+    """samples of equal key, group or with an equal caption are never each other's negatives"""
+
+    @model_validator(mode="after")
+    def _belongs(self) -> CrossModalOptions:
+        for option, estimator in OWN_OPTIONS.items():
+            changed = getattr(self, option) != type(self).model_fields[option].default
+            if changed and self.estimator != estimator:
+                raise ValueError(f"{option} belongs to estimator {estimator!r}, this one is {self.estimator!r}")
+        return self
+
+
+Side = tuple[Need, ...]
+"""one view, or the views of several captions"""
 
 
 class CrossModal(Objective):
     """The mean over pairs of the contrastive loss of their joint embeddings, exact over all ranks."""
 
-    def __init__(self, options: CrossModalOptions, pairs: Mapping[str, tuple[Need, Need]]) -> None:
+    def __init__(self, options: CrossModalOptions, pairs: Mapping[str, tuple[Side, Side]]) -> None:
         super().__init__()
         self.options = options
         self.pairs = dict(pairs)
-        self.needs = tuple(dict.fromkeys(need for pair in self.pairs.values() for need in pair))
-        self.scales = tuple(self.pairs)
+        self.needs = tuple(dict.fromkeys(need for pair in self.pairs.values() for side in pair for need in side))
+        self.form = Form(
+            options.estimator,
+            sigma=options.sigma,
+            detach_weight=options.detach_weight,
+            smoothing=options.smoothing,
+            hard_quantile=options.hard_quantile,
+        )
+        siglip = options.estimator == "siglip"
+        # a sigmoid wants another temperature than a softmax of the same pair
+        own = {name: SHARED if options.shared_temperature else name for name in self.pairs}
+        self.scale_of = {name: f"{scale}-siglip" if siglip else scale for name, scale in own.items()}
+        self.scales = tuple(dict.fromkeys(self.scale_of.values()))
+        start = 0.1 if siglip and options.start_temperature is None else options.start_temperature
+        self.start_temperatures = {} if start is None else dict.fromkeys(self.scales, start)
+        self.biases = nn.ParameterDict({name: torch.tensor(options.start_bias) for name in self.scales if siglip})
 
     def forward(self, embeddings: Embeddings, comm: Comm) -> Term:
-        groups = embeddings.batch.groups if self.options.mask_false_negatives else None
         losses, metrics = [], {}
         for name, (a, b) in self.pairs.items():
+            present_a, present_b = embeddings.present(a[0].view), _stack([embeddings.present(x.view) for x in b])
+            groups, groups_b = self._groups(embeddings, b)
+            scale = self.scale_of[name]
             loss = contrastive(
-                embeddings.get(a),
-                embeddings.get(b),
-                scale=embeddings.scales[name],
+                embeddings.get(a[0]),
+                _stack([embeddings.get(need) for need in b]),
+                scale=embeddings.scales[scale],
                 comm=comm,
-                present_a=embeddings.present(a.view),
-                present_b=embeddings.present(b.view),
+                present_a=present_a,
+                present_b=present_b,
                 groups=groups,
+                groups_b=groups_b,
                 unpaired_negatives=self.options.unpaired_negatives,
+                form=self.form,
+                bias=self.biases.get(scale, 0.0),
             )
             losses.append(loss)
             metrics[f"loss/{name}"] = loss.detach()
-            metrics[f"pairs/{name}"] = comm.sum(embeddings.present(a.view, b.view).sum())
+            metrics[f"pairs/{name}"] = comm.sum((present_a[:, None] & present_b.view(len(present_b), len(b))).sum())
+        for name, bias in self.biases.items():
+            metrics[f"bias/{name}"] = bias.detach()
         return Term(torch.stack(losses).mean(), metrics)
+
+    def _groups(self, embeddings: Embeddings, captions: Side) -> tuple[Tensor | None, Tensor | None]:
+        """Numbers of both sides: those of the batch, and every caption of one sample beside every one of the other."""
+        if not self.options.mask_false_negatives:
+            return None, None
+        groups = embeddings.batch.groups
+        params = [embeddings.batch.views[need.view].params for need in captions]
+        numbers = [found["caption_number"] for found in params if "caption_number" in found]
+        if len(captions) == 1 or not numbers:
+            return groups, None
+        sides = zip(*product(numbers, numbers), strict=True)
+        a, b = (torch.cat([groups, torch.stack(side, 1)], 1) for side in sides)
+        return a, b
+
+
+def _stack(values: list[Tensor]) -> Tensor:
+    """``(B, …)`` of one, ``(B, K, …)`` of several."""
+    return values[0] if len(values) == 1 else torch.stack(values, 1)
 
 
 def build(options: CrossModalOptions, towers: Mapping[str, TowerInfo], path: str = "objectives.0") -> CrossModal:
     """The objective for these towers.
 
     Raises:
-        ConfigError: a pair names an unknown tower, one tower twice, or comes twice; or there is no pair.
+        ConfigError: a pair names an unknown tower, one tower twice, or comes twice; there is no pair; or several
+            captions are asked for and no pair has a text tower and another.
     """
     if options.pairs is None and len(towers) < 2:
         raise ConfigError(f"{path}.pairs: cross_modal needs two towers, the model has {', '.join(towers) or 'none'}")
-    pairs: dict[str, tuple[Need, Need]] = {}
+    pairs: dict[str, tuple[Side, Side]] = {}
     for number, (a, b) in enumerate(combinations(towers, 2) if options.pairs is None else options.pairs):
         where = f"{path}.pairs.{number}"
         for tower in (a, b):
@@ -82,9 +163,19 @@ def build(options: CrossModalOptions, towers: Mapping[str, TowerInfo], path: str
                 f"{where}: {a!r} and {b!r} lie in spaces of different width, "
                 f"{towers[a].joint_width} and {towers[b].joint_width}"
             )
-        pairs[f"{a}-{b}"] = (_need(towers[a]), _need(towers[b]))
+        pairs[f"{a}-{b}"] = _sides(towers[a], towers[b], options.captions)
+    if options.captions > 1 and all(len(b) == 1 for _, b in pairs.values()):
+        raise ConfigError(f"{path}.captions: {options.captions}, but no pair is of a text tower and another modality")
     return CrossModal(options, pairs)
 
 
-def _need(tower: TowerInfo) -> Need:
-    return Need(tower.name, View(tower.spec, clip=0), ("joint",))
+def _sides(a: TowerInfo, b: TowerInfo, captions: int) -> tuple[Side, Side]:
+    """What a pair needs, its captions on the second side; the loss is the same from either."""
+    if isinstance(a.spec, TextSpec) and not isinstance(b.spec, TextSpec):
+        a, b = b, a
+    several = isinstance(b.spec, TextSpec) and not isinstance(a.spec, TextSpec)
+    return (_need(a, 0),), tuple(_need(b, k) for k in range(captions if several else 1))
+
+
+def _need(tower: TowerInfo, clip: int) -> Need:
+    return Need(tower.name, View(tower.spec, clip=clip), ("joint",))

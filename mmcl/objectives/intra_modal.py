@@ -10,6 +10,7 @@ from pydantic import Field
 from torch import Tensor
 
 from mmcl.config import Options
+from mmcl.distributed import Form
 from mmcl.objectives.base import Objective
 from mmcl.objectives.view_methods import (
     AssignmentMethod,
@@ -161,12 +162,11 @@ class IntraModalOptions(Options):
 class DCLMethod(ContrastMethod):
     """DCL, and DCLW where the options have a sigma."""
 
-    decoupled = True
-
     def __init__(self, views: ViewSet, options: DCLOptions | DCLWOptions) -> None:
         super().__init__(views, options)
+        self.form = Form("dcl")
         if isinstance(options, DCLWOptions):
-            self.sigma, self.detach_weight = options.sigma, options.detach_weight
+            self.form = Form("dclw", sigma=options.sigma, detach_weight=options.detach_weight)
 
 
 class SimSiamMethod(PredictionMethod):

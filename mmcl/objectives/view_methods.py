@@ -8,7 +8,7 @@ from itertools import combinations
 import torch
 from torch import Tensor, nn
 
-from mmcl.distributed import Comm
+from mmcl.distributed import Comm, Form, view_contrastive
 from mmcl.layers import MLPHead
 from mmcl.losses import barlow, sinkhorn, vicreg
 from mmcl.losses.byol import cosine_rows
@@ -17,7 +17,6 @@ from mmcl.losses.swav import swapped_rows
 from mmcl.objectives.base import Term
 from mmcl.objectives.ranks import mean_negatives
 from mmcl.objectives.views import (
-    Contrast,
     Count,
     KeyQueue,
     MethodOptions,
@@ -59,11 +58,9 @@ class ContrastOptions(MethodOptions):
 
 
 class ContrastMethod(PairMethod):
-    """NT-Xent (SimCLR), or without the positive in the sum (DCL), or its positives weighted too (DCLW)."""
+    """NT-Xent (SimCLR), or what else ``form`` says, over the rows of all ranks."""
 
-    decoupled = False
-    sigma: float | None = None
-    detach_weight = True
+    form = Form()
 
     def __init__(
         self, views: ViewSet, options: ContrastOptions, pairs: Sequence[tuple[int, int]] | None = None
@@ -73,15 +70,16 @@ class ContrastMethod(PairMethod):
 
     def losses(self, projected: Mapping[int, Tensor], embeddings: Embeddings, comm: Comm) -> list[Tensor]:
         groups = embeddings.batch.groups if self.mask_false_negatives else None
-        contrast = Contrast(projected, self.present(embeddings), groups, comm)
+        present = self.present(embeddings)
         return [
-            contrast.pair(
-                a,
-                b,
-                temperature=self.temperature,
-                decoupled=self.decoupled,
-                sigma=self.sigma,
-                detach_weight=self.detach_weight,
+            view_contrastive(
+                projected[a],
+                projected[b],
+                scale=1 / self.temperature,
+                comm=comm,
+                present=present,
+                groups=groups,
+                form=self.form,
             )
             for a, b in self.pairs
         ]

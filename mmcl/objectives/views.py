@@ -15,8 +15,6 @@ from mmcl.config import Options, unknown_name
 from mmcl.distributed import Comm
 from mmcl.layers import MLPHead
 from mmcl.losses._math import unit
-from mmcl.losses.dcl import dcl_weights
-from mmcl.losses.nt_xent import nt_xent_rows
 from mmcl.objectives.base import Objective
 from mmcl.types import TIMED, ConfigError, Embeddings, Kind, Need, TowerInfo, VectorSpec, View
 
@@ -153,52 +151,6 @@ def frozen_copy(module: MLPHead) -> MLPHead:
 def unit_rows(x: Tensor) -> Tensor:
     """Rows of length 1, float32 or better; zero rows stay zero."""
     return unit(x if x.dtype == torch.float64 else x.float())
-
-
-class Contrast:
-    """NT-Xent and its relatives between own rows and the rows of all ranks, absent ones left out."""
-
-    def __init__(self, views: Mapping[int, Tensor], present: Tensor, groups: Tensor | None, comm: Comm) -> None:
-        self.comm = comm
-        everyone = comm.gather(present)
-        own = present.nonzero()[:, 0]
-        self.numbers = (everyone.cumsum(0) - 1)[comm.index(len(present), present.device)][own]
-        self.groups = None if groups is None else comm.gather(groups)[everyone]
-        rows = {i: unit_rows(x) for i, x in views.items()}
-        self.all = {i: comm.gather(x)[everyone] for i, x in rows.items()}
-        self.own = {i: x[own] for i, x in rows.items()}
-
-    def pair(
-        self,
-        a: int,
-        b: int,
-        *,
-        temperature: float,
-        decoupled: bool = False,
-        sigma: float | None = None,
-        detach_weight: bool = True,
-    ) -> Tensor:
-        """The loss of two views, 0-d: mean over both directions and the rows of all ranks."""
-        weight: Tensor | float = 1.0
-        if sigma is not None:
-            weight = dcl_weights(self.all[a], self.all[b], sigma=sigma)[self.numbers]
-            weight = weight.detach() if detach_weight else weight
-        rows = [
-            nt_xent_rows(
-                self.own[x],
-                self.own[y],
-                self.all[x],
-                self.all[y],
-                self.numbers,
-                temperature=temperature,
-                groups=self.groups,
-                weight=weight,
-                decoupled=decoupled,
-            )
-            for x, y in ((a, b), (b, a))
-        ]
-        values = torch.cat(rows)
-        return self.comm.mean(values, torch.ones_like(values, dtype=torch.bool))
 
 
 def log_sum_over_ranks(comm: Comm) -> Callable[[Tensor], Tensor]:

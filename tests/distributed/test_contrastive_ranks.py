@@ -10,7 +10,7 @@ from support.gloo import GlooPool
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from mmcl.distributed import Comm, contrastive
+from mmcl.distributed import Comm, Form, contrastive, view_contrastive
 
 ROWS = 12
 CASES = ("full", "uneven", "rank_1_of_2_empty", "rank_2_of_3_empty", "no_b", "groups", "unpaired", "unpaired_groups")
@@ -65,6 +65,64 @@ def test_equals_one_process(gloo: GlooPool, world: int) -> None:
             )
 
 
+FORMS = (
+    Form("infonce", hard_quantile=0.3),
+    Form("siglip"),
+    Form("siglip", hard_quantile=0.3),
+    Form("dcl", hard_quantile=0.6),
+    Form("dclw"),
+    Form("dclw", detach_weight=False),
+    Form("clip_label_smoothing", hard_quantile=0.6),
+    Form("clip_label_smoothing"),
+)
+"""what a rank's tile alone cannot say: the hardest share, the weight, the number of candidates"""
+
+
+def all_forms(rank: int, world: int) -> dict[str, list[Tensor]]:
+    """Loss and gradients of every form: a sample has up to three rows on one side, some none; and of two views."""
+    comm, replies = Comm.current(), {}
+    for form in FORMS:
+        for case in ("full", "unpaired_groups", "rank_1_of_2_empty", "no_b"):
+            random = torch.Generator().manual_seed(5)
+            captions = torch.randn(ROWS, 3, 5, generator=random, dtype=torch.float64)[rank::world]
+            fewer = (torch.rand(ROWS, 3, generator=random) < 0.6)[rank::world]
+            numbers = torch.randint(-1, 6, (ROWS, 2), generator=random)[rank::world]
+            a, b, options = of_rank(case, rank, world)
+            options["present_b"] = fewer & options.get("present_b", torch.ones(len(b), dtype=torch.bool))[:, None]
+            if "groups" in options:
+                options["groups_b"] = numbers
+            learned = [torch.tensor(x, dtype=torch.float64, requires_grad=True) for x in (9.0, -3.0)]
+            leaves = [a.requires_grad_(), captions.requires_grad_(), *learned]
+            loss = contrastive(a, captions, scale=learned[0], bias=learned[1], comm=comm, tile=5, form=form, **options)
+            replies[f"{form} {case}"] = averaged(loss, leaves, comm)
+            if form.name not in ("siglip", "clip_label_smoothing"):
+                present = options.get("present_a", fewer[:, 0]) & fewer[:, 0]
+                loss = view_contrastive(
+                    a, b.requires_grad_(), scale=learned[0], comm=comm, tile=5, form=form,
+                    present=present, groups=options.get("groups"),
+                )  # fmt: skip
+                replies[f"views {form} {case}"] = averaged(loss, [a, b, learned[0]], comm)
+    return replies
+
+
+def averaged(loss: Tensor, leaves: list[Tensor], comm: Comm) -> list[Tensor]:
+    """The loss and what averaging over ranks makes of the gradients; those of rows in draw order."""
+    found = torch.autograd.grad(loss, leaves, allow_unused=True)
+    gradients = [torch.zeros_like(x) if g is None else g for x, g in zip(leaves, found, strict=True)]
+    return [loss.detach(), *((comm.gather(g) if g.ndim else comm.sum(g)) / comm.world_size for g in gradients)]
+
+
+@pytest.mark.parametrize("world", [2, 3])
+def test_every_form_equals_one_process(gloo: GlooPool, world: int) -> None:
+    expected = all_forms(0, 1)
+    assert all(float(v[1].norm()) > 1e-3 for case, v in expected.items() if "no_b" not in case)
+    for replies in gloo(world, all_forms):
+        for case, values in replies.items():
+            torch.testing.assert_close(
+                values, expected[case], rtol=1e-10, atol=1e-12, msg=lambda m, c=case: f"{c}: {m}"
+            )
+
+
 class TwoTowers(nn.Module):
     def __init__(self) -> None:
         super().__init__()
@@ -97,14 +155,20 @@ def refused(rank: int, world: int, case: str) -> str:
     groups = torch.zeros(rows, dtype=torch.int64) if case == "groups" and rank == 0 else None
     try:
         contrastive(
-            a, a, scale=1.0, comm=Comm.current(), groups=groups, unpaired_negatives=case == "mode" and rank == 0
+            a,
+            a,
+            scale=1.0,
+            comm=Comm.current(),
+            groups=groups,
+            unpaired_negatives=case == "mode" and rank == 0,
+            form=Form(hard_quantile=0.5 if case == "form" and rank == 0 else 1.0),
         )
     except ValueError as error:
         return str(error)
     return "went through"
 
 
-@pytest.mark.parametrize("case", ["rows", "groups", "mode"])
+@pytest.mark.parametrize("case", ["rows", "groups", "mode", "form"])
 def test_ranks_that_differ_are_refused_on_all_ranks(gloo: GlooPool, case: str) -> None:
     replies = gloo(2, refused, case, timeout_seconds=20.0)
     assert replies[0] == replies[1] and "all equal on all ranks" in replies[0]

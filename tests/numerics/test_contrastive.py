@@ -13,9 +13,8 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from support.contrastive_reference import contrastive_reference
+from support.contrastive_reference import LargestTensor, contrastive_reference, robust_rows
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from mmcl.distributed import Comm, contrastive
 
@@ -143,20 +142,6 @@ def test_bfloat16_rows_at_temperature_0_01_stay_finite() -> None:
     assert all(x.isfinite().all() for x in found)
 
 
-def robust_rows(case: str) -> tuple[Tensor, Tensor]:
-    random = torch.Generator().manual_seed(4)
-    noise = torch.randn(2, 48, 16, generator=random, dtype=torch.float64)
-    direction = torch.nn.functional.normalize(torch.randn(16, generator=random, dtype=torch.float64), dim=0)
-    if case == "near -1":
-        return direction + 0.01 * noise[0], -direction + 0.01 * noise[1]
-    if case == "near +1":
-        return direction + 0.01 * noise[0], direction + 0.01 * noise[1]
-    # [-1, 1]: rows turn through half a circle, so each meets every cosine, and its own at −1
-    angle = torch.linspace(0, 2 * torch.pi, 48, dtype=torch.float64)
-    circle = torch.nn.functional.pad(torch.stack([angle.cos(), angle.sin()], 1), (0, 14))
-    return circle, -circle + 0.001 * noise[0]
-
-
 @pytest.mark.parametrize("case", ["near -1", "near +1", "spread"])
 def test_scale_100_equals_float64(case: str) -> None:
     a, b = robust_rows(case)
@@ -168,19 +153,6 @@ def test_scale_100_equals_float64(case: str) -> None:
         assert float((x - y).norm() / y.norm()) < 1e-4
     # by the scale, terms of size 1 cancel; what is left is held against them
     assert abs(float(found[3]) - float(expected[3])) < 1e-4 * max(abs(float(expected[3])), 1e-1)
-
-
-class LargestTensor(TorchDispatchMode):
-    """Remembers the most elements that any tensor made under it had."""
-
-    largest = 0
-
-    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        out = function(*args, **(kwargs or {}))
-        for x in out if isinstance(out, (tuple, list)) else [out]:
-            if isinstance(x, Tensor):
-                self.largest = max(self.largest, x.untyped_storage().nbytes() // x.element_size())
-        return out
 
 
 def test_no_tensor_of_n_by_n_elements() -> None:

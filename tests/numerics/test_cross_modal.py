@@ -7,14 +7,15 @@ from typing import Any
 
 import pytest
 import torch
-from support.contrastive_reference import contrastive_reference
+from support.contrastive_reference import contrastive_reference, form_reference
 from support.exactness import TOWERS, make_batch
 from torch import Tensor
 
 from mmcl.config import build as build_options
 from mmcl.distributed import Comm
+from mmcl.model import ModelOptions, MultimodalModel
 from mmcl.objectives import OBJECTIVES
-from mmcl.objectives.base import Term
+from mmcl.objectives.base import ObjectiveMix, Term
 from mmcl.objectives.cross_modal import CrossModal, CrossModalOptions, build
 from mmcl.types import Batch, ConfigError, Embeddings
 
@@ -51,7 +52,7 @@ def test_is_the_mean_over_pairs(masked: bool, unpaired: bool) -> None:
     objective = build(CrossModalOptions(mask_false_negatives=masked, unpaired_negatives=unpaired), TOWERS)
     term, embeddings = run(objective)
     losses = []
-    for name, (a, b) in objective.pairs.items():
+    for name, ((a,), (b,)) in objective.pairs.items():
         present_a, present_b = embeddings.present(a.view), embeddings.present(b.view)
         loss = contrastive_reference(
             embeddings.get(a),
@@ -82,6 +83,65 @@ def test_what_is_absent_everywhere_gives_zero_and_zero_gradients(kind: str) -> N
     assert float(term.loss.detach()) == 0 and int(term.metrics["pairs/video-audio"]) == 0
     for value in embeddings.values.values():
         assert value.grad is not None and value.grad.equal(torch.zeros_like(value))
+
+
+@pytest.mark.parametrize("estimator", ["infonce", "siglip", "dcl", "dclw", "clip_label_smoothing"])
+def test_every_estimator_takes_several_captions(estimator: Any) -> None:
+    objective = build(CrossModalOptions(estimator=estimator, captions=2, hard_quantile=0.5), TOWERS).double()
+    views = [need.view for need in objective.needs]
+    assert [(view.modality, view.clip) for view in views] == [("video", 0), ("audio", 0), ("text", 0), ("text", 1)]
+    batch = make_batch(views, 0, "mixed")
+    random = torch.Generator().manual_seed(1)
+    numbers = torch.randint(0, 5, (2, len(batch)), generator=random)
+    few = torch.rand(len(batch), generator=random) < 0.5
+    for view, number, here in zip(views[2:], numbers, (True, few), strict=True):
+        batch.views[view].params["caption_number"] = number.masked_fill(~batch.views[view].present, -1)  # type: ignore[index]
+        batch.views[view].present.logical_and_(torch.as_tensor(here))
+    term = objective(embeddings_of(objective, batch), Comm())
+    embeddings = embeddings_of(objective, batch)
+    for name, ((a,), b) in objective.pairs.items():
+        groups, groups_b = batch.groups, None
+        if len(b) > 1:
+            first, second = (batch.views[need.view].params["caption_number"] for need in b)
+            groups_b = torch.cat([groups, torch.stack([first, second, first, second], 1)], 1)
+            groups = torch.cat([groups, torch.stack([first, first, second, second], 1)], 1)
+        scale = embeddings.scales[objective.scale_of[name]]
+        expected = form_reference(
+            embeddings.get(a),
+            torch.stack([embeddings.get(need) for need in b], 1),
+            scale,
+            -10.0,
+            form=objective.form,
+            present_a=embeddings.present(a.view),
+            present_b=torch.stack([embeddings.present(need.view) for need in b], 1),
+            groups=groups,
+            groups_b=groups_b,
+        )
+        torch.testing.assert_close(term.metrics[f"loss/{name}"], expected.detach())
+
+
+def test_temperatures_and_biases() -> None:
+    softmax, sigmoid = build(CrossModalOptions(), TOWERS), build(CrossModalOptions(estimator="siglip"), TOWERS)
+    assert sigmoid.scales == tuple(f"{pair}-siglip" for pair in PAIRS) and set(sigmoid.biases) == set(sigmoid.scales)
+    assert {float(bias.detach()) for bias in sigmoid.biases.values()} == {-10.0}
+    assert sigmoid.start_temperatures == dict.fromkeys(sigmoid.scales, 0.1) and not softmax.start_temperatures
+    shared = build(CrossModalOptions(shared_temperature=True, start_temperature=0.2), TOWERS)
+    assert shared.scales == ("shared",) and shared.start_temperatures == {"shared": 0.2}
+    mix = ObjectiveMix({"a": softmax, "b": sigmoid, "c": shared}, dict.fromkeys("abc", 1.0))
+    options = {"towers": {"text": {"name": "tiny_text"}, "audio": {"name": "tiny_audio"}}, "temperature": 0.05}
+    model = MultimodalModel(build_options(ModelOptions, options))
+    model.add_scales(mix.scales, mix.start_temperatures)
+    found = {name: round(float(scale.detach().reciprocal()), 6) for name, scale in model.scales().items()}
+    assert found == {**dict.fromkeys(PAIRS, 0.05), **dict.fromkeys(sigmoid.scales, 0.1), "shared": 0.2}
+
+
+def test_options_of_another_estimator_are_refused() -> None:
+    for wrong in ({"sigma": 0.3}, {"start_bias": -5}, {"estimator": "dcl", "smoothing": 0.2}):
+        with pytest.raises(ConfigError, match="belongs to estimator"):
+            build_options(CrossModalOptions, wrong)
+    build_options(CrossModalOptions, CrossModalOptions().model_dump())
+    with pytest.raises(ConfigError, match=r"objectives\.0\.captions: 3, but no pair"):
+        build(CrossModalOptions(captions=3, pairs=(("video", "audio"),)), TOWERS)
 
 
 def test_yaml_form_of_the_options() -> None:

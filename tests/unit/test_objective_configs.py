@@ -104,3 +104,16 @@ def test_every_objective_and_every_method_has_one() -> None:
             for kind in kinds:
                 if isinstance(kind, type):
                     assert (name, kind.model_fields["name"].default) in methods, f"no configuration of {kind.__name__}"
+
+
+@pytest.mark.slow
+def test_cross_modal_with_a_sigmoid_and_several_captions_trains(shards_folder: Path, tmp_path: Path) -> None:
+    chosen = ["estimator=siglip", "captions=2", "shared_temperature=true", "hard_quantile=0.5"]
+    places = {"shards": shards_folder / "train", "out": tmp_path / "run"}
+    settings = ["train.steps=20", "train.log_every=1", *(f"objectives.0.{option}" for option in chosen)]
+    pretrain(tiny_config(*settings, **places), resume=None)
+    lines = [json.loads(line) for line in (tmp_path / "run/metrics.jsonl").read_text().splitlines()]
+    assert all(math.isfinite(value) for line in lines for value in line.values())
+    assert lines[-1]["loss"] < lines[0]["loss"]
+    assert "temperature/shared-siglip" in lines[0] and "temperature/video-text" not in lines[0]
+    assert abs(lines[0]["temperature"] - 0.1) < 0.01

@@ -12,11 +12,14 @@ from support.recipes import tiny_config
 
 from mmcl.config import build
 from mmcl.data import ClipStream
+from mmcl.data.collate import Row, collate
 from mmcl.data.options import DataOptions, SamplingOptions
+from mmcl.data.views import ViewMaker
 from mmcl.media.augment import augment
 from mmcl.media.augmentation import Augmentation
 from mmcl.media.text import ByteTokenizer
 from mmcl.shards import load_manifest
+from mmcl.shards.members import Sample
 from mmcl.training.trainer import Trainer, build_accelerator
 from mmcl.types import AudioSpec, Batch, ConfigError, TextSpec, VideoSpec, View
 
@@ -176,13 +179,37 @@ def test_wrong_options_name_their_path(tree: dict[str, object], message: str) ->
         build(DataOptions, {"shards": "x", **tree})
 
 
+def test_text_views_of_several_clips_are_different_captions() -> None:
+    texts = [View(TextSpec(ByteTokenizer(32)), clip=k) for k in range(3)]
+    samples = [Sample("five", captions=tuple("abcde")), Sample("two", captions=("d", "D  "))]
+    drawn = ViewMaker(tuple(texts))
+    chosen = set()
+    for epoch in range(40):
+        values, first = drawn(samples[0], epoch=epoch)
+        words = [str(values[view].data) for view in texts]
+        assert len(set(words)) == 3 and words[0] == first
+        chosen.add(first)
+    assert chosen == set("abcde")
+    even = ViewMaker(tuple(texts), rule="even")
+    made = [even(sample, epoch=0) for sample in samples]
+    assert [str(made[0][0][view].data) for view in texts] == ["a", "b", "c"]
+    batch = collate(
+        [Row(0, "five", made[0][0], caption=made[0][1]), Row(1, "two", made[1][0], caption=made[1][1])], texts
+    )
+    assert [batch.views[view].present.tolist() for view in texts] == [[True, True], [True, True], [True, False]]
+    numbers = torch.stack([batch.views[view].params["caption_number"] for view in texts], 1)
+    # equal but for case and white space; none where there is no caption
+    assert numbers[1, 0] == numbers[1, 1] == batch.groups[1, 2] and numbers[1, 2] == -1
+    assert len(set(numbers[0].tolist())) == 3 and not set(numbers[0].tolist()) & set(numbers[1].tolist())
+
+
 def test_a_run_trains_on_augmented_views(shards_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The trainer applies what the stream drew, also to the batch of holes with which every start begins."""
     from mmcl.objectives import cross_modal
     from mmcl.types import Need
 
     monkeypatch.setattr(
-        cross_modal, "_need", lambda tower: Need(tower.name, View(tower.spec, augmentation="strong"), ("joint",))
+        cross_modal, "_need", lambda tower, _: Need(tower.name, View(tower.spec, augmentation="strong"), ("joint",))
     )
     config = tiny_config("train.steps=2", shards=shards_folder / "train", out=tmp_path / "run")
     config = config.model_copy(update={"data": config.data.model_copy(update={"augmentations": {"strong": STRONG}})})

@@ -1,0 +1,175 @@
+"""Ranks as one: gathers in draw order and sums, with gradients.
+
+Everything is the identity in a world of one, so the code of a loss is written once. Row ``i`` of rank ``r`` of ``W`` is
+row ``i * W + r`` of the global batch (draw order): gathered rows come in the same order on any number of ranks.
+
+Gradients follow one rule: averaging parameter gradients over ranks, as DDP does, gives the one-process gradient.
+"""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch import Tensor
+
+
+class Comm:
+    """One rank's view of the others. Every collective is called by all ranks, in the same order."""
+
+    def __init__(self, rank: int = 0, world_size: int = 1, group: dist.ProcessGroup | None = None) -> None:
+        if not 0 <= rank < world_size:
+            raise ValueError(f"rank {rank} does not lie in a world of {world_size}")
+        self.rank = rank
+        self.world_size = world_size
+        self.group = group
+
+    @classmethod
+    def current(cls) -> Comm:
+        """The running process group, or a world of one."""
+        if dist.is_available() and dist.is_initialized():
+            return cls(dist.get_rank(), dist.get_world_size())
+        return cls()
+
+    def __repr__(self) -> str:
+        return f"Comm(rank={self.rank}, world_size={self.world_size})"
+
+    def index(self, rows: int, device: torch.device | str | None = None) -> Tensor:
+        """int64 ``(rows,)``: the global row number of each own row."""
+        return torch.arange(rows, device=device) * self.world_size + self.rank
+
+    def gather(self, x: Tensor, pad: bool = False) -> Tensor:
+        """All rows in draw order: ``(B, …)`` of any dtype to ``(B * world_size, …)``; B is equal on all ranks.
+
+        Differentiable: the gradient of an own row is the sum of what all ranks hand back for it; ``x`` requires grad on
+        all ranks or on none. ``pad`` first pads the second axis with zeros to the longest of all ranks.
+        """
+        if self.world_size == 1:
+            return x
+        if pad:
+            longest = int(self.max(torch.tensor(x.shape[1], device=x.device)))
+            x = F.pad(x, [0, 0] * (x.ndim - 2) + [0, longest - x.shape[1]])
+        return self.gather_by_rank(x).view(self.world_size, *x.shape).transpose(0, 1).flatten(0, 1)
+
+    def gather_by_rank(self, x: Tensor) -> Tensor:
+        """``gather`` without the interleaving: the rows of rank 0, then those of rank 1, …"""
+        if self.world_size == 1:
+            return x
+        if x.dtype == torch.bool:
+            return self.gather_by_rank(x.to(torch.uint8)).bool()
+        gathered: Tensor = _Gather.apply(x, self)
+        return gathered
+
+    def sum(self, x: Tensor) -> Tensor:
+        """Sum over ranks, elementwise. Differentiable: the gradient is the sum of what all ranks hand back."""
+        if self.world_size == 1:
+            return x
+        total: Tensor = _Sum.apply(x, self)
+        return total
+
+    def max(self, x: Tensor) -> Tensor:
+        """Maximum over ranks, elementwise; without gradient."""
+        return self._reduced(x, dist.ReduceOp.MAX)
+
+    def min(self, x: Tensor) -> Tensor:
+        """Minimum over ranks, elementwise; without gradient."""
+        return self._reduced(x, dist.ReduceOp.MIN)
+
+    def mean(self, values: Tensor, mask: Tensor) -> Tensor:
+        """Mean of ``values`` over the entries of all ranks where ``mask`` (same shape, bool) holds; 0 where none does.
+
+        The value is global on every rank. The gradient is ``world_size`` × own sum ÷ global count, so that averaging
+        over ranks is exact.
+        """
+        count = self.sum(mask.sum()).clamp_min(1)
+        return self.share(values.masked_fill(~mask, 0).sum() / count)
+
+    def share(self, own: Tensor) -> Tensor:
+        """Sum over ranks of what each adds to one loss, with the gradient of :meth:`mean`: ``world_size`` × own."""
+        return self.sum(own.detach()) + self.world_size * (own - own.detach())
+
+    def all_agree(self, flag: bool) -> bool:
+        """Whether ``flag`` is true on every rank."""
+        return bool(self.min(torch.tensor(int(flag), device=self.host_device)))
+
+    def any(self, flag: bool) -> bool:
+        """Whether ``flag`` is true on some rank."""
+        return bool(self.max(torch.tensor(int(flag), device=self.host_device)))
+
+    def gather_objects(self, value: Any) -> list[Any]:
+        """A small JSON value of each rank, in rank order. Travels as JSON: nothing is unpickled."""
+        text = torch.frombuffer(bytearray(json.dumps(value).encode()), dtype=torch.uint8).to(self.host_device)
+        lengths = self.gather(torch.tensor([len(text)], device=text.device)).tolist()
+        rows = self.gather(text[None], pad=True).cpu()
+        return [json.loads(row[:n].numpy().tobytes()) for row, n in zip(rows, lengths, strict=True)]
+
+    def barrier(self) -> None:
+        """Returns once every rank has come here."""
+        if self.world_size > 1:
+            dist.barrier(self.group)
+
+    def _reduced(self, x: Tensor, op: dist.ReduceOp.RedOpType) -> Tensor:
+        x = x.detach().clone()
+        if self.world_size > 1:
+            dist.all_reduce(x, op, self.group)
+        return x
+
+    @property
+    def host_device(self) -> torch.device:
+        """Where a host value must lie to travel: NCCL alone moves nothing but CUDA tensors."""
+        nccl = self.world_size > 1 and dist.get_backend(self.group) == "nccl"
+        return torch.device("cuda", torch.cuda.current_device()) if nccl else torch.device("cpu")
+
+
+# later versions of torch renamed both; the first name is the new one
+_gather_into = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+_reduce_scatter_into = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
+
+
+def _all_gather(x: Tensor, comm: Comm) -> Tensor:
+    out = x.new_empty(comm.world_size * x.shape[0], *x.shape[1:])
+    _gather_into(out, x.contiguous(), group=comm.group)
+    return out
+
+
+def reduce_scatter(x: Tensor, comm: Comm) -> Tensor:
+    """``(W * B, …)``, rank after rank, to the sum over ranks of this rank's ``(B, …)``. May write into ``x``."""
+    if comm.world_size == 1:
+        return x
+    rows = x.shape[0] // comm.world_size
+    if dist.get_backend(comm.group) == "nccl":
+        out = x.new_empty(rows, *x.shape[1:])
+        _reduce_scatter_into(out, x.contiguous(), group=comm.group)
+        return out
+    x = x.contiguous()  # gloo scatters no sum
+    dist.all_reduce(x, group=comm.group)
+    return x[comm.rank * rows : (comm.rank + 1) * rows].clone()
+
+
+class _Gather(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, comm: Comm) -> Tensor:
+        ctx.comm = comm
+        return _all_gather(x, comm)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
+        return reduce_scatter(gradient.clone(), ctx.comm), None
+
+
+class _Sum(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, comm: Comm) -> Tensor:
+        ctx.comm = comm
+        total = x.clone()
+        dist.all_reduce(total, group=comm.group)
+        return total
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
+        total = gradient.clone()
+        dist.all_reduce(total, group=ctx.comm.group)
+        return total, None
