@@ -64,6 +64,7 @@ class ViewMaker:
                 source_size=sample.video_size,
                 short=self.short,
                 specs=specs,
+                window_seconds=sample.window_seconds,
             ) as media:
                 windows = self._windows(timed, media.duration_seconds, words)
                 wanted = [(windows[view.clip], spec) for view, spec in zip(timed, specs, strict=True)]
