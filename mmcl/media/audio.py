@@ -202,7 +202,12 @@ class AudioReader:
     def _decode(self, start_seconds: float, end_seconds: float) -> list[_Piece]:
         """The frames of the codec that touch the interval."""
         target = max(0.0, start_seconds - PREROLL_SECONDS)
-        pieces = self._decode_from(target, start_seconds, end_seconds)
+        try:
+            pieces = self._decode_from(target, start_seconds, end_seconds)
+        except DECODE_ERRORS:  # MPEG-PS: the seek ended inside a packet
+            if not target:
+                raise
+            pieces = None
         if pieces is None:  # the container seeks past what was asked for
             pieces = self._decode_from(0.0, start_seconds, end_seconds) or []
         return pieces

@@ -203,11 +203,17 @@ class _PyAVReader:
 
     def _read_group(self, numbers: np.ndarray, seek: int, take: Callable[[Any, int], None]) -> None:
         """Takes the frames that depend on one keyframe, in order."""
-        # A container may seek past what was asked for (no index, open GOP): then decode from the start of the file.
-        for target in (seek, int(min(self._table.pts[0], self._table.key_seek[0]))):
+        # A container may seek past what was asked for (no index, open GOP) or count other times after it (MPEG-PS):
+        # then decode from the start of the file.
+        start = int(min(self._table.pts[0], self._table.key_seek[0]))
+        for target in (seek, start):
             self._container.seek(target, stream=self._stream, backward=True)
-            if self._decode(self._table.pts[numbers].tolist(), take):
-                return
+            try:
+                if self._decode(self._table.pts[numbers].tolist(), take):
+                    return
+            except SampleError:
+                if target == start:
+                    raise
         raise SampleError("decode", f"frame {numbers[0]} cannot be reached")
 
     def _decode(self, wanted_pts: list[int], take: Callable[[Any, int], None]) -> bool:
