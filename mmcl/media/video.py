@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any, Literal, Protocol, TypeAlias
 
 import numpy as np
-from av.video.reformatter import Interpolation, VideoReformatter
+from av.video.reformatter import VideoReformatter
 
 from mmcl.media.frame_table import MAX_FRAMES as MAX_FRAMES
 from mmcl.media.frame_table import FrameTable
@@ -28,6 +28,7 @@ from mmcl.media.probe import (
     read_head,
     short_message,
 )
+from mmcl.media.scaling import RgbScaler, scale_picture
 from mmcl.media.windows import frame_indices
 from mmcl.types import ConfigError, SampleError
 
@@ -243,13 +244,14 @@ class _PyAVReader:
         if frame.is_corrupt:
             raise SampleError("decode", f"a damaged frame at {frame.time} s")
         turns = quarter_turns(frame)
-        height, width = scaled_size(frame.height, frame.width, size, fit)
+        shown = (frame.width, frame.height) if turns % 2 else (frame.height, frame.width)
+        height, width = scaled_size(*shown, size, fit)
         if size is None:  # frames may change their size in mid-stream; the first one decides
             height, width = self._shape = self._shape or (height, width)
-        scaled = self._reformatter.reformat(
-            frame, width=width, height=height, format="rgb24", interpolation=Interpolation.BILINEAR, threads=1
-        ).to_ndarray()
-        return centre_crop(np.rot90(scaled, turns) if turns else scaled, size)
+        if (height, width) != shown:
+            return centre_crop(scale_picture(frame, height, width, turns), size)
+        picture = self._reformatter.reformat(frame, format="rgb24", threads=1).to_ndarray()
+        return centre_crop(np.rot90(picture, turns) if turns else picture, size)
 
     def close(self) -> None:
         self._container.close()
@@ -340,20 +342,18 @@ class _TorchCodecReader:
     def __init__(self, data: MediaSource, size: int | None, fit: Fit, threads: int) -> None:
         try:
             decoders = importlib.import_module("torchcodec.decoders")
-            transforms = importlib.import_module("torchcodec.transforms")
         except (ImportError, RuntimeError, OSError) as error:  # the latter two: FFmpeg's libraries are missing
             raise ConfigError(
                 f"decoder 'torchcodec' cannot be loaded ({short_message(error)}): "
                 "pip install 'mmcl[torchcodec]' and the system's FFmpeg libraries"
             ) from error
-        self._size = size
+        self._size, self._fit = size, fit
         with closing(_PyAVReader(data, None, fit, 1)) as reader:
+            self._scaler = RgbScaler(reader._stream.codec_context)
             self.frame_times_seconds = reader.frame_times_seconds
             self.duration_seconds = reader.duration_seconds
             self._origin_seconds = origin_seconds(reader._container)
         options: dict[str, Any] = {"dimension_order": "NHWC", "num_ffmpeg_threads": threads, "seek_mode": "exact"}
-        if size is not None:
-            options["transforms"] = [transforms.Resize(size=scaled_size(*_displayed_size(data), size, fit))]
         file = str(data) if isinstance(data, (str, Path)) else bytes(data)
         try:
             self._decoder = decoders.VideoDecoder(file, **options)
@@ -371,6 +371,10 @@ class _TorchCodecReader:
             pictures = frames.data.numpy()
         except (RuntimeError, ValueError, IndexError) as error:
             raise SampleError("decode", short_message(error)) from error
+        if len(pictures) and self._size is not None:
+            height, width = scaled_size(*pictures.shape[1:3], self._size, self._fit)
+            if (height, width) != pictures.shape[1:3]:
+                pictures = np.stack([self._scaler.scale(picture, height, width) for picture in pictures])
         return np.ascontiguousarray(centre_crop(pictures, self._size)[places].transpose(0, 3, 1, 2))
 
     def close(self) -> None:
