@@ -39,9 +39,8 @@ def _graph(frame: Any, height: int, width: int, turns: int) -> Any:
         width=frame.width, height=frame.height, format=frame.format.name, time_base=frame.time_base or 1
     )
     filters = [("transpose", way) for way in _TURNS.get(turns, ())]
-    filters += [("scale", f"{width}:{height}:flags=bilinear"), ("format", "rgb24"), ("buffersink", None)]
-    for name, options in filters:
-        following = graph.add(name, options)
+    filters += [("scale", f"{width}:{height}:flags=bilinear"), ("format", "rgb24")]
+    for following in [*(graph.add(name, options) for name, options in filters), graph.add("buffersink")]:
         last.link_to(following)
         last = following
     graph.configure()
@@ -94,4 +93,5 @@ class RgbScaler:
         if not self._full:
             bright = bright * (219 / 255) + 16
         planes = np.concatenate([bright.ravel(), *(colour.ravel() for colour in colours)])
-        return np.rint(planes.clip(0, 255)).astype(np.uint8).reshape(-1, width)
+        rounded: np.ndarray = np.rint(planes.clip(0, 255)).astype(np.uint8).reshape(-1, width)
+        return rounded

@@ -73,7 +73,9 @@ def open_video(
     short side to ``size`` and cuts out the centre, ``"squash"`` scales both sides. ``source_size`` is the displayed
     (height, width) where the caller knows it, which saves decord a look at the file.
     decord gives way to PyAV where it is not installed, where it refuses a file, and for files whose frame list it is
-    known to get wrong (edit lists, exotic containers). decord ends the process on some damaged files; PyAV does not.
+    known to get wrong (edit lists, containers without an index; torchcodec for the latter). decord ends the process on
+    some damaged files; PyAV does not. Pictures are those of the stored levels: HDR tags are ignored (``probe`` names
+    them).
 
     Raises ``SampleError``: ``missing_file``, ``unreadable``, ``empty``, ``not_media``, ``no_video_stream``,
     ``too_large``, ``truncated``, ``decode``; ``ConfigError`` for an unknown decoder or one that is not installed.
@@ -82,8 +84,9 @@ def open_video(
         raise ConfigError(f"fit is {fit!r}; allowed: 'crop', 'squash'")
     if decoder == "pyav":
         return _PyAVReader(data, size, fit, threads)
-    if decoder == "torchcodec":
-        return _TorchCodecReader(data, size, fit, threads)
+    if decoder == "torchcodec":  # where the container has no index, it seeks to wrong frames
+        indexed = _has_index(read_head(data, 12))
+        return (_TorchCodecReader if indexed else _PyAVReader)(data, size, fit, threads)
     if decoder != "decord":
         raise ConfigError(f"decoder is {decoder!r}; allowed: 'decord', 'pyav', 'torchcodec'")
     try:
@@ -261,8 +264,8 @@ class _DecordRefusedError(Exception):
     """decord is missing or not to be trusted with this file."""
 
 
-def _decord_reads(head: bytes) -> bool:
-    """Whether a file begins like an MP4, Matroska or AVI: its old FFmpeg shall see nothing else."""
+def _has_index(head: bytes) -> bool:
+    """Whether a file begins like an MP4, Matroska or AVI: decord's old FFmpeg shall see nothing else."""
     return head[4:8] in (b"ftyp", b"moov", b"mdat", b"free", b"wide", b"skip") or (
         head.startswith(b"\x1a\x45\xdf\xa3") or (head.startswith(b"RIFF") and head[8:12] == b"AVI ")
     )
@@ -272,7 +275,7 @@ class _DecordReader:
     def __init__(
         self, data: MediaSource, size: int | None, fit: Fit, threads: int, source_size: tuple[int, int] | None
     ) -> None:
-        if not _decord_reads(read_head(data, 12)):
+        if not _has_index(read_head(data, 12)):
             raise _DecordRefusedError
         try:
             decord = importlib.import_module("decord")
@@ -330,7 +333,12 @@ class _BytesFile:
 
 
 def _displayed_size(data: MediaSource) -> tuple[int, int]:
-    video = probe(data).video
+    try:
+        video = probe(data).video
+    except SampleError as error:
+        if error.reason != "no_streams":
+            raise
+        video = None
     if video is None:
         raise SampleError("no_video_stream", "the file has no video stream")
     return video.displayed_size
@@ -362,6 +370,8 @@ class _TorchCodecReader:
 
     def read(self, indices: Sequence[int] | np.ndarray) -> np.ndarray:
         numbers, places = _checked(indices, len(self.frame_times_seconds))
+        if not len(numbers):
+            return np.zeros((0, 3, self._size or 0, self._size or 0), np.uint8)
         instants = self.frame_times_seconds[numbers] + self._origin_seconds + 1e-6
         try:
             if len(self._decoder) == len(self.frame_times_seconds):
@@ -372,8 +382,9 @@ class _TorchCodecReader:
         except (RuntimeError, ValueError, IndexError) as error:
             raise SampleError("decode", short_message(error)) from error
         if len(pictures) and self._size is not None:
-            height, width = scaled_size(*pictures.shape[1:3], self._size, self._fit)
-            if (height, width) != pictures.shape[1:3]:
+            shown = pictures.shape[1], pictures.shape[2]
+            height, width = scaled_size(*shown, self._size, self._fit)
+            if (height, width) != shown:
                 pictures = np.stack([self._scaler.scale(picture, height, width) for picture in pictures])
         return np.ascontiguousarray(centre_crop(pictures, self._size)[places].transpose(0, 3, 1, 2))
 

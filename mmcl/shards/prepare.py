@@ -144,6 +144,8 @@ def _members(job: Job, media: Transcoded, name: str, source_sha256: str) -> dict
         },
         "content_hash": name,
     }
+    if media.hdr:
+        facts["source"]["hdr_ignored"] = media.hdr
     if media.window_seconds is not None:
         facts["window_seconds"] = media.window_seconds
     if _options(job).crop is not None:

@@ -59,6 +59,8 @@ class Transcoded:
     """``sample_rate_hz``, ``channels``, ``samples``"""
     beside: Mapping[str, bytes] = field(default_factory=dict)
     """other members: the sound as ``wav``"""
+    hdr: str = ""
+    """the source's HDR tag, which is not followed"""
     window_seconds: tuple[float, float] | None = None
     """what of the file the sample is; None: all of it"""
 
@@ -84,9 +86,10 @@ def transcode(
         raise SampleError("window_outside", f"starts at {start:g} s of {info.duration_seconds:g} s")
     try:
         with steady_memory():
-            return _Encoder(str(path), info, options, start, end).run()
+            made = _Encoder(str(path), info, options, start, end).run()
     except av.FFmpegError as error:
         raise SampleError("decode", short_message(error)) from error
+    return replace(made, hdr=info.video.hdr) if info.video is not None and info.video.hdr else made
 
 
 def _picture(path: str | Path, options: MediaOptions) -> Transcoded:
