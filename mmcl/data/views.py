@@ -66,6 +66,7 @@ class ViewMaker:
                 source_size=sample.video_size,
                 short=self.short,
                 specs=specs,
+                window_seconds=sample.window_seconds,
             ) as media:
                 specs = [media.resolved(spec) for spec in specs]
                 windows = self._windows(timed, specs, media.duration_seconds, words)

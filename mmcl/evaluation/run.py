@@ -15,7 +15,7 @@ from mmcl.evaluation.report import ListResult, ModalityRows, RetrievalReport, ev
 from mmcl.media.clip import MediaReader
 from mmcl.media.image import decode_image
 from mmcl.media.video import Decoder, open_video
-from mmcl.media.windows import Window
+from mmcl.media.windows import Window, frame_indices
 from mmcl.model import MultimodalModel
 from mmcl.shards import load_manifest
 from mmcl.shards.manifest import Manifest
@@ -181,7 +181,9 @@ def poster_of(sample: Sample) -> bytes | None:
         if sample.video is not None:
             reader = open_video(sample.video, decoder="pyav")
             try:
-                return poster_jpeg(reader.read([len(reader.frame_times_seconds) // 2])[0])
+                start, end = sample.window_seconds or (0.0, reader.duration_seconds)
+                middle = frame_indices(reader.frame_times_seconds, np.array([(start + end) / 2]))
+                return poster_jpeg(reader.read(middle)[0])
             finally:
                 reader.close()
         return None if sample.image is None else poster_jpeg(decode_image(sample.image))
@@ -207,5 +209,9 @@ def _middle(media: MediaReader, seconds: float) -> Window:
 
 def _reader_of(sample: Sample) -> MediaReader:
     return MediaReader(
-        video=sample.video, image=sample.image, audio=sample.audio, duration_seconds=sample.duration_seconds
+        video=sample.video,
+        image=sample.image,
+        audio=sample.audio,
+        duration_seconds=sample.duration_seconds,
+        window_seconds=sample.window_seconds,
     )

@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from contextlib import closing
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import av
@@ -126,6 +126,12 @@ class _Fold:
         parts = [Sound(first / rate, head, rate)]
         return cls(parts + ([Sound(0.0, samples - head, rate)] if head < samples else []), samples)
 
+    def moved(self, seconds: float) -> _Fold:
+        """The same stretches of a source that begins so far into its file."""
+        if seconds:
+            self.stretches = [replace(one, start_seconds=one.start_seconds + seconds) for one in self.stretches]
+        return self
+
     def join(self, waves: Sequence[np.ndarray]) -> np.ndarray:
         wave: np.ndarray = np.concatenate([*waves, np.zeros(0, np.float32)])
         if self.order is not None:
@@ -160,17 +166,23 @@ class AudioReader:
         self._container.close()
 
     def read(
-        self, wanted: Sequence[Sound], *, duration_seconds: float | None = None, short: Short = "loop"
+        self,
+        wanted: Sequence[Sound],
+        *,
+        duration_seconds: float | None = None,
+        short: Short = "loop",
+        begin_seconds: float = 0.0,
     ) -> list[np.ndarray]:
         """float32 ``(samples,)`` in [−1, 1] for each: all channels averaged. What overlaps or is near is decoded once.
 
         Where the stream has no sound (it starts later, has a gap, ends before the picture) there are zeros. With
         ``duration_seconds``, the length of the source, a window that reaches past its end is folded as the frames are:
-        ``loop`` plays the source again from its start, ``hold`` is silent.
+        ``loop`` plays the source again from its start, ``hold`` is silent. ``begin_seconds``: where in the file the
+        source starts.
 
         Raises ``SampleError``: ``too_large``, ``truncated``, ``decode``.
         """
-        folds = [_Fold.of(each, duration_seconds, short) for each in wanted]
+        folds = [_Fold.of(each, duration_seconds, short).moved(begin_seconds) for each in wanted]
         stretches = [stretch for fold in folds for stretch in fold.stretches]
         try:
             waves = self._read_stretches(stretches)
@@ -190,7 +202,12 @@ class AudioReader:
     def _decode(self, start_seconds: float, end_seconds: float) -> list[_Piece]:
         """The frames of the codec that touch the interval."""
         target = max(0.0, start_seconds - PREROLL_SECONDS)
-        pieces = self._decode_from(target, start_seconds, end_seconds)
+        try:
+            pieces = self._decode_from(target, start_seconds, end_seconds)
+        except DECODE_ERRORS:  # MPEG-PS: the seek ended inside a packet
+            if not target:
+                raise
+            pieces = None
         if pieces is None:  # the container seeks past what was asked for
             pieces = self._decode_from(0.0, start_seconds, end_seconds) or []
         return pieces

@@ -26,9 +26,11 @@ class MediaReader:
 
     ``video``, ``image`` and ``audio`` are files (bytes or paths). Without an ``audio`` member the video's own sound
     track is the sound; without a ``video`` member the image is a video of one frame, shown for as long as one asks.
-    ``duration_seconds`` and ``source_size`` (displayed height, width) spare a look at the file where they are known;
-    ``specs``, all that will be read, spare a second opening of a video whose duration is not known, or of which frames
-    in several sizes are wanted: decord and torchcodec scale to one size per open file, so PyAV reads these.
+    ``window_seconds``: the [start, end) of the files that the sample is; all times then count from its start, and the
+    source ends with it. ``duration_seconds`` and ``source_size`` (displayed height, width) spare a look at the file if
+    they are known; ``specs``, all that will be read, spare a second opening of a video whose duration is not known, or
+    of which frames in several sizes are wanted: decord and torchcodec scale to one size per open file, so PyAV reads
+    these.
     Nothing is opened before it is needed.
     """
 
@@ -44,12 +46,16 @@ class MediaReader:
         source_size: tuple[int, int] | None = None,
         short: Short = "loop",
         specs: Sequence[VideoSpec | AudioSpec] = (),
+        window_seconds: tuple[float, float] | None = None,
     ) -> None:
         self._video, self._image = video, image
         self._audio = audio if audio is not None else video
         self._decoder: Decoder = decoder
         self._threads, self._source_size, self._short = threads, source_size, short
         self._duration_seconds = duration_seconds
+        self._begin_seconds = 0.0
+        if window_seconds is not None:
+            self._begin_seconds, self._duration_seconds = window_seconds[0], window_seconds[1] - window_seconds[0]
         self._scales = list(dict.fromkeys((spec.size, spec.fit) for spec in specs if isinstance(spec, VideoSpec)))
         self._readers: dict[Scale, VideoReader] = {}
         self._scaling: ScalingReader | None = None
@@ -169,7 +175,7 @@ class MediaReader:
         if self._duration_seconds is None:
             self._duration_seconds = reader.duration_seconds
         times = wanted_times(window, spec.frames, spec.fps, duration_seconds=self._duration_seconds, short=self._short)
-        return frame_indices(reader.frame_times_seconds, times)
+        return frame_indices(reader.frame_times_seconds, times + self._begin_seconds)
 
     def _read_waves(self, wanted: Sequence[tuple[Window, AudioSpec]]) -> list[np.ndarray] | list[None]:
         if not wanted or self._audio is None:
@@ -179,7 +185,9 @@ class MediaReader:
             if self._sound is None:
                 return [None] * len(wanted)
         sounds = [Sound(window.start_seconds, spec.samples, spec.sample_rate_hz) for window, spec in wanted]
-        return self._sound.read(sounds, duration_seconds=self.duration_seconds, short=self._short)
+        return self._sound.read(
+            sounds, duration_seconds=self.duration_seconds, short=self._short, begin_seconds=self._begin_seconds
+        )
 
     def _open(self, scales: Iterable[Scale]) -> VideoReader:
         """A reader of these scales; where several are known of, the one file that gives them all."""

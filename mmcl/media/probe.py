@@ -29,6 +29,8 @@ FORMATS = (
 )
 
 
+_HDR = {16: "smpte2084", 18: "arib-std-b67"}
+"""FFmpeg's number of a transfer curve -> its name"""
 DECODE_ERRORS = (av.FFmpegError, ValueError, IndexError, OverflowError, ZeroDivisionError)
 """what PyAV raises on damaged files: FFmpeg's own errors, and Python's where its tables no longer fit the file"""
 
@@ -48,6 +50,8 @@ class VideoInfo:
     """as declared by the file, which may lie; 0 if it says nothing"""
     rotation_degrees: int
     """how far a player turns the picture counter-clockwise: 0, 90, 180 or 270"""
+    hdr: str = ""
+    """the transfer curve of a high dynamic range (``smpte2084``, ``arib-std-b67``), which no reader undoes"""
 
     @property
     def displayed_size(self) -> tuple[int, int]:
@@ -196,6 +200,7 @@ def _video_info(container: Any, stream: Any) -> VideoInfo:
         fps=fps if math.isfinite(fps) else 0.0,
         frames=max(0, int(stream.frames or 0)),
         rotation_degrees=_rotation_degrees(container, stream),
+        hdr=_HDR.get(int(context.color_trc or 0), ""),
     )
 
 

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any, Literal, Protocol, TypeAlias
 
 import numpy as np
-from av.video.reformatter import Interpolation, VideoReformatter
+from av.video.reformatter import VideoReformatter
 
 from mmcl.media.frame_table import MAX_FRAMES as MAX_FRAMES
 from mmcl.media.frame_table import FrameTable
@@ -28,6 +28,7 @@ from mmcl.media.probe import (
     read_head,
     short_message,
 )
+from mmcl.media.scaling import RgbScaler, scale_picture
 from mmcl.media.windows import frame_indices
 from mmcl.types import ConfigError, SampleError
 
@@ -72,7 +73,9 @@ def open_video(
     short side to ``size`` and cuts out the centre, ``"squash"`` scales both sides. ``source_size`` is the displayed
     (height, width) where the caller knows it, which saves decord a look at the file.
     decord gives way to PyAV where it is not installed, where it refuses a file, and for files whose frame list it is
-    known to get wrong (edit lists, exotic containers). decord ends the process on some damaged files; PyAV does not.
+    known to get wrong (edit lists, containers without an index; torchcodec for the latter). decord ends the process on
+    some damaged files; PyAV does not. Pictures are those of the stored levels: HDR tags are ignored (``probe`` names
+    them).
 
     Raises ``SampleError``: ``missing_file``, ``unreadable``, ``empty``, ``not_media``, ``no_video_stream``,
     ``too_large``, ``truncated``, ``decode``; ``ConfigError`` for an unknown decoder or one that is not installed.
@@ -81,8 +84,9 @@ def open_video(
         raise ConfigError(f"fit is {fit!r}; allowed: 'crop', 'squash'")
     if decoder == "pyav":
         return _PyAVReader(data, size, fit, threads)
-    if decoder == "torchcodec":
-        return _TorchCodecReader(data, size, fit, threads)
+    if decoder == "torchcodec":  # where the container has no index, it seeks to wrong frames
+        indexed = _has_index(read_head(data, 12))
+        return (_TorchCodecReader if indexed else _PyAVReader)(data, size, fit, threads)
     if decoder != "decord":
         raise ConfigError(f"decoder is {decoder!r}; allowed: 'decord', 'pyav', 'torchcodec'")
     try:
@@ -203,11 +207,17 @@ class _PyAVReader:
 
     def _read_group(self, numbers: np.ndarray, seek: int, take: Callable[[Any, int], None]) -> None:
         """Takes the frames that depend on one keyframe, in order."""
-        # A container may seek past what was asked for (no index, open GOP): then decode from the start of the file.
-        for target in (seek, int(min(self._table.pts[0], self._table.key_seek[0]))):
+        # A container may seek past what was asked for (no index, open GOP) or count other times after it (MPEG-PS):
+        # then decode from the start of the file.
+        start = int(min(self._table.pts[0], self._table.key_seek[0]))
+        for target in (seek, start):
             self._container.seek(target, stream=self._stream, backward=True)
-            if self._decode(self._table.pts[numbers].tolist(), take):
-                return
+            try:
+                if self._decode(self._table.pts[numbers].tolist(), take):
+                    return
+            except SampleError:
+                if target == start:
+                    raise
         raise SampleError("decode", f"frame {numbers[0]} cannot be reached")
 
     def _decode(self, wanted_pts: list[int], take: Callable[[Any, int], None]) -> bool:
@@ -237,13 +247,14 @@ class _PyAVReader:
         if frame.is_corrupt:
             raise SampleError("decode", f"a damaged frame at {frame.time} s")
         turns = quarter_turns(frame)
-        height, width = scaled_size(frame.height, frame.width, size, fit)
+        shown = (frame.width, frame.height) if turns % 2 else (frame.height, frame.width)
+        height, width = scaled_size(*shown, size, fit)
         if size is None:  # frames may change their size in mid-stream; the first one decides
             height, width = self._shape = self._shape or (height, width)
-        scaled = self._reformatter.reformat(
-            frame, width=width, height=height, format="rgb24", interpolation=Interpolation.BILINEAR, threads=1
-        ).to_ndarray()
-        return centre_crop(np.rot90(scaled, turns) if turns else scaled, size)
+        if (height, width) != shown:
+            return centre_crop(scale_picture(frame, height, width, turns), size)
+        picture = self._reformatter.reformat(frame, format="rgb24", threads=1).to_ndarray()
+        return centre_crop(np.rot90(picture, turns) if turns else picture, size)
 
     def close(self) -> None:
         self._container.close()
@@ -253,8 +264,8 @@ class _DecordRefusedError(Exception):
     """decord is missing or not to be trusted with this file."""
 
 
-def _decord_reads(head: bytes) -> bool:
-    """Whether a file begins like an MP4, Matroska or AVI: its old FFmpeg shall see nothing else."""
+def _has_index(head: bytes) -> bool:
+    """Whether a file begins like an MP4, Matroska or AVI: decord's old FFmpeg shall see nothing else."""
     return head[4:8] in (b"ftyp", b"moov", b"mdat", b"free", b"wide", b"skip") or (
         head.startswith(b"\x1a\x45\xdf\xa3") or (head.startswith(b"RIFF") and head[8:12] == b"AVI ")
     )
@@ -264,7 +275,7 @@ class _DecordReader:
     def __init__(
         self, data: MediaSource, size: int | None, fit: Fit, threads: int, source_size: tuple[int, int] | None
     ) -> None:
-        if not _decord_reads(read_head(data, 12)):
+        if not _has_index(read_head(data, 12)):
             raise _DecordRefusedError
         try:
             decord = importlib.import_module("decord")
@@ -322,7 +333,12 @@ class _BytesFile:
 
 
 def _displayed_size(data: MediaSource) -> tuple[int, int]:
-    video = probe(data).video
+    try:
+        video = probe(data).video
+    except SampleError as error:
+        if error.reason != "no_streams":
+            raise
+        video = None
     if video is None:
         raise SampleError("no_video_stream", "the file has no video stream")
     return video.displayed_size
@@ -334,20 +350,18 @@ class _TorchCodecReader:
     def __init__(self, data: MediaSource, size: int | None, fit: Fit, threads: int) -> None:
         try:
             decoders = importlib.import_module("torchcodec.decoders")
-            transforms = importlib.import_module("torchcodec.transforms")
         except (ImportError, RuntimeError, OSError) as error:  # the latter two: FFmpeg's libraries are missing
             raise ConfigError(
                 f"decoder 'torchcodec' cannot be loaded ({short_message(error)}): "
                 "pip install 'mmcl[torchcodec]' and the system's FFmpeg libraries"
             ) from error
-        self._size = size
+        self._size, self._fit = size, fit
         with closing(_PyAVReader(data, None, fit, 1)) as reader:
+            self._scaler = RgbScaler(reader._stream.codec_context)
             self.frame_times_seconds = reader.frame_times_seconds
             self.duration_seconds = reader.duration_seconds
             self._origin_seconds = origin_seconds(reader._container)
         options: dict[str, Any] = {"dimension_order": "NHWC", "num_ffmpeg_threads": threads, "seek_mode": "exact"}
-        if size is not None:
-            options["transforms"] = [transforms.Resize(size=scaled_size(*_displayed_size(data), size, fit))]
         file = str(data) if isinstance(data, (str, Path)) else bytes(data)
         try:
             self._decoder = decoders.VideoDecoder(file, **options)
@@ -356,6 +370,8 @@ class _TorchCodecReader:
 
     def read(self, indices: Sequence[int] | np.ndarray) -> np.ndarray:
         numbers, places = _checked(indices, len(self.frame_times_seconds))
+        if not len(numbers):
+            return np.zeros((0, 3, self._size or 0, self._size or 0), np.uint8)
         instants = self.frame_times_seconds[numbers] + self._origin_seconds + 1e-6
         try:
             if len(self._decoder) == len(self.frame_times_seconds):
@@ -365,6 +381,11 @@ class _TorchCodecReader:
             pictures = frames.data.numpy()
         except (RuntimeError, ValueError, IndexError) as error:
             raise SampleError("decode", short_message(error)) from error
+        if len(pictures) and self._size is not None:
+            shown = pictures.shape[1], pictures.shape[2]
+            height, width = scaled_size(*shown, self._size, self._fit)
+            if (height, width) != shown:
+                pictures = np.stack([self._scaler.scale(picture, height, width) for picture in pictures])
         return np.ascontiguousarray(centre_crop(pictures, self._size)[places].transpose(0, 3, 1, 2))
 
     def close(self) -> None:

@@ -105,6 +105,8 @@ def _compare(sample: Sample, decoded: dict[str, Decoded], tolerance_seconds: flo
     video, sound = decoded.get("video"), decoded.get("audio", decoded.get("video"))
     shown = video.video_seconds if video is not None else None
     heard = sound.audio_seconds if sound is not None else None
+    if sample.window_seconds is not None:
+        shown, heard = (_within(end, *sample.window_seconds) for end in (shown, heard))
     if shown is not None and heard is not None and abs(shown - heard) > tolerance_seconds:
         problems.append(Problem("", "durations_differ", f"{shown:.2f} s of picture, {heard:.2f} s of sound"))
     length, stated = shown if shown is not None else heard, sample.duration_seconds
@@ -119,6 +121,11 @@ def _compare(sample: Sample, decoded: dict[str, Decoded], tolerance_seconds: flo
         if video is not None and found is None and isinstance(sample.metadata.get(name), dict):
             problems.append(Problem("json", f"no_{name}_stream", f"states {name}, the file has none"))
     return problems
+
+
+def _within(reached: float | None, start: float, end: float) -> float | None:
+    """What of a window a stream fills that ends there."""
+    return None if reached is None else max(0.0, min(reached, end) - start)
 
 
 def _has_stream(data: Bytes, kind: str) -> bool:

@@ -26,7 +26,15 @@ def make(
         ),
     ],
     out: Annotated[Path, typer.Option(help="Folder for the shards; one folder below it per split.")],
-    short_side: Annotated[int, typer.Option(help="Pixels of the shorter side; smaller videos keep their size.")] = 128,
+    codec: Annotated[
+        str,
+        typer.Option(
+            help="h264, mjpeg, or copy: the source's own stream, whole, with the window of a cut row in its JSON."
+        ),
+    ] = "h264",
+    short_side: Annotated[
+        int | None, typer.Option(help="Pixels of the shorter side; smaller videos keep their size.  [default: 128]")
+    ] = None,
     crop: Annotated[
         str, typer.Option(help="X:Y:W:H, what to keep of each picture, in its own pixels; columns crop_x, … win.")
     ] = "",
@@ -38,9 +46,20 @@ def make(
     ] = False,
     merge_cues: Annotated[float, typer.Option(help="Join neighbouring cues until a sample has so many seconds.")] = 0.0,
     fps: Annotated[float | None, typer.Option(help="Frames per second at most; default: as the source.")] = None,
-    gop: Annotated[int, typer.Option(help="Frames between key frames; short ones make random access fast.")] = 16,
-    crf: Annotated[int, typer.Option(help="Quality of H.264: 0 is lossless, 51 the worst.")] = 23,
-    audio_rate: Annotated[int, typer.Option(help="Audio samples per second at most; a standard rate.")] = 32_000,
+    gop: Annotated[
+        int | None, typer.Option(help="Frames between key frames; short ones make random access fast.  [default: 16]")
+    ] = None,
+    crf: Annotated[
+        int | None, typer.Option(help="Quality of H.264: 0 is lossless, 51 the worst.  [default: 23]")
+    ] = None,
+    audio_rate: Annotated[
+        int | None,
+        typer.Option(help="Audio samples per second at most; a standard rate.  [default: 32000, opus 48000]"),
+    ] = None,
+    audio_codec: Annotated[
+        str | None,
+        typer.Option(help="aac, opus, flac, wav (its own file) or copy.  [default: aac; with --codec copy: copy]"),
+    ] = None,
     max_count: Annotated[int, typer.Option(help="Samples per shard at most.")] = 1_000,
     max_size: Annotated[int, typer.Option(help="Megabytes per shard at most.")] = 512,
     shuffle: Annotated[int, typer.Option(help="Seed of the order of samples in the shards.")] = 0,
@@ -60,7 +79,14 @@ def make(
 
     options = MakeOptions(
         media=MediaOptions(
-            short_side=short_side, fps=fps, gop=gop, crf=crf, audio_rate_hz=audio_rate, crop=parse_crop(crop)
+            short_side=short_side,
+            fps=fps,
+            gop=gop,
+            crf=crf,
+            audio_rate_hz=audio_rate,
+            crop=parse_crop(crop),
+            codec=codec,  # type: ignore[arg-type]  # checked where it arrives
+            audio_codec=audio_codec,  # type: ignore[arg-type]
         ),
         max_count=max_count,
         max_bytes=max_size << 20,

@@ -91,6 +91,8 @@ class MakeReport:
     num_bytes: int
     """of all shards"""
     shards: int
+    notes: tuple[str, ...]
+    """what the settings cost or changed"""
     failures: dict[str, int]
     """rows without a sample, by reason; ``failures.jsonl`` names them"""
 
@@ -104,7 +106,7 @@ class MakeReport:
         if failed:
             reasons = ", ".join(f"{count} {reason}" for reason, count in self.failures.items())
             lines.append(f"failures: {reasons}; see {out / 'failures.jsonl'}")
-        return [*lines, *map(str, self.folders)]
+        return [*lines, *self.notes, *map(str, self.folders)]
 
 
 def make_shards(
@@ -143,7 +145,7 @@ def make_shards(
             write_atomically(target / "labels.json", _json({"classes": sorted(classes)}))
         for split in done:
             write_manifest(split.folder, split.entries)
-    return _report(done)
+    return _report(done, tuple(_stored_again(rows, options)))
 
 
 def describe_plan(input: str | Path, out: str | Path, options: MakeOptions | None = None) -> list[str]:
@@ -151,15 +153,11 @@ def describe_plan(input: str | Path, out: str | Path, options: MakeOptions | Non
     options, target = options or MakeOptions(), Path(out).expanduser().absolute()
     rows = _read_rows(input, options)
     _check_settings(target, _settings(input, options))
-    media = options.media
-    fps = "at the source's frame rate" if media.fps is None else f"at {media.fps:g} frames per second at most"
     lines = [
         f"{len(rows)} {'rows' if options.windows is None and not options.subtitles else 'stretches'} of {input}",
-        f"video: H.264, short side {media.short_side} px at most, {fps}, a key frame every {media.gop} frames; "
-        f"sound: AAC, mono, {media.audio_rate_hz} Hz at most",
+        *options.media.lines(),
+        *_stored_again(rows, options),
     ]
-    if media.crop is not None:
-        lines.append(f"of each picture only {':'.join(map(str, media.crop))} (X:Y:W:H)")
     for name, part in _by_split(rows, options.shuffle).items():
         missing = sum(row.problem is None and not Path(row.path).is_file() for _, row in part)
         bad = sum(row.problem is not None for _, row in part)
@@ -168,6 +166,28 @@ def describe_plan(input: str | Path, out: str | Path, options: MakeOptions | Non
         if missing or bad:
             lines.append(f"  of these, {missing} files are missing and {bad} rows cannot be used")
     return lines
+
+
+def _stored_again(rows: Sequence[Row], options: MakeOptions) -> list[str]:
+    """What copying whole sources costs where several samples are stretches of one."""
+    if "copy" not in (options.media.codec, options.media.audio_codec):
+        return []
+    times = collections.Counter(row.path for row in rows if row.problem is None)
+    again = sum(count - 1 for count in times.values())
+    num_bytes = sum((count - 1) * _size(path) for path, count in times.items() if count > 1)
+    if not again:
+        return []
+    return [
+        f"a copied stream is stored whole with every sample: {again} samples store a source once more, "
+        f"about {num_bytes / 1e6:.1f} MB in all; only codecs that encode cut"
+    ]
+
+
+def _size(path: str) -> int:
+    try:
+        return Path(path).stat().st_size
+    except (OSError, ValueError):
+        return 0
 
 
 def _read_rows(input: str | Path, options: MakeOptions) -> list[Row]:
@@ -260,7 +280,10 @@ def _settings(input: str | Path, options: MakeOptions) -> dict[str, Any]:
     if not options.subtitles:  # as folders have it that are older than this setting
         del settings["subtitles"], settings["merge_cues_seconds"]
     source = str(Path(input).expanduser().absolute())
-    found = {"format": 1, "input": source, **settings, **dataclasses.asdict(options.media)}
+    media = dataclasses.asdict(options.media)
+    if (options.media.codec, options.media.audio_codec) == ("h264", "aac"):
+        del media["codec"], media["audio_codec"]
+    found = {"format": 1, "input": source, **settings, **media}
     return dict(json.loads(_json(found)))  # as it comes back from the file
 
 
@@ -315,7 +338,7 @@ def _json(value: Any) -> bytes:
     return (json.dumps(value, indent=1, ensure_ascii=False) + "\n").encode("utf-8", "replace")
 
 
-def _report(done: list[_Split]) -> MakeReport:
+def _report(done: list[_Split], notes: tuple[str, ...]) -> MakeReport:
     entries = [entry for split in done for entry in split.entries]
     reasons = collections.Counter(failure["reason"] for split in done for failure in split.failures)
     return MakeReport(
@@ -325,5 +348,6 @@ def _report(done: list[_Split]) -> MakeReport:
         sum(split.seconds for split in done),
         sum(entry.num_bytes for entry in entries),
         len(entries),
+        notes,
         dict(sorted(reasons.items())),
     )

@@ -61,6 +61,8 @@ class Sample:
     """embeddings by name, still encoded (``mmcl.shards.vectors``): NAME of each file ``KEY.NAME.npy``"""
     ignored: tuple[str, ...] = ()
     """extensions that the table does not name"""
+    window_seconds: tuple[float, float] | None = None
+    """[start, end) of the media files that the sample is, ``duration_seconds`` long; None: all of them"""
 
 
 def parse_sample(raw: RawSample) -> Sample:
@@ -97,12 +99,13 @@ def parse_sample(raw: RawSample) -> Sample:
         captions,
         read_group(facts),
         label,
-        _duration_seconds(facts),
+        _window_length(facts) or _duration_seconds(facts),
         _video_size(facts),
         facts,
         raw.source,
         vectors,
         tuple(ignored),
+        _window_seconds(facts),
     )
 
 
@@ -221,6 +224,20 @@ def _duration_seconds(facts: Mapping[str, Any]) -> float | None:
             if seconds is not None:
                 return seconds
     return None
+
+
+def _window_seconds(facts: Mapping[str, Any]) -> tuple[float, float] | None:
+    """The stretch of its files that a sample is, where it is not all of them."""
+    value = facts.get("window_seconds")
+    if not isinstance(value, list) or len(value) != 2:
+        return None
+    start, end = (0.0 if part == 0 else _number(part) for part in value)
+    return (start, end) if start is not None and end is not None and start < end else None
+
+
+def _window_length(facts: Mapping[str, Any]) -> float | None:
+    window = _window_seconds(facts)
+    return None if window is None else window[1] - window[0]
 
 
 def _video_size(facts: Mapping[str, Any]) -> tuple[int, int] | None:

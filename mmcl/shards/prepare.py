@@ -76,13 +76,19 @@ def prepare(job: Job) -> Prepared:
 
 
 def _options(job: Job) -> MediaOptions:
-    return job.media if job.row.crop is None else replace(job.media, crop=job.row.crop)
+    if job.row.crop is None:
+        return job.media
+    if job.media.codec == "copy":
+        raise SampleError("cannot_copy", "the row has a crop, codec=copy stores pictures as they are")
+    return replace(job.media, crop=job.row.crop)
 
 
 def content_hash(job: Job, source_sha256: str) -> str:
     """32 hexadecimal digits of everything that the sample's bytes depend on."""
     row, media = job.row, job.media
-    settings = [media.short_side, media.fps, media.gop, media.crf, media.audio_rate_hz]
+    settings: list[Any] = [media.short_side, media.fps, media.gop, media.crf, media.audio_rate_hz]
+    if (media.codec, media.audio_codec) != ("h264", "aac"):
+        settings += [media.codec, media.audio_codec]
     facts = [row.key, row.name, row.start_seconds, row.end_seconds, row.captions, row.group, job.label, row.metadata]
     crop = [_options(job).crop] if _options(job).crop is not None else []
     text = json.dumps([1, settings, facts, row.label, source_sha256, *crop], sort_keys=True)
@@ -138,6 +144,10 @@ def _members(job: Job, media: Transcoded, name: str, source_sha256: str) -> dict
         },
         "content_hash": name,
     }
+    if media.hdr:
+        facts["source"]["hdr_ignored"] = media.hdr
+    if media.window_seconds is not None:
+        facts["window_seconds"] = media.window_seconds
     if _options(job).crop is not None:
         facts["source"]["crop"] = _options(job).crop
     if job.label is not None:
@@ -145,7 +155,7 @@ def _members(job: Job, media: Transcoded, name: str, source_sha256: str) -> dict
         if isinstance(row.label, str):
             facts["label_name"] = row.label
     text = json.dumps(facts, sort_keys=True, ensure_ascii=False, separators=(",", ":"), allow_nan=False)
-    members = {media.extension: media.data, "json": text.encode("utf-8")}
+    members = {media.extension: media.data, **media.beside, "json": text.encode("utf-8")}
     if row.captions:
         members["txt"] = row.captions[0].encode("utf-8")
     return members

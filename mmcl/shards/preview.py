@@ -16,6 +16,7 @@ from mmcl.media.audio import read_audio
 from mmcl.media.image import decode_image
 from mmcl.media.probe import best_stream, open_container, probe
 from mmcl.media.video import open_video
+from mmcl.media.windows import frame_indices
 from mmcl.progress import Progress, failures
 from mmcl.shards.files import write_atomically, writing
 from mmcl.shards.manifest import load_manifest
@@ -142,10 +143,11 @@ def _pictures(sample: Sample) -> tuple[list[Image.Image], list[str]]:
     if sample.video is not None and _has_video(sample.video):
         info = probe(sample.video).video
         with closing(open_video(sample.video, decoder="pyav")) as reader:
-            total = len(reader.frame_times_seconds)
-            wanted = sorted({(2 * place + 1) * total // (2 * FRAMES) for place in range(FRAMES)})
+            start, end = sample.window_seconds or (0.0, reader.duration_seconds)
+            times = start + (np.arange(FRAMES) + 0.5) * (end - start) / FRAMES
+            wanted = sorted(set(frame_indices(reader.frame_times_seconds, times).tolist()))
             frames = [_small(reader.read([number])[0]) for number in wanted]
-            seconds = reader.duration_seconds
+            seconds = end - start
         facts = [f"{seconds:.2f} s"]
         if info is not None:
             height, width = info.displayed_size
@@ -190,8 +192,9 @@ def _levels(sample: Sample) -> tuple[tuple[int, ...], list[str]]:
     facts = [f"{info.audio.codec} {info.audio.sample_rate_hz} Hz"]
     if sample.audio is not None or info.video is None:
         facts.insert(0, f"{info.duration_seconds:.2f} s of sound")
-    end = min(max(info.duration_seconds, 0.1), _SOUND_SECONDS)
-    wave = read_audio(data, start_seconds=0.0, end_seconds=end, sample_rate_hz=_SOUND_HZ)
+    start, end = sample.window_seconds or (0.0, info.duration_seconds)
+    end = start + min(max(end - start, 0.1), _SOUND_SECONDS)
+    wave = read_audio(data, start_seconds=start, end_seconds=end, sample_rate_hz=_SOUND_HZ)
     if wave is None:
         return (), facts
     peaks = np.array([np.abs(part).max(initial=0.0) for part in np.array_split(wave, _BARS)])

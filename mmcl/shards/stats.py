@@ -39,6 +39,8 @@ class SampleFacts:
     resolution: tuple[int, int] | None = None
     """(width, height) as displayed"""
     fps: float | None = None
+    hdr: str = ""
+    """its HDR tag, which readers ignore"""
     video_codec: str = ""
     """"" : no video"""
     image: bool = False
@@ -78,6 +80,8 @@ class ShardStats:
         lines.append("duplicates: " + _named({name: twice[name] for name in ("keys", "media", "captions")}))
         if document["unreadable"]:
             lines.append("unreadable: " + _named(document["unreadable"]) + "; `mmcl shards verify` names them")
+        if document["hdr_tags_ignored"]:
+            lines.append("HDR tags that readers ignore (colours are flat): " + _named(document["hdr_tags_ignored"]))
         if document["ignored_files"]:
             lines.append("files that nothing reads: " + _named(document["ignored_files"]))
         return lines
@@ -128,6 +132,8 @@ def look_at(reader: ShardReader, shard: int, index: int) -> SampleFacts:
     digest = hashlib.blake2b(digest_size=16)
     for part in media:
         digest.update(part)
+    if sample.window_seconds is not None:  # stretches of one stored file are not the same
+        digest.update(repr(sample.window_seconds).encode())
     return SampleFacts(
         key,
         num_bytes,
@@ -149,6 +155,7 @@ def _media_facts(sample: Sample, video: MediaInfo | None, audio: MediaInfo | Non
         seconds = info.duration_seconds if info is not None else None
     if video is not None and video.video is not None:
         height, width = video.video.displayed_size
+        found["hdr"] = video.video.hdr
         found |= {"video_codec": video.video.codec, "resolution": (width, height), "fps": round(video.video.fps, 3)}
     sound = audio or video
     if sound is not None and sound.audio is not None:
@@ -187,6 +194,7 @@ def summarise(manifest: Manifest, facts: Sequence[SampleFacts]) -> ShardStats:
             "captions": sum(not s.words for s in good),
         },
         "images": sum(s.image for s in good),
+        "hdr_tags_ignored": _count(s.hdr for s in good if s.hdr),
         "duplicates": _duplicates(good),
         "unreadable": _count(sample.problem for sample in facts if sample.problem),
         "ignored_files": _count(extension for sample in good for extension in sample.ignored),
@@ -231,6 +239,7 @@ def render_stats(stats: ShardStats, title: str) -> str:
         "missing": _named(document["missing"]),
         "duplicates": _named({name: document["duplicates"][name] for name in ("keys", "media", "captions")}),
         "unreadable": _named(document["unreadable"]),
+        "HDR tags that readers ignore": _named(document["hdr_tags_ignored"]),
         "files that nothing reads": _named(document["ignored_files"]),
     }
     cards = [bars(name, counts) for name, counts in stats.histograms.items()]

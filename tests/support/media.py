@@ -74,8 +74,14 @@ def encode(
     audio_codec: str = "aac",
     audio_start_seconds: float = 0.0,
     container_options: dict[str, str] | None = None,
+    pix_fmt: str | None = None,
+    colours: tuple[int, int, int] | None = None,
 ) -> Path:
-    """Writes pictures and / or a wave ``(S,)`` or ``(channels, S)``; ``times``: when each picture appears."""
+    """Writes pictures and / or a wave ``(S,)`` or ``(channels, S)``; ``times``: when each picture appears.
+
+    ``colours``: FFmpeg's numbers of primaries, transfer curve and matrix, as tags.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
     encoders = {"h264": "libx264", "vp9": "libvpx-vp9", "vp8": "libvpx"}
     with av.open(str(path), "w", container_options=container_options or {}) as container:
         video = sound = None
@@ -83,12 +89,15 @@ def encode(
         if shown:
             video = container.add_stream(encoders.get(codec, codec), rate=fps)
             video.height, video.width = shown[0].shape[:2]
-            video.pix_fmt = "yuvj420p" if codec == "mjpeg" else "yuv420p"
+            video.pix_fmt = pix_fmt or ("yuvj420p" if codec == "mjpeg" else "yuv420p")
             video.gop_size = gop
             video.codec_context.thread_count = 1
             video.codec_context.max_b_frames = b_frames
             if codec == "h264":
                 video.options = {"preset": "veryfast", "crf": "18", "bf": str(b_frames), "sc_threshold": "0"}
+            if colours is not None:
+                context = video.codec_context
+                context.color_primaries, context.color_trc, context.colorspace = colours
             if times is not None:
                 video.codec_context.time_base = Fraction(1, 90_000)
             if rotation:

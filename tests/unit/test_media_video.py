@@ -2,22 +2,33 @@
 
 from __future__ import annotations
 
-import importlib.util
+import importlib
 import struct
 import subprocess
 import sys
 
 import numpy as np
 import pytest
-from support.media import encode, moving_pattern, numbered_picture, read_number, write_clip
+from support.media import encode, numbered_picture, read_number, write_clip
 
 from mmcl.media.video import open_video, scaled_size
 from mmcl.media.windows import frame_indices
 from mmcl.types import ConfigError, SampleError
 
+
+def loads(module: str) -> bool:
+    """torchcodec may be there without the FFmpeg libraries that it needs."""
+    try:
+        importlib.import_module(module)
+    except (ImportError, RuntimeError, OSError):
+        return False
+    return True
+
+
 DECODERS = [
     "pyav",
-    pytest.param("decord", marks=pytest.mark.skipif(not importlib.util.find_spec("decord"), reason="no decord here")),
+    pytest.param("decord", marks=pytest.mark.skipif(not loads("decord"), reason="no decord here")),
+    pytest.param("torchcodec", marks=pytest.mark.skipif(not loads("torchcodec.decoders"), reason="no torchcodec here")),
 ]
 ASKED = [0, 7, 7, 15, 16, 17, 40, 59, 3]
 VARYING = np.concatenate([[0.0], np.cumsum(np.random.default_rng(0).uniform(0.01, 0.2, 59))])
@@ -69,16 +80,6 @@ def test_varying_frame_rate(tmp_path, decoder, name, b_frames):
     clear = np.abs(VARYING[:, None] - wanted).min(0) > 2e-3  # not within a millisecond of a border
     assert clear.sum() > 15
     assert np.array([read_number(frame) for frame in frames])[clear].tolist() == expected[clear].tolist()
-
-
-@pytest.mark.parametrize("fit", ["crop", "squash"])
-@pytest.mark.skipif(not importlib.util.find_spec("decord"), reason="no decord here")
-def test_decoders_agree_within_a_few_levels(tmp_path, fit):
-    pictures = moving_pattern((200, 120, 60), 30, (96, 170))
-    path = encode(tmp_path / "a.mp4", pictures, None, b_frames=2)
-    one, other = (open_video(path, decoder=d, size=64, fit=fit).read(range(30)).astype(int) for d in ("pyav", "decord"))
-    difference = np.abs(one - other)
-    assert difference.mean() < 2 and difference.max() <= 12
 
 
 @pytest.mark.parametrize("decoder", DECODERS)
@@ -211,20 +212,10 @@ def test_unknown_names_are_refused(tmp_path):
         open_video(path, decoder="pyav", fit="stretch")
 
 
-@pytest.mark.skipif(bool(importlib.util.find_spec("torchcodec")), reason="torchcodec is installed")
+@pytest.mark.skipif(loads("torchcodec.decoders"), reason="torchcodec is installed")
 def test_a_decoder_that_is_not_installed_says_how_to_get_it(tmp_path):
     with pytest.raises(ConfigError, match="pip install"):
         open_video(numbered(tmp_path / "a.mp4"), decoder="torchcodec")
-
-
-def test_torchcodec_gives_the_same_frames(tmp_path):
-    try:
-        import torchcodec.decoders  # noqa: F401
-    except (ImportError, RuntimeError, OSError):
-        pytest.skip("no torchcodec here")
-    path = numbered(tmp_path / "a.mp4", b_frames=2, times=VARYING)
-    frames = open_video(path, decoder="torchcodec", size=32, fit="squash").read(ASKED)
-    assert [read_number(frame) for frame in frames] == ASKED
 
 
 def test_without_decord_pyav_reads(tmp_path, monkeypatch):

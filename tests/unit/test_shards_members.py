@@ -62,6 +62,15 @@ def test_what_the_table_does_not_name_is_ignored_and_counted():
     assert sample.video == b"v" and sorted(sample.ignored) == ["npy", "pickle", "pth", "pyd"]
 
 
+def test_a_window_is_the_length_of_its_sample():
+    sample = parse(mp4=b"v", json=facts(window_seconds=[1.5, 4], duration_seconds=60.0))
+    assert sample.window_seconds == (1.5, 4.0) and sample.duration_seconds == 2.5
+    assert parse(mp4=b"v", json=facts(window_seconds=[0, 4])).window_seconds == (0.0, 4.0)
+    for wrong in ([4, 1.5], [-1, 4], [1], "1:4", [1, 1e300], [True, 4], [1, None], {"1": 4}):
+        sample = parse(mp4=b"v", json=facts(window_seconds=wrong, duration_seconds=60.0))
+        assert sample.window_seconds is None and sample.duration_seconds == 60.0
+
+
 def test_empty_captions_are_no_captions():
     assert parse(mp4=b"v", txt=b" \n").captions == ()
     assert parse(mp4=b"v", json=facts(captions=["", " "], caption="x")).captions == ("x",)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+from contextlib import closing
 
 import av
 import numpy as np
@@ -12,6 +13,8 @@ from support.media import encode, numbered_picture, read_number, tone, write_cli
 
 from mmcl.media.audio import read_audio
 from mmcl.media.probe import probe
+from mmcl.media.video import open_video
+from mmcl.shards import MakeOptions, ShardReader, load_manifest, make_shards, parse_sample
 from mmcl.shards.transcode import MediaOptions, transcode
 from mmcl.types import ConfigError, SampleError
 
@@ -136,6 +139,20 @@ def test_a_file_that_breaks_off_is_refused(tmp_path, suffix):
     with pytest.raises(SampleError) as caught:
         transcode(path, MediaOptions())
     assert caught.value.reason in ("truncated", "decode")
+
+
+def test_a_long_video_stays_whole_with_its_length(tmp_path):
+    """Objectives that pair moments a minute apart need the whole source in one sample."""
+    pictures = [numbered_picture(i // 10) for i in range(900)]
+    encode(tmp_path / "in/long.mp4", pictures, tone(440, 90.0, 8_000), fps=10, sample_rate_hz=8_000)
+    make_shards(tmp_path / "in", tmp_path / "out", MakeOptions(MediaOptions(short_side=32), workers=1))
+    reader = ShardReader(load_manifest(tmp_path / "out"))
+    assert len(reader) == 1
+    sample = parse_sample(reader.read(0, 0))
+    assert sample.duration_seconds == sample.metadata["duration_seconds"] == pytest.approx(90.0, abs=0.06)
+    assert sample.metadata["audio"]["samples"] == pytest.approx(90 * 8_000, abs=1024)
+    with closing(open_video(sample.video, size=32, fit="squash")) as video:
+        assert [read_number(picture) for picture in video.read([0, 455, 899])] == [0, 45, 89]
 
 
 def test_a_stretch_outside_of_the_file_is_named(tmp_path):
