@@ -16,7 +16,7 @@ from mmcl.distributed import Comm
 from mmcl.objectives.base import Objective, Term
 from mmcl.objectives.ranks import all_rows, classification
 from mmcl.objectives.weights import Weight
-from mmcl.types import ConfigError, Embeddings, Need, TowerInfo, View
+from mmcl.types import ConfigError, Embeddings, Need, TextSpec, TowerInfo, View
 
 
 class MutualOptions(Options):
@@ -245,11 +245,12 @@ def build(options: MutualOptions, towers: Mapping[str, TowerInfo], path: str = "
             raise ConfigError(f"{path}.queue: needs keys: momentum, keys of online towers grow stale; or set it to 0")
         if options.vcl != 0 and options.key_clip == 0 and options.augmentation == "none":
             raise ConfigError(f"{path}.vcl: query and key are one view; set key_clip or augmentation, or vcl to 0")
-    copy = int(options.key_clip == 0 and options.augmentation != "none")
     queries, keys = {}, {}
     levels = ("joint",) if options.classes is None else ("joint", "pooled")
     for name in names:
         spec = towers[name].spec
+        clip = 0 if isinstance(spec, TextSpec) else options.key_clip  # text lies in no time
+        copy = int(clip == 0 and options.augmentation != "none")
         queries[name] = Need(name, View(spec, 0, options.augmentation), levels)
-        keys[name] = Need(name, View(spec, options.key_clip, options.augmentation, copy), ("joint",), options.keys)
+        keys[name] = Need(name, View(spec, clip, options.augmentation, copy), ("joint",), options.keys)
     return Mutual(options, queries, keys, [towers[name] for name in names])

@@ -225,3 +225,10 @@ def test_what_cannot_be_is_refused(options: dict[str, Any], message: str) -> Non
         build_objective("mutual", TOWERS, **options)
     with pytest.raises(ConfigError, match="'audio' is frozen"):
         build_objective("mutual", FROZEN)
+
+
+def test_the_key_of_a_text_tower_is_the_same_caption() -> None:
+    """A text has no other time; a second caption is something that not every sample has."""
+    objective = build_objective("mutual", TOWERS)
+    clips = {need.tower: need.view.clip for need in objective.needs if need.kind == "momentum"}
+    assert clips == {"video": 1, "audio": 1, "text": 0}
