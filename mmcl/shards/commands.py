@@ -197,29 +197,6 @@ def verify(
 
 
 @app.command()
-def stats(
-    shards: Shards,
-    out: Annotated[Path | None, typer.Option(help="Folder for stats.json and stats.html.")] = None,
-    sample: Annotated[int | None, typer.Option(min=1, help="Look at so many, drawn at random; default: all.")] = None,
-    seed: Seed = 0,
-    workers: Workers = None,
-    timeout: Timeout = 60.0,
-) -> None:
-    """Count what shards hold: seconds, sizes, rates, codecs, captions, duplicates, what is missing."""
-    from mmcl.shards.stats import shard_stats, write_stats
-
-    with show_progress("stats", "samples") as progress:
-        found = shard_stats(
-            shards, sample=sample, seed=seed, workers=workers, timeout_seconds=timeout, progress=progress
-        )
-    for line in found.lines():
-        typer.echo(line)
-    if out is not None:
-        for path in write_stats(found, out, shards):
-            typer.echo(str(path))
-
-
-@app.command()
 def preview(
     shards: Shards,
     out: Annotated[Path, typer.Option(help="The page to write.")] = Path("preview.html"),

@@ -127,6 +127,8 @@ class _Work:
         self.pending = collections.deque(range(len(jobs)))
         self.results: dict[int, Any] = {}
         self._tries: collections.Counter[int] = collections.Counter()
+        self._failed_starts = 0
+        """since the last one that did start"""
         self._idle_since = time.monotonic()
         remote = ray.remote(num_cpus=1, max_restarts=0)(_Runner)
         self._create = functools.partial(remote.remote, function, timeout_seconds, preload)
@@ -161,15 +163,16 @@ class _Work:
         try:
             answer = ray.get(actor.answer)
         except ray.exceptions.RayActorError as error:
-            self._replace(actor, Lost("worker_died", f"its actor was lost: {str(error).splitlines()[0][:200]}"))
+            self._replace(actor, Lost("worker_died", f"its actor was lost: {_last_line(error)}"))
             return
         except ray.exceptions.RayError as error:
-            raise RunError(f"Ray: {str(error).strip().splitlines()[-1][:300]}") from None
+            raise RunError(f"Ray: {_last_line(error)}") from None
         if actor.ticket >= 0:
             failed, result = answer
             if failed:
                 raise result
             self.results[actor.ticket] = result
+        self._failed_starts = 0
         actor.ticket = -1
 
     def _replace(self, actor: _Actor, lost: Lost) -> None:
@@ -180,6 +183,14 @@ class _Work:
                 self.pending.appendleft(actor.ticket)
             else:
                 self.results[actor.ticket] = lost
-        elif self._tries.total() == 0 and len(self.actors) == 1:
-            raise RunError(f"an actor could not start: {lost.detail}")
+        else:
+            self._failed_starts += 1
+            if self._failed_starts > _MOST_TRIES * len(self.actors):
+                raise RunError(f"actors cannot start on the Ray cluster: {lost.detail}")
         self.actors[self.actors.index(actor)] = self.start()
+
+
+def _last_line(error: Exception) -> str:
+    """Ray's messages end with the reason."""
+    lines = str(error).strip().splitlines()
+    return lines[-1].strip()[:300] if lines else type(error).__name__
