@@ -77,8 +77,8 @@ def measure_mixing(manifest: HasSizes, *, batch: int, streams: int = 64, block: 
 def enough_block(manifest: HasSizes, mixing: Mixing) -> int | None:
     """The smallest power of two for ``block`` that mixes these shards; None where none up to 65,536 does.
 
-    A batch takes ``m = batch / streams`` samples of each block, of which neighbours meet with ``(m − 1) / (block − 1)``;
-    an epoch of at most ``streams × block`` samples is one permutation.
+    A batch takes ``m = batch / streams`` samples of a block: neighbours meet with ``(m − 1) / (block − 1)``. An epoch
+    of at most ``streams × block`` samples is one permutation.
     """
     total = int(np.asarray(manifest.sizes, np.int64).sum())
     allowed = _MOST_TIMES * mixing.perfect_rate

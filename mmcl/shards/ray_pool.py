@@ -11,6 +11,7 @@ import collections
 import contextlib
 import functools
 import os
+import socket
 import time
 from collections.abc import Callable, Generator, Iterable, Iterator
 from dataclasses import dataclass
@@ -35,6 +36,7 @@ def open_cluster(address: str = "") -> Iterator[tuple[RunJobs, int]]:
     """
     connected = ray.is_initialized()
     if not connected:
+        _check_address(address)
         os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
         quiet: dict[str, Any] = {"log_to_driver": False, "configure_logging": False}
         # without an address Ray looks for RAY_ADDRESS, then starts a cluster of this machine
@@ -51,6 +53,18 @@ def open_cluster(address: str = "") -> Iterator[tuple[RunJobs, int]]:
     finally:
         if not connected:
             ray.shutdown()
+
+
+def _check_address(address: str) -> None:
+    """Ray itself would try for minutes."""
+    host, _, port = address.rpartition(":")
+    if not port.isdigit() or "/" in host:
+        return  # a name that Ray knows, e.g. "auto"
+    try:
+        with socket.create_connection((host.strip("[]"), int(port)), timeout=10.0):
+            pass
+    except (OSError, OverflowError) as error:
+        raise ConfigError(f"address={address[:80]}: no Ray cluster answers there ({error})") from None
 
 
 class _Runner:
