@@ -60,7 +60,7 @@ def clips(tmp_path_factory) -> Path:
 def test_the_same_bytes_as_the_process_pool(cluster, clips, tmp_path):
     options = {"max_count": 3, "windows": (0.5, 0.5), "dedup": True}
     local = make_shards(clips, tmp_path / "pool", MakeOptions(**options, workers=2))
-    there = MakeOptions(**options, engine="ray", address=cluster.address)
+    there = MakeOptions(**options, workers=3, engine="ray", address=cluster.address)
     report = make_shards(clips, tmp_path / "ray", there)
     assert (report.samples, report.duplicates, report.failures) == (12, 2, local.failures)
     assert contents(tmp_path / "ray") == contents(tmp_path / "pool")

@@ -8,10 +8,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 from support.media import COLOURS, encode, moving_pattern, tone, write_clip
+from typer.testing import CliRunner
 
 from mmcl.media.audio import read_audio
 from mmcl.media.video import open_video
 from mmcl.shards import MakeOptions, ShardReader, load_manifest, make_shards, parse_sample
+from mmcl.shards.commands import app
 from mmcl.shards.engine import Crew
 from mmcl.shards.inputs import Row
 from mmcl.shards.pool import run_jobs
@@ -137,3 +139,15 @@ def test_a_detector_that_is_not_there(monkeypatch):
 def test_a_clip_that_is_one_scene(tmp_path):
     path = write_clip(tmp_path / "a.mp4", colour="red", seconds=2.0)
     assert cuts_of(path) == []
+
+
+def test_the_command(tmp_path):
+    film(tmp_path / "in.mp4", sound=False)
+    (tmp_path / "t.csv").write_text("path\nin.mp4\n")
+    options = ["--scenes", "--scene-detector", "scenedetect", "--min-scene", "1", "--dedup", "--workers", "1"]
+    command = ["make", str(tmp_path / "t.csv"), "--out", str(tmp_path / "out"), *options]
+    planned = CliRunner().invoke(app, [*command, "--dry-run"])
+    assert planned.exit_code == 0 and "3 stretches of" in planned.output
+    made = CliRunner().invoke(app, command)
+    assert made.exit_code == 0 and "3 samples (0 were there)" in made.output, made.output
+    assert "scenedetect" in (tmp_path / "out/settings.json").read_text()

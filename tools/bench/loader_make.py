@@ -102,7 +102,7 @@ def measure(quick: bool) -> dict[str, Any]:
     """Ratios of CPU time: ``ffmpeg``'s over ours."""
     if shutil.which("ffmpeg") is None:
         raise SystemExit("ffmpeg is not on the path")
-    count, seconds = (8, 4.0) if quick else (40, 10.0)
+    count, seconds = (8, 4.0) if quick else (16, 10.0)
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         for part in ("in", "ffmpeg", "staging", "shards"):
