@@ -24,6 +24,7 @@ evaluate_app = typer.Typer(help="Measure a trained model.", no_args_is_help=True
 app.add_typer(shards_app, name="shards")
 app.add_typer(evaluate_app, name="evaluate")
 
+Shards = Annotated[str, typer.Argument(help="A folder of indexed shards.")]
 Overrides = Annotated[list[str] | None, typer.Argument(help="Changes to the configuration: dotted.path=value …")]
 
 
@@ -42,6 +43,41 @@ def _main(
 ) -> None:
     if debug:
         os.environ["MMCL_DEBUG"] = "1"
+
+
+@shards_app.command()
+def stats(
+    shards: Shards,
+    out: Annotated[Path | None, typer.Option(help="Folder for stats.json and stats.html.")] = None,
+    sample: Annotated[int | None, typer.Option(min=1, help="Look at so many, drawn at random; default: all.")] = None,
+    seed: Annotated[int, typer.Option(help="Seed of what is drawn at random.")] = 0,
+    batch: Annotated[int, typer.Option(min=1, help="Samples per batch, of which mixing is told.")] = 256,
+    streams: Annotated[int, typer.Option(min=1, help="data.streams of the run.")] = 64,
+    block: Annotated[int, typer.Option(min=1, help="data.block of the run.")] = 256,
+    workers: Annotated[int | None, typer.Option(min=1, help="Processes; default: one per core.")] = None,
+    timeout: Annotated[
+        float, typer.Option(max=1e6, help="Seconds per sample; then its process is ended and the sample named.")
+    ] = 60.0,
+) -> None:
+    """Count what shards hold: seconds, sizes, rates, codecs, captions, duplicates, what is missing, how batches mix."""
+    from mmcl.data.mixing import describe_mixing
+    from mmcl.progress import show_progress
+    from mmcl.shards.manifest import load_manifest
+    from mmcl.shards.stats import shard_stats, write_stats
+
+    with show_progress("stats", "samples") as progress:
+        found = shard_stats(
+            shards, sample=sample, seed=seed, workers=workers, timeout_seconds=timeout, progress=progress
+        )
+    manifest = load_manifest(shards)
+    found = found.with_mixing(
+        *describe_mixing(manifest, batch=batch, streams=streams, block=block, seed=seed, alike=found.alike)
+    )
+    for line in found.lines():
+        typer.echo(line)
+    if out is not None:
+        for path in write_stats(found, out, shards):
+            typer.echo(str(path))
 
 
 @app.command()
@@ -99,7 +135,6 @@ def objectives(
 
 
 Checkpoint = Annotated[Path, typer.Argument(help="A checkpoint, a run folder, or an exported model.")]
-Shards = Annotated[str, typer.Argument(help="A folder of indexed shards.")]
 Clips = Annotated[
     int | None, typer.Option(min=1, help="Windows per sample whose embeddings are averaged; default: as the run says.")
 ]

@@ -123,9 +123,17 @@ class MixedOrder:
     """Draw number → (source, epoch, shard, index) where several sources are mixed by weight; each has its own epochs.
 
     Weights are integers out of P, their sum, spread evenly over a table of P rows. With A = ``streams`` columns, draw g
-    is column ``c = g mod A``, row ``ρ = g div A``; with ``h = ⌊cP/A⌋`` its source is ``k = table[(ρ + h) mod P]`` and
-    the draw number there is ``A·v + c``, v being the visits of this column to k so far. So shares are exact over P
-    rows, every sample comes once per epoch of its source, and a worker keeps to its own streams of each source.
+    is column ``c = g mod A``, row ``ρ = g div A``. Its source is an entry of the table, and its draw number there is
+    ``A·v + c``, v being the visits of this column to that source so far. A column meets every entry once in P rows: so
+    shares are exact over P rows, every sample comes once per epoch of its source, and a worker keeps to its own streams
+    of each source. Which entry:
+
+    - ``P ≤ A``: ``(ρ + h) mod P`` with ``h = ⌊cP/A⌋``. A row of draws goes through the whole table.
+    - ``P > A``: ``(g + j) mod P``, the table in order, where ``j = (g div lcm(A, P)) mod gcd(A, P)`` steps on by one
+      entry each time that rows and table come round together (a column would meet the same entries again). With offsets
+      ⌊cP/A⌋, columns in steps of P/A entries meet the same source all at once where its weight is near a multiple of A.
+
+    So shares hold within 2 % over any 1,000 draws for every P (P ≤ A: with up to 64 streams).
 
     Raises:
         ValueError: weights below 1, or a table of more than 10,000 rows.
@@ -148,11 +156,8 @@ class MixedOrder:
         self.columns = streams
         self.sources = [SampleOrder(s, seed=seed, streams=streams, block=block, shuffle=shuffle) for s in sizes]
         self.table = spread_evenly(self.weights)
-        visits = self.table[None] == np.arange(len(self.weights))[:, None]
-        # before[k, ρ]: rows of source k above row ρ of the table
-        self.before: Integers = np.concatenate(
-            [np.zeros((len(self.weights), 1), np.int64), np.cumsum(visits, 1, dtype=np.int64)], 1
-        )
+        kind = _InTurn if self.period > streams else _Shifted
+        self._visits: _Shifted | _InTurn = kind(self.table, len(self.weights), streams)
 
     def locate(self, draws: Integers) -> tuple[Integers, Integers, Integers, Integers]:
         """Sources, epochs, shards and indices of draws, each int64 with the shape of ``draws``."""
@@ -168,33 +173,89 @@ class MixedOrder:
     def source_draws(self, draws: Integers) -> tuple[Integers, Integers]:
         """Sources of draws, and their draw numbers there."""
         column, row = draws % self.columns, draws // self.columns
-        shift = self._shift(column)
-        source = self.table[(row + shift) % self.period]
-        visits = self._visits(source, row + shift) - self._visits(source, shift)
-        return source, self.columns * visits + column
+        source = self.table[self._visits.entry(column, row)]
+        return source, self.columns * self._visits.count(source, column, row) + column
 
     def drawn(self, draws: int) -> list[int]:
         """How many of the first ``draws`` draws came from each source."""
         column = np.arange(self.columns, dtype=np.int64)
         rows = draws // self.columns + (column < draws % self.columns)
+        numbers = range(len(self.weights))
+        return [int(self._visits.count(np.full_like(column, k), column, rows).sum()) for k in numbers]
+
+
+class _Shifted:
+    """Columns that go through the table from places spread over it."""
+
+    def __init__(self, table: Integers, sources: int, columns: int) -> None:
+        self.period, self.columns = len(table), columns
+        self.before = _counts(table[None], sources)[:, 0]
+
+    def entry(self, column: Integers, row: Integers) -> Integers:
+        """Numbers in the table."""
+        return (row + self._shift(column)) % self.period
+
+    def count(self, source: Integers, column: Integers, rows: Integers) -> Integers:
+        """Visits of columns to sources in the first ``rows`` rows."""
         shift = self._shift(column)
-        return [
-            int(
-                (
-                    self._visits(np.full_like(column, k), rows + shift) - self._visits(np.full_like(column, k), shift)
-                ).sum()
-            )
-            for k in range(len(self.weights))
-        ]
+        return self._until(source, rows + shift) - self._until(source, shift)
 
     def _shift(self, column: Integers) -> Integers:
         return column * self.period // self.columns
 
-    def _visits(self, source: Integers, rows: Integers) -> Integers:
-        """Rows of a source among the first ``rows`` rows of the table, repeated without end."""
+    def _until(self, source: Integers, rows: Integers) -> Integers:
         whole, rest = np.divmod(rows, self.period)
         visits: Integers = whole * self.before[source, -1] + self.before[source, rest]
         return visits
+
+
+class _InTurn:
+    """Draws that go through the table in order.
+
+    With ``d = gcd(A, P)``, P rows are d blocks of P/d rows. In block j, column ``c = qd + s`` meets the entries that
+    are ``r = (s + j) mod d`` modulo d, each once: in row i of the block ``(iA + c + j) mod P``. Listed from r in steps
+    of A they are the lane r; the column reads it from place ``q'·(A/d)⁻¹ mod P/d`` on, ``q' = q + (s + j) div d``.
+    """
+
+    def __init__(self, table: Integers, sources: int, columns: int) -> None:
+        self.period, self.columns = len(table), columns
+        self.lanes = gcd(columns, self.period)
+        self.length = self.period // self.lanes
+        self.step = pow(columns // self.lanes, -1, self.length)
+        lane = np.arange(self.lanes, dtype=np.int64)[:, None]
+        place = np.arange(2 * self.length, dtype=np.int64)
+        # before[k, r, i]: visits to source k in the first i places of lane r, gone through twice
+        self.before = _counts(table[(place * columns + lane) % self.period], sources)
+        # lanes_before[k, r]: visits in whole lanes 0 … r − 1, gone through twice
+        whole = np.tile(self.before[:, :, self.length], 2)
+        self.lanes_before: Integers = np.concatenate(
+            [np.zeros((sources, 1), np.int64), np.cumsum(whole, 1, dtype=np.int64)], 1
+        )
+
+    def entry(self, column: Integers, row: Integers) -> Integers:
+        """Numbers in the table."""
+        return (row * self.columns + column + row // self.length % self.lanes) % self.period
+
+    def count(self, source: Integers, column: Integers, rows: Integers) -> Integers:
+        """Visits of columns to sources in the first ``rows`` rows."""
+        periods, rest = np.divmod(rows, self.period)
+        block, place = np.divmod(rest, self.length)
+        quotient, first = np.divmod(column, self.lanes)
+        turn, lane = np.divmod(first + block, self.lanes)
+        start = (quotient + turn) * self.step % self.length
+        whole = self.lanes_before[source, first + block] - self.lanes_before[source, first]
+        part = self.before[source, lane, start + place] - self.before[source, lane, start]
+        visits: Integers = periods * self.lanes_before[source, self.lanes] + whole + part
+        return visits
+
+
+def _counts(rows: Integers, sources: int) -> Integers:
+    """``[k, r, i]``: how often k is among the first i of row r."""
+    visits = rows[None] == np.arange(sources)[:, None, None]
+    counts: Integers = np.concatenate(
+        [np.zeros((*visits.shape[:2], 1), np.int64), np.cumsum(visits, 2, dtype=np.int64)], 2
+    )
+    return counts
 
 
 def reduced_weights(weights: Sequence[int]) -> tuple[int, ...]:

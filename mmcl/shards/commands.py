@@ -22,7 +22,8 @@ def make(
         typer.Argument(
             help="A folder of media (captions from NAME.txt or NAME.json beside them), or a CSV, TSV, JSONL or Parquet "
             "table with a column 'path' and any of: caption, captions (a list), start_seconds, end_seconds, crop_x, "
-            "crop_y, crop_w, crop_h, label, group, split. Other columns are kept as metadata.",
+            "crop_y, crop_w, crop_h, label, group, split. Other columns are kept as metadata. Or WebDataset shards "
+            "(video2dataset, open_clip): a folder of them, or a pattern such as 'in/{00000..00127}.tar' or 'in/*.tar'.",
         ),
     ],
     out: Annotated[Path, typer.Option(help="Folder for the shards; one folder below it per split.")],
@@ -45,6 +46,21 @@ def make(
         bool, typer.Option("--subtitles", help="One sample per cue of NAME.srt or NAME.vtt beside a video.")
     ] = False,
     merge_cues: Annotated[float, typer.Option(help="Join neighbouring cues until a sample has so many seconds.")] = 0.0,
+    scenes: Annotated[
+        bool, typer.Option("--scenes", help="Cut every video at its scene changes: one sample per scene.")
+    ] = False,
+    scene_detector: Annotated[
+        str, typer.Option(help="pyav: hard cuts, by differences of frames; scenedetect: PySceneDetect (extra scenes).")
+    ] = "pyav",
+    min_scene: Annotated[float, typer.Option(help="Seconds; a shorter scene stays with its neighbour.")] = 0.5,
+    dedup: Annotated[
+        bool,
+        typer.Option(
+            "--dedup",
+            help="Leave out rows of the same media bytes, stretch and crop as an earlier one. duplicates.jsonl names "
+            "them either way.",
+        ),
+    ] = False,
     fps: Annotated[float | None, typer.Option(help="Frames per second at most; default: as the source.")] = None,
     gop: Annotated[
         int | None, typer.Option(help="Frames between key frames; short ones make random access fast.  [default: 16]")
@@ -66,6 +82,16 @@ def make(
     keep_order: Annotated[bool, typer.Option("--keep-order", help="Keep the order of the input instead.")] = False,
     workers: Annotated[int | None, typer.Option(help="Processes; default: one per core. Same output.")] = None,
     timeout: Annotated[float, typer.Option(help="Seconds per file; then it is skipped and named.")] = 300.0,
+    engine: Annotated[
+        str,
+        typer.Option(
+            help="pool: processes of this machine; ray: of a Ray cluster (extra ray) whose nodes see input and output "
+            "at the same paths. Same output."
+        ),
+    ] = "pool",
+    address: Annotated[
+        str, typer.Option(help="Of the Ray cluster; default: RAY_ADDRESS, else one is started on this machine.")
+    ] = "",
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Say what would be done; write nothing.")] = False,
 ) -> None:
     """Make training-ready shards from media and captions.
@@ -94,8 +120,13 @@ def make(
         subtitles=subtitles,
         merge_cues_seconds=merge_cues,
         windows=parse_windows(windows),
+        scenes=scene_detector if scenes else "",
+        min_scene_seconds=min_scene,
+        dedup=dedup,
         workers=workers,
         timeout_seconds=timeout,
+        engine=engine,
+        address=address,
     )
     if dry_run:
         for line in describe_plan(input, out, options):
@@ -189,29 +220,6 @@ def verify(
         typer.echo(f"{repair}: {manifest.num_samples} samples in {manifest.num_shards} shards")
     if not report.ok:
         raise typer.Exit(3)
-
-
-@app.command()
-def stats(
-    shards: Shards,
-    out: Annotated[Path | None, typer.Option(help="Folder for stats.json and stats.html.")] = None,
-    sample: Annotated[int | None, typer.Option(min=1, help="Look at so many, drawn at random; default: all.")] = None,
-    seed: Seed = 0,
-    workers: Workers = None,
-    timeout: Timeout = 60.0,
-) -> None:
-    """Count what shards hold: seconds, sizes, rates, codecs, captions, duplicates, what is missing."""
-    from mmcl.shards.stats import shard_stats, write_stats
-
-    with show_progress("stats", "samples") as progress:
-        found = shard_stats(
-            shards, sample=sample, seed=seed, workers=workers, timeout_seconds=timeout, progress=progress
-        )
-    for line in found.lines():
-        typer.echo(line)
-    if out is not None:
-        for path in write_stats(found, out, shards):
-            typer.echo(str(path))
 
 
 @app.command()

@@ -5,13 +5,14 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
-from pathlib import Path
 from typing import TypeAlias
 
 from mmcl.media.clip import MediaReader
+from mmcl.shards.engine import Crew
 from mmcl.shards.inputs import Row
-from mmcl.shards.members import ROLES
-from mmcl.shards.pool import Lost, run_jobs
+from mmcl.shards.member_index import Member
+from mmcl.shards.pool import Lost
+from mmcl.shards.sources import main_role, main_source
 from mmcl.types import ConfigError, SampleError
 
 Windows: TypeAlias = tuple[float, float]
@@ -43,18 +44,17 @@ def check_windows(windows: Windows) -> Windows:
     return windows
 
 
-def cut_rows(rows: Sequence[Row], windows: Windows, *, workers: int, timeout_seconds: float) -> list[Row]:
+def cut_rows(rows: Sequence[Row], windows: Windows, crew: Crew) -> list[Row]:
     """Every row as the windows that lie wholly inside of it (of its own stretch, where it names one), in order.
 
     What is left at the end is left out; a row shorter than one window, and a picture, stays as it is. Files are
     measured in child processes; one that cannot be measured becomes a row with its problem. The group stays the file.
     """
-    files = sorted({row.path for row in rows if _can_be_cut(row)})
-    measured = run_jobs(measure, files, workers=workers, timeout_seconds=timeout_seconds, preload="mmcl.shards.prepare")
-    lengths = dict(zip(files, measured, strict=True))
+    files = sorted({(row.path, row.files) for row in rows if can_be_cut(row)})
+    lengths = dict(zip(files, crew(measure, files), strict=True))
     cut: list[Row] = []
     for row in rows:
-        length = lengths.get(row.path) if _can_be_cut(row) else None
+        length = lengths.get((row.path, row.files)) if can_be_cut(row) else None
         if length is None:
             cut.append(row)
         elif isinstance(length, (Lost, SampleError)):
@@ -64,17 +64,20 @@ def cut_rows(rows: Sequence[Row], windows: Windows, *, workers: int, timeout_sec
     return cut
 
 
-def measure(path: str) -> float | SampleError:
-    """Runs in a child process: seconds of the video (of the sound, where there is no picture), or what is wrong."""
+def measure(source: tuple[str, tuple[Member, ...]]) -> float | SampleError:
+    """Runs in a child process: seconds of the video (of the sound, where there is no picture), or what is wrong.
+
+    ``source``: a row's path and files.
+    """
     try:
-        with MediaReader(video=path, decoder="pyav") as reader:
+        with MediaReader(video=main_source(*source), decoder="pyav") as reader:
             return reader.duration_seconds
     except SampleError as error:
         return error
 
 
-def _can_be_cut(row: Row) -> bool:
-    return row.problem is None and ROLES.get(Path(row.path).suffix[1:].lower()) != "image"
+def can_be_cut(row: Row) -> bool:
+    return row.problem is None and main_role(row) != "image"
 
 
 def _windows(row: Row, file_seconds: float, length: float, stride: float) -> Iterator[Row]:

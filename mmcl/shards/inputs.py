@@ -21,6 +21,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+from mmcl.shards.member_index import Member
 from mmcl.shards.members import ROLES, clean_captions, decode_text, parse_json, read_captions
 from mmcl.types import ConfigError, SampleError
 
@@ -53,6 +54,14 @@ class Row:
     metadata: Mapping[str, Any] = field(default_factory=dict)
     problem: tuple[str, str] | None = None
     """(reason, detail) of a row that cannot be used"""
+    files: tuple[Member, ...] = ()
+    """the sample's media where ``path`` is a tar; the first decides its length"""
+    member_key: str = ""
+    """of the sample in that tar"""
+    ignored: tuple[str, ...] = ()
+    """extensions of its other members, which nothing reads"""
+    part: int | None = None
+    """number of the scene in its stretch"""
 
 
 def read_rows(source: str | Path) -> list[Row]:
@@ -63,10 +72,11 @@ def read_rows(source: str | Path) -> list[Row]:
         if not rows:
             raise ConfigError(f"{source} holds no media files ({', '.join(sorted(_MEDIA))})")
         return with_keys(rows)
+    needed = f"a folder of media or of shards, a pattern of .tar files or a table ({', '.join(TABLES)}) is needed"
     if not path.exists():
-        raise ConfigError(f"{source} is not there: a folder of media or a table ({', '.join(TABLES)}) is needed")
-    if path.suffix.lower() not in TABLES:
-        raise ConfigError(f"{source}: a folder of media or a table ({', '.join(TABLES)}) is needed")
+        raise ConfigError(f"{source} is not there: {needed}")
+    if path.suffix.lower() not in TABLES or not path.is_file():
+        raise ConfigError(f"{source}: {needed}")
     rows = [_table_row(path.parent, record, problem) for record, problem in _records(path)]
     if not rows:
         raise ConfigError(f"{source} has no rows")
@@ -219,19 +229,22 @@ def _table_row(folder: Path, record: Mapping[str, Any], problem: str = "") -> Ro
             group=str(record.get("group", "")) or name,
             split=_split(record.get("split")),
             metadata={
-                column: _plain(value)
+                column: plain(value)
                 for column, value in record.items()
                 if column and column not in (*COLUMNS, *CROP_COLUMNS)
             },
         )
-        _check_text([name, filled.label, filled.group, filled.metadata])
+        check_text([name, filled.label, filled.group, filled.metadata])
     except SampleError as error:
         return replace(row, problem=(error.reason, error.detail))
     return filled
 
 
-def _check_text(facts: Any) -> None:
-    """A file name may hold bytes that are no UTF-8, and JSON may spell half of a surrogate pair: no shard can."""
+def check_text(facts: Any) -> None:
+    """Raises ``SampleError`` (``bad_row``) on text that is no UTF-8.
+
+    A file name may hold bytes that are no UTF-8, and JSON may spell half of a surrogate pair: no shard can.
+    """
     try:
         json.dumps(facts, ensure_ascii=False).encode("utf-8")
     except UnicodeEncodeError as error:
@@ -297,12 +310,12 @@ def _split(value: Any) -> str:
     return value
 
 
-def _plain(value: Any) -> Any:
+def plain(value: Any) -> Any:
     """What JSON can hold; anything else (a date, a decimal, bytes) as its text."""
     if isinstance(value, dict):
-        return {str(name): _plain(item) for name, item in value.items()}
+        return {str(name): plain(item) for name, item in value.items()}
     if isinstance(value, (list, tuple)):
-        return [_plain(item) for item in value]
+        return [plain(item) for item in value]
     if isinstance(value, float):
         return value if math.isfinite(value) else str(value)
     return value if value is None or isinstance(value, (str, int, bool)) else str(value)
@@ -320,6 +333,7 @@ def with_keys(rows: list[Row]) -> list[Row]:
         whole.add(everything)
         digest = hashlib.sha256(json.dumps([place, seen[place]]).encode("utf-8", "surrogatepass")).hexdigest()[:12]
         stem = re.sub(r"[^A-Za-z0-9_-]+", "_", Path(row.name).stem)[:48].strip("_") or "sample"
+        stem += "" if row.part is None else f"-{row.part:04d}"
         if repeated and row.problem is None:
             row = replace(row, problem=("duplicate_row", "the same row came before"))
         else:

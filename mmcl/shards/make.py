@@ -24,23 +24,26 @@ from mmcl.hashing import hash64, text_hash
 from mmcl.progress import Progress, failures
 from mmcl.shards.assemble import Assembler
 from mmcl.shards.cut import Windows, check_windows, cut_rows
+from mmcl.shards.duplicates import duplicates_of, find_duplicates, json_lines, name_duplicates
+from mmcl.shards.engine import Crew, check_engine, open_engine
 from mmcl.shards.files import write_atomically, writing
+from mmcl.shards.input_tars import find_tars, read_tar_rows
 from mmcl.shards.inputs import Row, class_numbers, read_rows, with_keys
 from mmcl.shards.manifest import WORK_FOLDER, ShardEntry, write_manifest
-from mmcl.shards.pool import Lost, run_jobs
+from mmcl.shards.pool import Lost
 from mmcl.shards.prepare import Job, Prepared, prepare
-from mmcl.shards.scan import cores
+from mmcl.shards.scenes import check_detector, cut_scenes
 from mmcl.shards.subtitles import cut_by_subtitles
 from mmcl.shards.transcode import MediaOptions
 from mmcl.shards.writer import MAX_BYTES, MAX_COUNT
 from mmcl.types import ConfigError, RunError
 
-_NOT_SETTINGS = {"workers", "timeout_seconds", "media"}
+_NOT_SETTINGS = {"workers", "timeout_seconds", "media", "engine", "address"}
 
 
 @dataclass(frozen=True, slots=True)
 class MakeOptions:
-    """How shards are made. All but ``workers`` and ``timeout_seconds`` decide the output and are kept with it."""
+    """How shards are made. All but the last four decide the output and are kept with it."""
 
     media: MediaOptions = field(default_factory=MediaOptions)
     max_count: int = MAX_COUNT
@@ -56,10 +59,20 @@ class MakeOptions:
     """neighbouring cues are joined until a sample is so long"""
     windows: Windows | None = None
     """(length, stride) in seconds: samples are the windows of each row; None: each row is one sample"""
+    scenes: str = ""
+    """``pyav`` or ``scenedetect``: what finds the scene changes that rows are cut at; "": no cutting at scenes"""
+    min_scene_seconds: float = 0.5
+    """a shorter scene stays with its neighbour"""
+    dedup: bool = False
+    """leave out rows of the same media bytes, stretch and crop as an earlier row; they are named either way"""
     workers: int | None = None
     """processes; None: as many as there are cores"""
     timeout_seconds: float = 300.0
     """per sample; then its process is ended and the file named"""
+    engine: str = "pool"
+    """``pool``: processes of this machine; ``ray``: of a cluster whose nodes see input and output at the same paths"""
+    address: str = ""
+    """of the Ray cluster; "": the one that ``RAY_ADDRESS`` names, else one is started here"""
 
     def __post_init__(self) -> None:
         for name in ("max_count", "max_bytes"):
@@ -69,6 +82,13 @@ class MakeOptions:
             check_windows(self.windows)
         if not 0 <= self.merge_cues_seconds <= 1e6 or (self.merge_cues_seconds and not self.subtitles):
             raise ConfigError(f"merge_cues_seconds={self.merge_cues_seconds}: at least 0, and only with subtitles")
+        if self.scenes:
+            check_detector(self.scenes)
+            if self.subtitles:
+                raise ConfigError("scenes and subtitles are two ways to cut a video: choose one")
+        if not 0 <= self.min_scene_seconds <= 1e6:
+            raise ConfigError(f"min_scene_seconds={self.min_scene_seconds}: at least 0")
+        check_engine(self.engine, self.address)
         if self.workers is not None and self.workers < 1:
             raise ConfigError(f"workers={self.workers}: at least 1")
         if not 0 < self.timeout_seconds <= 1e6:
@@ -95,6 +115,12 @@ class MakeReport:
     """what the settings cost or changed"""
     failures: dict[str, int]
     """rows without a sample, by reason; ``failures.jsonl`` names them"""
+    ignored: dict[str, int] = field(default_factory=dict)
+    """members of tars that nothing reads, by extension"""
+    duplicates: int = 0
+    """rows whose media, stretch and crop are those of an earlier one; ``duplicates.jsonl`` names them"""
+    left_out: bool = False
+    """whether these were left out"""
 
     def lines(self, out: Path) -> list[str]:
         """What to tell the user."""
@@ -106,6 +132,11 @@ class MakeReport:
         if failed:
             reasons = ", ".join(f"{count} {reason}" for reason, count in self.failures.items())
             lines.append(f"failures: {reasons}; see {out / 'failures.jsonl'}")
+        if self.duplicates:
+            kept = "left out" if self.left_out else "kept; --dedup leaves them out"
+            lines.append(f"duplicates: {self.duplicates}, {kept}; see {out / 'duplicates.jsonl'}")
+        if self.ignored:
+            lines.append("ignored: " + ", ".join(f"{n} × .{ascii(name)[1:-1]}" for name, n in self.ignored.items()))
         return [*lines, *self.notes, *map(str, self.folders)]
 
 
@@ -120,41 +151,59 @@ def make_shards(
     """
     options, target = options or MakeOptions(), Path(out).expanduser().absolute()
     _check_settings(target, _settings(input, options))
-    rows = _read_rows(input, options)
-    splits = _by_split(rows, options.shuffle)
+    with open_engine(options.engine, options.address, options.workers, options.timeout_seconds) as crew:
+        rows = _read_rows(input, options, crew)
+        with _work_folder(target) as work:
+            write_atomically(target / "settings.json", _json(_settings(input, options) | _made_with()))
+            return _make(input, target, rows, options, work, crew, progress)
+
+
+def _make(
+    input: str | Path,
+    target: Path,
+    rows: list[Row],
+    options: MakeOptions,
+    work: Path,
+    crew: Crew,
+    progress: Progress | None,
+) -> MakeReport:
     classes = class_numbers(rows)
-    with _work_folder(target) as work:
-        write_atomically(target / "settings.json", _json(_settings(input, options) | _made_with()))
-        done: list[_Split] = []
-        failed = 0
-        for name, part in splits.items():
-            shown = sum(len(split.rows) for split in done)
-            said = _said(progress, shown, len(rows), failed)
-            done.append(_make_split(target / name, part, options, classes, work, said))
-            failed += len(done[-1].failures)
-        failures = [failure for split in done for failure in split.failures]
-        lines = [json.dumps(line, ensure_ascii=False) + "\n" for line in sorted(failures, key=lambda line: line["row"])]
-        write_atomically(target / "failures.jsonl", "".join(lines).encode("utf-8", "replace"))
-        if len(failures) == len(rows):
-            first = min(failures, key=lambda line: line["row"])
-            raise RunError(
-                f"none of the {len(rows)} rows of {input} could be used; the first: {first['path']}: "
-                f"{first['reason']} ({first['detail']}); all are in {target / 'failures.jsonl'}"
-            )
-        if classes:
-            write_atomically(target / "labels.json", _json({"classes": sorted(classes)}))
-        for split in done:
-            write_manifest(split.folder, split.entries)
-    return _report(done, tuple(_stored_again(rows, options)))
+    same = find_duplicates(rows, crew) if options.dedup else {}
+    done: list[_Split] = []
+    failed = 0
+    for name, part in _by_split(rows, options.shuffle).items():
+        shown = sum(len(split.rows) for split in done)
+        said = _said(progress, shown, len(rows) - len(same), failed)
+        part = [numbered for numbered in part if numbered[0] not in same]
+        if not part:
+            continue  # duplicates alone: no folder for them
+        done.append(_make_split(target / name, part, options, classes, work, said, crew))
+        failed += len(done[-1].failures)
+    failures = [failure for split in done for failure in split.failures]
+    write_atomically(target / "failures.jsonl", json_lines(sorted(failures, key=lambda line: line["row"])))
+    same = same or duplicates_of(rows, {number: digest for split in done for number, digest in split.sources.items()})
+    write_atomically(target / "duplicates.jsonl", json_lines(name_duplicates(rows, same, left_out=options.dedup)))
+    if len(failures) == len(rows) - (len(same) if options.dedup else 0):
+        first = min(failures, key=lambda line: line["row"])
+        raise RunError(
+            f"none of the {len(rows)} rows of {input} could be used; the first: {first['path']}: "
+            f"{first['reason']} ({first['detail']}); all are in {target / 'failures.jsonl'}"
+        )
+    if classes:
+        write_atomically(target / "labels.json", _json({"classes": sorted(classes)}))
+    for split in done:
+        write_manifest(split.folder, split.entries)
+    return _report(done, tuple(_stored_again(rows, options)), len(same), options)
 
 
 def describe_plan(input: str | Path, out: str | Path, options: MakeOptions | None = None) -> list[str]:
     """What ``make_shards`` would do, in lines; reads the table, looks whether the files are there, writes nothing."""
     options, target = options or MakeOptions(), Path(out).expanduser().absolute()
-    rows = _read_rows(input, options)
+    with open_engine(options.engine, options.address, options.workers, options.timeout_seconds) as crew:
+        rows = _read_rows(input, options, crew)
     _check_settings(target, _settings(input, options))
     lines = [
-        f"{len(rows)} {'rows' if options.windows is None and not options.subtitles else 'stretches'} of {input}",
+        f"{len(rows)} {'stretches' if _cuts(options) else 'rows'} of {input}",
         *options.media.lines(),
         *_stored_again(rows, options),
     ]
@@ -190,14 +239,20 @@ def _size(path: str) -> int:
         return 0
 
 
-def _read_rows(input: str | Path, options: MakeOptions) -> list[Row]:
-    rows = read_rows(input)
+def _cuts(options: MakeOptions) -> bool:
+    return options.windows is not None or options.subtitles or bool(options.scenes)
+
+
+def _read_rows(input: str | Path, options: MakeOptions, crew: Crew) -> list[Row]:
+    tars = find_tars(input)
+    rows = read_tar_rows(tars) if tars else read_rows(input)
     if options.subtitles:
         rows = cut_by_subtitles(rows, merge_seconds=options.merge_cues_seconds)
+    if options.scenes:
+        rows = cut_scenes(rows, options.scenes, crew, min_seconds=options.min_scene_seconds)
     if options.windows is not None:
-        workers, seconds = options.workers or cores(), options.timeout_seconds
-        rows = cut_rows(rows, options.windows, workers=workers, timeout_seconds=seconds)
-    return rows if options.windows is None and not options.subtitles else with_keys(rows)
+        rows = cut_rows(rows, options.windows, crew)
+    return with_keys(rows) if _cuts(options) else rows
 
 
 @dataclass(frozen=True, slots=True)
@@ -206,6 +261,8 @@ class _Split:
     rows: Sequence[tuple[int, Row]]
     entries: list[ShardEntry]
     failures: list[dict[str, Any]]
+    sources: dict[int, str]
+    """digest of the media of each row that was used"""
     reused: int
     seconds: float
 
@@ -217,33 +274,32 @@ def _make_split(
     classes: dict[str, int],
     work: Path,
     said: Callable[[int, int], None],
+    crew: Crew,
 ) -> _Split:
     with writing(folder):
         folder.mkdir(parents=True, exist_ok=True)
     assembler = Assembler(folder, work, options.max_count, options.max_bytes)
     failures: list[dict[str, Any]] = []
+    sources: dict[int, str] = {}
     jobs = [Job(row, options.media, _class(row, classes), str(work), assembler.known_hash(row.key)) for _, row in rows]
-    results = run_jobs(
-        prepare,
-        jobs,
-        workers=options.workers or cores(),
-        timeout_seconds=options.timeout_seconds,
-        preload="mmcl.shards.prepare",
-    )
+    results = crew(prepare, jobs)
     with contextlib.closing(results), contextlib.closing(assembler):
         for (number, row), result in zip(rows, results, strict=True):
             if isinstance(result, Lost):
                 result = Prepared(reason=result.reason, detail=result.detail)
             if result.reason:
                 failure = {"row": number, "path": row.path, "key": row.key, "split": row.split}
+                if row.member_key:
+                    failure["sample"] = row.member_key
                 if row.start_seconds is not None:
                     failure["start_seconds"] = row.start_seconds
                 failures.append({**failure, "reason": result.reason, "detail": result.detail})
             else:
                 assembler.add(row.key, result)
+                sources[number] = result.source
             said(assembler.samples + len(failures), len(failures))
         entries = assembler.finish()
-    return _Split(folder, rows, entries, failures, assembler.reused, assembler.seconds)
+    return _Split(folder, rows, entries, failures, sources, assembler.reused, assembler.seconds)
 
 
 def _class(row: Row, classes: dict[str, int]) -> int | None:
@@ -279,6 +335,10 @@ def _settings(input: str | Path, options: MakeOptions) -> dict[str, Any]:
     settings = {name: value for name, value in dataclasses.asdict(options).items() if name not in _NOT_SETTINGS}
     if not options.subtitles:  # as folders have it that are older than this setting
         del settings["subtitles"], settings["merge_cues_seconds"]
+    if not options.scenes:
+        del settings["scenes"], settings["min_scene_seconds"]
+    if not options.dedup:
+        del settings["dedup"]
     source = str(Path(input).expanduser().absolute())
     media = dataclasses.asdict(options.media)
     if (options.media.codec, options.media.audio_codec) == ("h264", "aac"):
@@ -338,9 +398,10 @@ def _json(value: Any) -> bytes:
     return (json.dumps(value, indent=1, ensure_ascii=False) + "\n").encode("utf-8", "replace")
 
 
-def _report(done: list[_Split], notes: tuple[str, ...]) -> MakeReport:
+def _report(done: list[_Split], notes: tuple[str, ...], duplicates: int, options: MakeOptions) -> MakeReport:
     entries = [entry for split in done for entry in split.entries]
     reasons = collections.Counter(failure["reason"] for split in done for failure in split.failures)
+    ignored = collections.Counter(name for split in done for _, row in split.rows for name in row.ignored)
     return MakeReport(
         tuple(split.folder for split in done),
         sum(entry.num_samples for entry in entries),
@@ -350,4 +411,7 @@ def _report(done: list[_Split], notes: tuple[str, ...]) -> MakeReport:
         len(entries),
         notes,
         dict(sorted(reasons.items())),
+        dict(sorted(ignored.items())),
+        duplicates,
+        options.dedup,
     )

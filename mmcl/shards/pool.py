@@ -6,15 +6,15 @@ a hanging one cannot be ended alone. Here every worker has its own pipe, so the 
 
 from __future__ import annotations
 
-import collections
 import contextlib
 import multiprocessing
 import multiprocessing.connection
+import operator
 import signal
 import time
 from collections.abc import Callable, Generator, Iterable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 from mmcl.types import RunError
 
@@ -28,6 +28,20 @@ class _Worker:
     deadline: float
     ticket: int = -2
     """number of the job it has; −1: none; −2: it is still starting"""
+
+
+class RunJobs(Protocol):
+    """What ``run_jobs`` does, here or on a cluster."""
+
+    def __call__(
+        self,
+        function: Callable[[Any], Any],
+        jobs: Iterable[Any],
+        *,
+        workers: int,
+        timeout_seconds: float,
+        preload: str = "",
+    ) -> Generator[Any, None, None]: ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,20 +64,29 @@ def run_jobs(
 ) -> Generator[Any, None, None]:
     """``function(job)`` for each job, in worker processes, yielded in the order of the jobs; ``Lost`` where one failed.
 
-    ``function`` is importable and returns something small. At most ``ahead`` jobs are started beyond the one that is
-    waited for. An exception in ``function`` is raised here. ``preload`` names the module that workers start with.
+    ``function`` is importable and returns something small. Jobs are taken when there is a worker for them; at most
+    ``ahead`` are started beyond the one that is waited for. An exception in ``function`` is raised here. ``preload``
+    names the module that workers start with.
     """
     context = _context(preload)
     pool: list[_Worker] = []
     results: dict[int, Any] = {}
-    pending = collections.deque(enumerate(jobs))
-    total, wanted = len(pending), 0
+    pending = enumerate(jobs)
+    sent, wanted, ended = 0, 0, False
     try:
-        pool = [_start(context, function) for _ in range(min(workers, total))]
-        while wanted < total:
+        pool = [_start(context, function) for _ in range(min(workers, operator.length_hint(jobs, workers)))]
+        while not ended or wanted < sent:
             for worker in pool:
-                if worker.ticket == -1 and pending and pending[0][0] < wanted + ahead:
-                    _send(worker, *pending.popleft(), timeout_seconds)
+                if worker.ticket != -1 or ended or sent >= wanted + ahead:
+                    continue
+                numbered = next(pending, None)
+                if numbered is None:
+                    ended = True
+                else:
+                    _send(worker, *numbered, timeout_seconds)
+                    sent += 1
+            if not pool or (ended and wanted == sent):
+                return
             _collect(pool, results, context, function, timeout_seconds)
             while wanted in results:
                 yield results.pop(wanted)

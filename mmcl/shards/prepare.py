@@ -5,7 +5,7 @@ A staging file is named by the hash of everything its sample depends on, so an i
 
 from __future__ import annotations
 
-import functools
+import contextlib
 import hashlib
 import json
 import zlib
@@ -16,6 +16,8 @@ from typing import Any
 
 from mmcl.shards.files import write_atomically
 from mmcl.shards.inputs import Row
+from mmcl.shards.members import role_of
+from mmcl.shards.sources import local_files, source_sha256
 from mmcl.shards.transcode import MediaOptions, Transcoded, transcode
 from mmcl.shards.writer import sample_bytes
 from mmcl.types import SampleError
@@ -42,6 +44,8 @@ class Prepared:
     num_bytes: int = 0
     """of the sample in a tar; 0: it is in a shard already"""
     seconds: float = 0.0
+    source: str = ""
+    """SHA-256 of its media files"""
     reason: str = ""
     detail: str = ""
 
@@ -60,19 +64,49 @@ def prepare(job: Job) -> Prepared:
     try:
         if row.problem is not None:
             raise SampleError(*row.problem)
-        source_sha256 = _file_sha256(row.path, *_stat(row.path))
-        name = content_hash(job, source_sha256)
+        source = source_sha256(row)
+        name = content_hash(job, source)
         if name == job.known:
-            return Prepared(name)
+            return Prepared(name, source=source)
         path = staged_path(job.staging, name)
         staged = load_staged(path)
         if staged is None:
-            media = transcode(row.path, _options(job), start_seconds=row.start_seconds, end_seconds=row.end_seconds)
-            staged = Staged(_members(job, media, name, source_sha256), media.duration_seconds or 0.0)
+            staged = _transcode(job, name, source)
             _save_staged(path, staged)
-        return Prepared(name, sample_bytes(row.key, staged.members), staged.seconds)
+        return Prepared(name, sample_bytes(row.key, staged.members), staged.seconds, source)
     except SampleError as error:
         return Prepared(reason=error.reason, detail=error.detail)
+
+
+def _transcode(job: Job, name: str, source: str) -> Staged:
+    """Sound in a file of its own counts, not what the video beside it may hold as well."""
+    row = job.row
+    roles = [role_of(member.extension) for member in row.files]
+    with local_files(row, job.staging) as paths:
+        made = [_medium(job, path, with_sound="audio" not in roles[1:]) for path in paths[:1]]
+        for path in paths[1:]:
+            # a stretch of a video that begins after its sound has ended has none
+            with contextlib.suppress(_OutsideError):
+                made.append(_medium(job, path))
+    seconds = next((medium.duration_seconds for medium in made if medium.duration_seconds is not None), None)
+    sounds = [medium.audio for medium in made if medium.audio is not None]
+    whole = replace(made[0], duration_seconds=seconds, audio=sounds[0] if sounds else None)
+    members = _members(job, whole, name, source) | {medium.extension: medium.data for medium in made[1:]}
+    return Staged(members, seconds or 0.0)
+
+
+class _OutsideError(SampleError):
+    """The stretch lies behind the end of a file."""
+
+
+def _medium(job: Job, path: str, *, with_sound: bool = True) -> Transcoded:
+    start, end = job.row.start_seconds, job.row.end_seconds
+    try:
+        return transcode(path, _options(job), start_seconds=start, end_seconds=end, with_sound=with_sound)
+    except SampleError as error:
+        if error.reason == "window_outside":
+            raise _OutsideError(error.reason, error.detail) from error
+        raise
 
 
 def _options(job: Job) -> MediaOptions:
@@ -83,7 +117,7 @@ def _options(job: Job) -> MediaOptions:
     return replace(job.media, crop=job.row.crop)
 
 
-def content_hash(job: Job, source_sha256: str) -> str:
+def content_hash(job: Job, sha256: str) -> str:
     """32 hexadecimal digits of everything that the sample's bytes depend on."""
     row, media = job.row, job.media
     settings: list[Any] = [media.short_side, media.fps, media.gop, media.crf, media.audio_rate_hz]
@@ -91,7 +125,7 @@ def content_hash(job: Job, source_sha256: str) -> str:
         settings += [media.codec, media.audio_codec]
     facts = [row.key, row.name, row.start_seconds, row.end_seconds, row.captions, row.group, job.label, row.metadata]
     crop = [_options(job).crop] if _options(job).crop is not None else []
-    text = json.dumps([1, settings, facts, row.label, source_sha256, *crop], sort_keys=True)
+    text = json.dumps([1, settings, facts, row.label, sha256, *crop], sort_keys=True)
     return hashlib.sha256(text.encode()).hexdigest()[:32]
 
 
@@ -126,7 +160,7 @@ def _save_staged(path: Path, staged: Staged) -> None:
     write_atomically(path, json.dumps(header).encode() + b"\n" + body)
 
 
-def _members(job: Job, media: Transcoded, name: str, source_sha256: str) -> dict[str, bytes]:
+def _members(job: Job, media: Transcoded, name: str, sha256: str) -> dict[str, bytes]:
     """The files of the sample. ``txt`` holds the first caption, for readers that know no other; ``json`` holds all."""
     row = job.row
     facts: dict[str, Any] = {
@@ -138,7 +172,7 @@ def _members(job: Job, media: Transcoded, name: str, source_sha256: str) -> dict
         "audio": media.audio,
         "source": {
             "path": Path(row.name).name if Path(row.name).is_absolute() else row.name,
-            "sha256": source_sha256,
+            "sha256": sha256,
             "start_seconds": row.start_seconds,
             "end_seconds": row.end_seconds,
         },
@@ -159,26 +193,3 @@ def _members(job: Job, media: Transcoded, name: str, source_sha256: str) -> dict
     if row.captions:
         members["txt"] = row.captions[0].encode("utf-8")
     return members
-
-
-def _stat(path: str) -> tuple[int, int]:
-    try:
-        status = Path(path).stat()
-    except FileNotFoundError:
-        raise SampleError("missing_file", path) from None
-    except (OSError, ValueError) as error:
-        raise SampleError("unreadable", f"{path}: {error}") from None
-    return status.st_size, status.st_mtime_ns
-
-
-@functools.lru_cache(maxsize=4096)
-def _file_sha256(path: str, num_bytes: int, modified_ns: int) -> str:
-    """One film may be the source of a thousand rows: the arguments beside the path make the cache notice a change."""
-    digest = hashlib.sha256()
-    try:
-        with Path(path).open("rb") as file:
-            while block := file.read(1 << 20):
-                digest.update(block)
-    except OSError as error:
-        raise SampleError("unreadable", f"{path}: {error.strerror or error}") from None
-    return digest.hexdigest()

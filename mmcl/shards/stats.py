@@ -7,7 +7,7 @@ import json
 import statistics
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -19,11 +19,12 @@ from mmcl.shards.members import Sample, parse_sample
 from mmcl.shards.page import bars, histogram, render_page
 from mmcl.shards.pool import Lost
 from mmcl.shards.reader import ShardReader
-from mmcl.shards.scan import choose_places, scan
+from mmcl.shards.scan import Place, choose_places, scan
 from mmcl.types import SampleError
 
 _MOST_NAMED = 12
 _MOST_EXAMPLES = 20
+_FEW_PAIRS = 20
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,6 +63,20 @@ class ShardStats:
 
     document: Mapping[str, Any]
     histograms: Mapping[str, Mapping[str, int]] = field(default_factory=dict)
+    remarks: tuple[str, ...] = ()
+    """further lines, of who knows how the shards will be read"""
+
+    @property
+    def alike(self) -> tuple[float, float] | None:
+        """How often neighbours are of one group, and how often any two samples are; None: not known."""
+        found = self.document["neighbours"]
+        if found["of_one_group"] is None:
+            return None
+        return found["of_one_group"], found["any_two_of_one_group"]
+
+    def with_mixing(self, facts: Mapping[str, Any], remarks: Sequence[str]) -> ShardStats:
+        """With what batches will be like, as ``mixing`` of the document."""
+        return replace(self, document={**self.document, "mixing": facts}, remarks=(*self.remarks, *remarks))
 
     def lines(self) -> list[str]:
         """What to tell the user."""
@@ -84,7 +99,7 @@ class ShardStats:
             lines.append("HDR tags that readers ignore (colours are flat): " + _named(document["hdr_tags_ignored"]))
         if document["ignored_files"]:
             lines.append("files that nothing reads: " + _named(document["ignored_files"]))
-        return lines
+        return [*lines, *self.remarks]
 
 
 def shard_stats(
@@ -111,7 +126,7 @@ def shard_stats(
         bad += bool(result.problem)
         if progress is not None:
             progress(len(facts), len(places), failures(bad))
-    return summarise(manifest, facts)
+    return summarise(manifest, facts, places)
 
 
 def look_at(reader: ShardReader, shard: int, index: int) -> SampleFacts:
@@ -163,8 +178,8 @@ def _media_facts(sample: Sample, video: MediaInfo | None, audio: MediaInfo | Non
     return {"seconds": seconds, **found}
 
 
-def summarise(manifest: Manifest, facts: Sequence[SampleFacts]) -> ShardStats:
-    """The sums of what was found in samples of a manifest."""
+def summarise(manifest: Manifest, facts: Sequence[SampleFacts], places: Sequence[Place]) -> ShardStats:
+    """The sums of what was found in samples of a manifest, at these places."""
     good = [sample for sample in facts if not sample.problem]
     seconds = [sample.seconds for sample in good if sample.seconds is not None]
     words = [count for sample in good for count in sample.words]
@@ -184,6 +199,7 @@ def summarise(manifest: Manifest, facts: Sequence[SampleFacts]) -> ShardStats:
         "bytes": sum(sample.num_bytes for sample in facts),
         "samples_per_shard": _spread(sizes),
         "groups": len({sample.group for sample in good if sample.group is not None}),
+        "neighbours": _neighbours(facts, places),
         "seconds": _spread(seconds),
         **counted,
         "captions": sum(len(sample.words) for sample in good),
@@ -241,6 +257,7 @@ def render_stats(stats: ShardStats, title: str) -> str:
         "unreadable": _named(document["unreadable"]),
         "HDR tags that readers ignore": _named(document["hdr_tags_ignored"]),
         "files that nothing reads": _named(document["ignored_files"]),
+        **({"mixing": " ".join(f"{remark}." for remark in stats.remarks)} if stats.remarks else {}),
     }
     cards = [bars(name, counts) for name, counts in stats.histograms.items()]
     return render_page(title, "What these shards hold.", facts, cards)
@@ -268,6 +285,17 @@ def _duplicates(facts: Sequence[SampleFacts]) -> dict[str, Any]:
         "examples_of_keys": [key for key, count in keys.items() if count > 1][:_MOST_EXAMPLES],
         "examples_of_media": pairs,
     }
+
+
+def _neighbours(facts: Sequence[SampleFacts], places: Sequence[Place]) -> dict[str, Any]:
+    """How often samples side by side are of one group, and how often any two are; None where too few are known."""
+    groups = {place: sample.group for place, sample in zip(places, facts, strict=True) if sample.group is not None}
+    pairs = [group == groups[shard, i + 1] for (shard, i), group in groups.items() if (shard, i + 1) in groups]
+    if len(pairs) < _FEW_PAIRS:
+        return {"pairs": len(pairs), "of_one_group": None, "any_two_of_one_group": None}
+    total = len(groups)
+    any_two = sum(count * (count - 1) for count in Counter(groups.values()).values()) / (total * (total - 1))
+    return {"pairs": len(pairs), "of_one_group": sum(pairs) / len(pairs), "any_two_of_one_group": any_two}
 
 
 def _spread(values: Sequence[float]) -> dict[str, float]:

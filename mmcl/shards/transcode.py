@@ -71,8 +71,11 @@ def transcode(
     *,
     start_seconds: float | None = None,
     end_seconds: float | None = None,
+    with_sound: bool = True,
 ) -> Transcoded:
     """Encodes the half-open stretch ``[start, end)`` of a file; picture and sound are cut at the same instants.
+
+    ``with_sound=False`` leaves out the sound of a video.
 
     Raises ``SampleError``: ``missing_file``, ``unreadable``, ``empty``, ``not_media``, ``not_an_image``,
     ``no_streams``, ``too_large``, ``window_outside``, ``crop_outside``, ``truncated``, ``decode``, ``cannot_copy``.
@@ -80,6 +83,8 @@ def transcode(
     if ROLES.get(Path(path).suffix[1:].lower()) == "image":
         return _picture(path, options)
     info = probe(path)
+    if not with_sound and info.video is not None:
+        info = replace(info, audio=None)
     start = start_seconds or 0.0
     end = math.inf if end_seconds is None else end_seconds
     if info.duration_seconds and start >= info.duration_seconds:

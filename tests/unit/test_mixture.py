@@ -8,7 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import assume, example, given, settings
 from hypothesis import strategies as st
 from support.recipes import TINY, tiny_overrides
 
@@ -63,14 +63,49 @@ def test_shares_are_exact_over_p_rows(sources: list, streams: int, start: int) -
     assert order.drawn(rows + 3) == np.bincount(source, minlength=len(sources)).tolist()
 
 
-@given(st.lists(st.integers(1, 100), min_size=2, max_size=5), st.integers(0, 10**7))
-@settings(max_examples=80, deadline=None)
+def largest_error(weights: list[int], streams: int, start: int, draws: int) -> float:
+    """Of all windows of 1,000 draws among these, how far the share of a source is off at most."""
+    source, *_ = mixed([([50], weight) for weight in weights], streams=streams).locate(np.arange(start, start + draws))
+    visits = np.cumsum(source[None] == np.arange(len(weights))[:, None], 1)
+    shares = (visits[:, 1000:] - visits[:, :-1000]) / 1000
+    return float(np.abs(shares - np.array(weights)[:, None] / sum(weights)).max())
+
+
+@given(st.lists(st.integers(1, 300), min_size=2, max_size=5), st.integers(0, 10**7))
+@settings(max_examples=40, deadline=None)
+@example([49, 64, 64], 0)
+@example([1, 64], 0)
+@example([64, 64, 1], 0)
+@example([55, 89], 0)
+@example([4, 1, 2], 0)
 def test_shares_hold_over_any_thousand_draws(weights: list[int], start: int) -> None:
-    """Within 2 % while the period is at most the number of streams; a longer one is not through in 1,000 draws."""
-    order = mixed([([50], weight) for weight in weights], streams=64)
-    source, *_ = order.locate(np.arange(start, start + 1000))
-    shares = np.bincount(source, minlength=len(weights)) / 1000
-    assert np.abs(shares - np.array(weights) / sum(weights)).max() <= (0.02 if order.period <= 64 else 0.03)
+    """Whatever the period."""
+    assert largest_error(weights, 64, start, 3000) <= 0.02
+
+
+@given(st.lists(st.integers(1, 300), min_size=2, max_size=5), st.integers(1, 512), st.integers(0, 10**7))
+@settings(max_examples=40, deadline=None)
+def test_a_period_longer_than_a_row_is_kept_to_on_any_number_of_streams(
+    weights: list[int], streams: int, start: int
+) -> None:
+    assume(sum(reduced_weights(weights)) > streams)
+    assert largest_error(weights, streams, start, 2000) <= 0.01
+
+
+@given(sources_strategy, st.integers(1, 70))
+@settings(max_examples=30, deadline=None)
+def test_every_column_gets_its_share_of_every_source(sources: list, streams: int) -> None:
+    """In P rows exactly; and the draw numbers of a column in a source are its visits there, one by one."""
+    order = mixed(sources, streams=streams)
+    draws = np.arange(2 * order.period * streams)
+    source, own = order.source_draws(draws)
+    for column in {0, streams // 2, streams - 1}:
+        here = draws % streams == column
+        once = source[here][: order.period]
+        assert np.bincount(once, minlength=len(sources)).tolist() == list(order.weights)
+        for number in range(len(sources)):
+            visits = own[here & (source == number)]
+            assert visits.tolist() == [streams * v + column for v in range(len(visits))]
 
 
 @given(sources_strategy, st.integers(1, 9), st.integers(0, 5))

@@ -77,12 +77,18 @@ def test_epochs_differ_and_seeds_differ() -> None:
     assert len(set(orders)) == 3
 
 
-def test_a_batch_mixes_shards() -> None:
-    """A batch of 256 draws from 50 shards touches at least 45 of them at default settings."""
-    order = SampleOrder(np.full(50, 1000), seed=0)
-    for start in range(0, 50_000 - 256, 5_000):
-        _, shards, _ = order.locate(np.arange(start, start + 256))
-        assert len(set(shards.tolist())) >= 45
+@given(
+    st.lists(st.integers(0, 200), min_size=50, max_size=50),
+    st.sampled_from([30, 300, 1_000, 20_000]),
+    st.integers(0, 2**40),
+    st.integers(0, 2**30),
+)
+@settings(max_examples=60, deadline=None)
+def test_a_batch_mixes_shards(extra: list[int], size: int, seed: int, start: int) -> None:
+    """A batch of 256 draws from 50 shards of about one size touches at least 45 of them at default settings."""
+    order = SampleOrder(size + np.array(extra) * size // 1000, seed=seed)
+    _, shards, _ = order.locate(np.arange(start, start + 256))
+    assert len(set(shards.tolist())) >= 45
 
 
 def test_without_shuffle_shards_are_read_in_order() -> None:

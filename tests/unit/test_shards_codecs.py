@@ -19,9 +19,11 @@ from mmcl.media.windows import Window
 from mmcl.shards import MakeOptions, ShardReader, load_manifest, make_shards, parse_sample
 from mmcl.shards.commands import app
 from mmcl.shards.cut import cut_rows
+from mmcl.shards.engine import Crew
 from mmcl.shards.inputs import Row
 from mmcl.shards.make import describe_plan
 from mmcl.shards.members import Sample
+from mmcl.shards.pool import run_jobs
 from mmcl.shards.prepare import Job, load_staged, prepare, staged_path
 from mmcl.shards.reader import RawSample
 from mmcl.shards.transcode import MediaOptions
@@ -80,7 +82,7 @@ def flash_files(tmp_path_factory) -> dict[str, Path]:
 @pytest.fixture(scope="module")
 def windows_of_files(flash_files) -> dict[str, list[Row]]:
     rows = [Row("k", path.name, str(path)) for path in flash_files.values()]
-    cut = cut_rows(rows, (1.5, 1.3), workers=2, timeout_seconds=60)
+    cut = cut_rows(rows, (1.5, 1.3), Crew(run_jobs, 2, 60))
     assert [row.start_seconds for row in cut] == [0.0, 1.3] * len(rows)
     return {name: [row for row in cut if row.path == str(path)] for name, path in flash_files.items()}
 

@@ -11,6 +11,7 @@ import sys
 import time
 from pathlib import Path
 
+import av
 import pytest
 import webdataset as wds
 from support.media import write_clip
@@ -186,13 +187,28 @@ def test_a_folder_that_cannot_be_written_is_one_clear_line(few_clips, tmp_path):
     assert list((tmp_path / "full").glob("shard-*")) == []
 
 
-def test_a_pipe_that_hangs_is_named_and_skipped(few_clips, tmp_path):
+def write_endless(path: Path) -> Path:
+    """Hours of video in a small file: the packets of one second again and again."""
+    second = write_clip(path.with_suffix(".second.mp4"), colour="red", seconds=1.0, audio=False)
+    with av.open(str(second)) as source, av.open(str(path), "w") as out:
+        stream = source.streams.video[0]
+        packets = [(packet.pts, bytes(packet), packet.is_keyframe) for packet in source.demux(stream) if packet.size]
+        copied = out.add_stream_from_template(stream)
+        for turn in range(20_000):
+            for pts, data, is_keyframe in packets:
+                packet = av.Packet(data)
+                packet.pts = packet.dts = pts + round(turn / stream.time_base)
+                packet.time_base, packet.stream, packet.is_keyframe = stream.time_base, copied, is_keyframe
+                out.mux(packet)
+    second.unlink()
+    return path
+
+
+def test_a_file_that_takes_too_long_is_named_and_skipped(few_clips, tmp_path):
     folder = tmp_path / "in"
     shutil.copytree(few_clips, folder)
-    os.mkfifo(folder / "hang.mp4")
-    rows = [{"path": str(path)} for path in sorted(folder.iterdir())]
-    table = write_table(tmp_path / "t.jsonl", rows)
-    report = make_shards(table, tmp_path / "out", MakeOptions(workers=2, timeout_seconds=3))
+    write_endless(folder / "hours.mp4")
+    report = make_shards(folder, tmp_path / "out", MakeOptions(workers=2, timeout_seconds=3))
     assert (report.samples, report.failures) == (6, {"timeout": 1})
 
 

@@ -12,7 +12,7 @@ from support.media import encode, tone, write_clip
 from support.shards import write_shards
 from typer.testing import CliRunner
 
-from mmcl.shards.commands import app
+from mmcl.cli import shards_app as app
 from mmcl.shards.page import bars, histogram
 from mmcl.shards.preview import preview_shards
 from mmcl.shards.stats import render_stats, shard_stats
@@ -111,6 +111,7 @@ def test_the_command_writes_json_and_one_page(various, tmp_path):
     assert "7 samples in 2 shards" in done.output and "video codec: h264 × 3" in done.output
     assert "missing: 2 video, 3 audio, 1 captions" in done.output and "unreadable: 1 not_media" in done.output
     document = json.loads((tmp_path / "s/stats.json").read_text())
+    assert document["mixing"]["batch"] == 7 and "mixing (batch 7, 64 streams, block 256): " in done.output
     assert document["histograms"]["frames per second"] == {"12": 2, "25": 1}
     text = (tmp_path / "s/stats.html").read_text()
     page = check_page(text)
@@ -123,6 +124,19 @@ def test_the_command_writes_json_and_one_page(various, tmp_path):
             "stats.json",
         ]
     )
+
+
+def test_shards_of_films_in_order_are_told_apart_from_shuffled_ones(tmp_path):
+    """40 films of 20 clips each, in order: neighbours are alike, and streams × block is too small to mix them."""
+    samples = {f"{i:04d}": {"txt": b"x", "json": json.dumps({"group": f"film {i // 20}"}).encode()} for i in range(800)}
+    write_shards(tmp_path / "in_order", samples, max_count=100)
+    settings = ("--batch", 32, "--streams", 4, "--block", 16, "--workers", 2)
+    done = run("stats", tmp_path / "in_order", *settings, "--out", tmp_path / "s")
+    assert "neighbours are of one group 96 % of the time, any two samples 2.38 %" in done.output
+    assert "write them anew in random order: mmcl shards reshard --shuffle 0 …, or set data.block=" in done.output
+    assert "reshard" in (tmp_path / "s/stats.html").read_text()
+    assert run("reshard", tmp_path / "in_order", "--shuffle", 0, "--out", tmp_path / "mixed").exit_code == 0
+    assert "nothing to do" in run("stats", tmp_path / "mixed", *settings).output
 
 
 def test_names_of_files_are_escaped_in_the_numbers(tmp_path):

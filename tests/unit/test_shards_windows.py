@@ -13,9 +13,13 @@ from mmcl.media.audio import read_audio
 from mmcl.media.video import open_video
 from mmcl.shards import MakeOptions, ShardReader, load_manifest, make_shards, parse_sample
 from mmcl.shards.cut import cut_rows, parse_windows
+from mmcl.shards.engine import Crew
 from mmcl.shards.inputs import Row, read_rows
 from mmcl.shards.make import describe_plan
+from mmcl.shards.pool import run_jobs
 from mmcl.types import ConfigError
+
+CREW = Crew(run_jobs, 1, 30)
 
 
 def spans(rows: list[Row]) -> list[tuple[float | None, float | None]]:
@@ -32,7 +36,7 @@ def test_windows_lie_inside_and_keep_what_the_row_says(tmp_path):
     row = Row("k", "long.mp4", str(path), captions=("a",), group="film")
 
     def cut(row, *windows):
-        return spans(cut_rows([row], windows, workers=1, timeout_seconds=30))
+        return spans(cut_rows([row], windows, CREW))
 
     assert cut(row, 2.0, 2.0) == [(0, 2), (2, 4), (4, 6)]
     assert cut(row, 3.0, 2.0) == [(0, 3), (2, 5), (4, 7)]
@@ -40,7 +44,7 @@ def test_windows_lie_inside_and_keep_what_the_row_says(tmp_path):
     assert cut(row, 8.0, 1.0) == [(None, None)]  # shorter than a window: one sample, whole
     stretch = Row("k", "long.mp4", str(path), start_seconds=1.5, end_seconds=5.0)
     assert cut(stretch, 1.0, 1.0) == [(1.5, 2.5), (2.5, 3.5), (3.5, 4.5)]
-    rows = cut_rows([row], (2.0, 2.0), workers=1, timeout_seconds=30)
+    rows = cut_rows([row], (2.0, 2.0), CREW)
     assert {(row.captions, row.group) for row in rows} == {(("a",), "film")}
 
 
@@ -91,7 +95,7 @@ def test_what_cannot_be_measured_is_named_and_pictures_stay(damaged_media, tmp_p
     names = ["p.png", "good.mp4", "sound.m4a", str(damaged_media["truncated"]), "gone.mp4"]
     table = tmp_path / "t.jsonl"
     table.write_text("".join(json.dumps({"path": name}) + "\n" for name in names))
-    rows = cut_rows(read_rows(table), (1.0, 1.0), workers=2, timeout_seconds=30)
+    rows = cut_rows(read_rows(table), (1.0, 1.0), CREW)
     assert spans(rows[:5]) == [(None, None), (0, 1), (1, 2), (0, 1), (1, 2)]
     assert [row.problem[0] for row in rows[5:]] == ["not_media", "missing_file"]
     report = make_shards(table, tmp_path / "out", MakeOptions(windows=(1.0, 1.0), workers=2))
