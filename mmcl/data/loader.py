@@ -14,9 +14,10 @@ import signal
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 from multiprocessing.connection import wait
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor
@@ -26,10 +27,16 @@ from mmcl.data.collate import Row, collate, pack, unpack
 from mmcl.data.journal import Journal, Note, short_name
 from mmcl.data.order import MixedOrder, rank_rows, worker_rows
 from mmcl.data.views import ViewMaker
+from mmcl.shards.ahead import ReadAhead, Stored
+from mmcl.shards.files import is_remote
 from mmcl.shards.manifest import Manifest
 from mmcl.shards.members import parse_sample
 from mmcl.shards.reader import ShardReader
+from mmcl.shards.remote import RemoteOptions
 from mmcl.types import Batch, ConfigError, RunError, SampleError
+
+Place: TypeAlias = tuple[int, int, int, int, int]
+"""(draw, source, epoch, shard, index)"""
 
 LOOK_SECONDS = 1.0
 """between two looks at whether workers live, while a batch is waited for"""
@@ -54,6 +61,8 @@ class Plan:
     with_metadata: bool
     quarantine: frozenset[str]
     """keys (or places, where a shard itself stopped the worker) that are never decoded again: holes in every epoch"""
+    remote: RemoteOptions
+    """of the whole rank"""
 
     def order(self) -> MixedOrder:
         return MixedOrder(
@@ -64,6 +73,18 @@ class Plan:
             block=self.block,
             shuffle=self.shuffle,
         )
+
+    def worker_remote(self) -> RemoteOptions:
+        """The share of one worker in what its rank may ask for ahead."""
+        return replace(
+            self.remote,
+            read_ahead_bytes=self.remote.read_ahead_bytes // self.workers,
+            connections=-(-self.remote.connections // self.workers),
+        )
+
+    def is_quarantined(self, source: int, shard: int, index: int, key: str) -> bool:
+        """Whether a sample is never decoded again."""
+        return short_name(key) in self.quarantine or self.place(source, shard, index) in self.quarantine
 
     def place(self, source: int, shard: int, index: int) -> str:
         """Where a sample lies, in words."""
@@ -95,46 +116,66 @@ class PartStream(IterableDataset[Any]):
     def parts(self, worker: int) -> Iterator[Batch]:
         """Parts as batches."""
         plan, journal = self.plan, self.journal
-        readers = [ShardReader(manifest) for manifest in plan.manifests]
-        order = plan.order()
+        readers = [ShardReader(manifest, remote=plan.worker_remote()) for manifest in plan.manifests]
+        ahead = self._read_ahead(worker, readers)
+        try:
+            for step in self._steps(worker):
+                rows = []
+                for draw, source, epoch, shard, index in step:
+                    if journal.stopped:
+                        return
+                    journal.begin(worker, draw)
+                    blank = plan.last_draw is not None and draw >= plan.last_draw
+                    stored = Stored(readers[source], shard, index) if ahead is None or blank else ahead.next()
+                    name = partial(journal.name, worker)
+                    rows.append(Row(draw) if blank else read_row(plan, stored, draw, source, epoch, name=name))
+                journal.clear(worker)
+                yield collate(rows, plan.maker.views, with_metadata=plan.with_metadata, blank=plan.maker.blank)
+        finally:
+            if ahead is not None:
+                ahead.close()
+
+    def _steps(self, worker: int) -> Iterator[list[Place]]:
+        """What a worker reads, batch by batch: a pure function of the plan."""
+        plan, order = self.plan, self.plan.order()
         for step in itertools.count(self.first_step):
             if plan.last_draw is not None and step * plan.global_batch >= plan.last_draw:
                 return
             mine = rank_rows(step, global_batch=plan.global_batch, rank=plan.rank, world_size=plan.world_size)
             draws = worker_rows(mine, worker=worker, workers=plan.workers)
-            rows = []
-            for draw, *place in zip(draws.tolist(), *(part.tolist() for part in order.locate(draws)), strict=True):
-                if journal.stopped:
-                    return
-                journal.begin(worker, draw)
-                rows.append(read_row(plan, readers, draw, *place, name=lambda key: journal.name(worker, key)))
-            journal.clear(worker)
-            yield collate(rows, plan.maker.views, with_metadata=plan.with_metadata, blank=plan.maker.blank)
+            yield list(zip(draws.tolist(), *(part.tolist() for part in order.locate(draws)), strict=True))
+
+    def _read_ahead(self, worker: int, readers: list[ShardReader]) -> ReadAhead | None:
+        """Along the same plan; None where nothing of it is remote."""
+        plan = self.plan
+        if not any(is_remote(manifest.url) for manifest in plan.manifests):
+            return None
+        end = float("inf") if plan.last_draw is None else plan.last_draw
+        steps = self._steps(worker)
+        places = ((place[1], *place[3:]) for step in steps for place in step if place[0] < end)
+        first = plan.global_batch // plan.world_size // plan.workers
+        return ReadAhead(readers, places, first=first, skip=plan.is_quarantined)
 
 
 def read_row(
     plan: Plan,
-    readers: list[ShardReader],
+    stored: Stored,
     draw: int,
     source: int,
     epoch: int,
-    shard: int,
-    index: int,
     *,
     name: Callable[[str], None],
 ) -> Row:
     """One draw, decoded; a bad sample becomes a hole that carries its reason. ``name`` is told the key first."""
-    if plan.last_draw is not None and draw >= plan.last_draw:
-        return Row(draw)
-    key = plan.place(source, shard, index)
+    key = plan.place(source, stored.shard, stored.index)
     try:
         if key in plan.quarantine:
             raise SampleError("quarantined", "stopped a decoding worker before")
-        key = readers[source].key(shard, index)
+        key = stored.key()
         name(key)
         if short_name(key) in plan.quarantine:
             raise SampleError("quarantined", "stopped a decoding worker before")
-        sample = parse_sample(readers[source].read(shard, index))
+        sample = parse_sample(stored.read())
         values, caption = plan.maker(sample, epoch=epoch)
     except SampleError as error:
         return Row(draw, skipped=(key, error.reason, error.detail))

@@ -20,6 +20,7 @@ from mmcl.media.video import Decoder
 from mmcl.media.windows import Rule, Short
 from mmcl.shards.files import is_remote
 from mmcl.shards.manifest import Manifest
+from mmcl.shards.remote import RemoteOptions
 from mmcl.types import Batch, ConfigError, RunError, View
 
 IDLE_LOSSES = 3
@@ -50,6 +51,7 @@ class ClipStream:
         with_metadata: batches carry captions and metadata.
         allow_shared_streams: let several workers read each stream of remote shards.
         quarantine_file: where quarantined keys are noted before the workers start again.
+        remote: how remote shards are read; what may be read ahead is this rank's, its workers share it.
 
     Raises:
         ConfigError: an empty manifest, a batch that the ranks cannot share equally, weights that cannot be mixed,
@@ -79,6 +81,7 @@ class ClipStream:
         timeout_seconds: float = 120.0,
         allow_shared_streams: bool = False,
         quarantine_file: Path | None = None,
+        remote: RemoteOptions | None = None,
     ) -> None:
         sources = [(source, 1)] if isinstance(source, Manifest) else list(source)
         manifests = tuple(manifest for manifest, _ in sources)
@@ -122,6 +125,7 @@ class ClipStream:
             last_draw=None if shuffle else manifests[0].num_samples,
             with_metadata=with_metadata,
             quarantine=frozenset(),
+            remote=remote or RemoteOptions(),
         )
         self.draws = 0
         """samples drawn so far by all ranks together: the position"""

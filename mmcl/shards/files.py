@@ -7,10 +7,9 @@ import errno
 import os
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
-from urllib.parse import urlsplit
 
-from mmcl.types import ConfigError, RunError
+from mmcl.shards.remote import fetch
+from mmcl.types import ConfigError, RunError, SampleError
 
 REMOTE_SCHEMES = ("http", "https", "s3", "gs", "hf")
 
@@ -33,26 +32,18 @@ def join_url(base: str, name: str) -> str:
     return f"{base.rstrip('/')}/{name}" if is_remote(base) else str(Path(base) / name)
 
 
-def open_filesystem(url: str) -> Any:
-    """The fsspec file system of a remote URL. Raises ``ConfigError`` with the line that installs what is missing."""
-    import fsspec
-
-    try:
-        return fsspec.filesystem(urlsplit(url).scheme)
-    except ImportError as error:
-        raise ConfigError(f'{url}: {error}. pip install "mmcl[remote]"') from None
-
-
 def read_bytes(url: str, limit: int | None = None) -> bytes:
     """All bytes of a file. Raises ``FileNotFoundError``; ``RunError`` where it cannot be read or exceeds ``limit``."""
     try:
         if is_remote(url):
-            content: bytes = open_filesystem(url).cat_file(url, end=None if limit is None else limit + 1)
+            content = fetch(url, max_bytes=limit).content
         else:
             with Path(url).open("rb") as file:
                 content = file.read(-1 if limit is None else limit + 1)
     except FileNotFoundError:
         raise
+    except SampleError as error:
+        raise RunError(f"cannot read {error.detail}") from None
     except OSError as error:
         raise RunError(f"cannot read {url}: {error.strerror or error}") from None
     if limit is not None and len(content) > limit:

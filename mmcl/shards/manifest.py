@@ -25,6 +25,7 @@ import numpy.typing as npt
 
 from mmcl.shards.files import is_remote, join_url, read_bytes, write_atomically
 from mmcl.shards.member_index import ShardIndex
+from mmcl.shards.remote import RemoteOptions, fetch
 from mmcl.types import ConfigError, RunError
 
 KIND = "wids-shard-index-v1"
@@ -98,11 +99,14 @@ class Manifest:
         """A local path, or the full URL."""
         return join_url(self.url, self.shard_name(shard))
 
-    def shard_index(self, shard: int) -> ShardIndex:
-        """Where the samples of one shard lie. Raises ``ConfigError`` where the shard was never indexed."""
+    def shard_index(self, shard: int, *, remote: RemoteOptions | None = None) -> ShardIndex:
+        """Where the samples of one shard lie.
+
+        Raises ``ConfigError`` where the shard was never indexed, ``SampleError`` where a remote index cannot be read.
+        """
         url = index_url(self.shard_url(shard))
         try:
-            index = ShardIndex(_map(url) if not is_remote(url) else read_bytes(url), url)
+            index = ShardIndex(fetch(url, options=remote).content if is_remote(url) else _map(url), url)
         except FileNotFoundError:
             raise ConfigError(f"{url} is missing: `mmcl shards index {self.url}` writes it") from None
         if index.num_samples != self.sizes[shard]:

@@ -376,6 +376,7 @@ def build_stream(config: RunConfig, views: tuple[View, ...], comm: Comm) -> Clip
         in_process=data.in_process,
         timeout_seconds=data.timeout_seconds,
         allow_shared_streams=data.allow_shared_streams,
+        remote=data.remote,
     )
 
 
