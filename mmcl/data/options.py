@@ -60,8 +60,10 @@ class SourceOptions(Options):
 class DataOptions(Options):
     """Where samples come from and how they are read."""
 
-    shards: str | None = None
-    """folder or URL that holds ``index.json``"""
+    shards: str | tuple[str, ...] | None = None
+    """folder or URL that holds ``index.json``; or tars without one (``https://host/{000..099}.tar``, or a list)"""
+    allow_pipe: bool = False
+    """let ``shards`` be ``pipe:COMMAND``, whose output is a tar: it runs the command"""
     sources: tuple[SourceOptions, ...] = ()
     """several of them, mixed by weight, each with its own epochs; instead of ``shards``"""
     workers: Annotated[int, Field(ge=0)] = 2
@@ -102,6 +104,11 @@ class DataOptions(Options):
     max_skipped_rate: Annotated[float, Field(gt=0, le=1)] = 0.2
     """share of bad samples among the last 1,000 draws of a rank that stops the run"""
 
+    @field_validator("shards", mode="before")
+    @classmethod
+    def _several(cls, value: Any) -> Any:
+        return tuple(value) if isinstance(value, list) else value
+
     @model_validator(mode="after")
     def _one_way_to_name_shards(self) -> DataOptions:
         if (self.shards is None) == (not self.sources):
@@ -122,7 +129,7 @@ class DataOptions(Options):
         )
 
     @property
-    def weighted(self) -> tuple[tuple[str, int], ...]:
+    def weighted(self) -> tuple[tuple[str | tuple[str, ...], int], ...]:
         """(folder or URL, weight) of each source, however they were given."""
         if self.shards is not None:
             return ((self.shards, 1),)

@@ -110,7 +110,7 @@ def read_tar(path: Path) -> TarContents:
     try:
         with tarfile.open(path, "r:") as archive:
             for info in archive:
-                key, extension, why = _split_name(info)
+                key, extension, why = split_name(info)
                 if why:
                     contents.ignored[why] += 1
                     continue
@@ -149,7 +149,7 @@ def _name_some(keys: Counter[str]) -> str:
     return shown + (", …" if len(keys) > _MAX_NAMED else "")
 
 
-def _split_name(info: tarfile.TarInfo) -> tuple[str, str, str]:
+def split_name(info: tarfile.TarInfo) -> tuple[str, str, str]:
     """(key, extension, "") of a member, or why it belongs to no sample."""
     name = info.name.removeprefix("./")
     folder, _, base = name.rpartition("/")

@@ -125,9 +125,7 @@ class RemoteShard:
             files.append(piece[where : where + member.num_bytes])
         return files
 
-    def _try_group(
-        self, group: Sequence[Span], pause: Callable[[float], Any]
-    ) -> Sequence[memoryview | SampleError]:
+    def _try_group(self, group: Sequence[Span], pause: Callable[[float], Any]) -> Sequence[memoryview | SampleError]:
         """Each span of a group by one request; or, of each, why it failed."""
         first, last = group_span(group)
         content = b""
