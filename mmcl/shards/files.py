@@ -8,7 +8,7 @@ import os
 from collections.abc import Iterator
 from pathlib import Path
 
-from mmcl.shards.remote import fetch
+from mmcl.shards.remote import fetch, open_filesystem, transport_errors
 from mmcl.types import ConfigError, RunError, SampleError
 
 REMOTE_SCHEMES = ("http", "https", "s3", "gs", "hf")
@@ -85,3 +85,39 @@ def write_atomically(path: Path, content: bytes) -> None:
             with contextlib.suppress(OSError):
                 temporary.unlink(missing_ok=True)
             raise
+
+
+def write_file(url: str, content: bytes) -> None:
+    """The whole file at a path (its folder is made) or URL, or nothing. Raises ``RunError``."""
+    if not is_remote(url):
+        path = Path(url)
+        with writing(path):
+            path.parent.mkdir(parents=True, exist_ok=True)
+        return write_atomically(path, content)
+    try:
+        open_filesystem(url).pipe_file(url, content)
+    except transport_errors() as error:
+        raise RunError(f"cannot write {url}: {error}") from None
+
+
+def check_writable(url: str) -> None:
+    """Refuses a place that files cannot be written to. Raises ``ConfigError``."""
+    if is_remote(url) and url.startswith(("http://", "https://")):
+        raise ConfigError(
+            f"{url}: nothing can be written there; --out FOLDER takes the files of the index, put them beside the tars"
+        )
+
+
+def list_files(url: str) -> list[str]:
+    """Names of the files below a URL, relative to it. Raises ``ConfigError`` where the server does not list them."""
+    filesystem = open_filesystem(url)
+    try:
+        if url.startswith(("http://", "https://")):  # one page of links; not the whole site
+            found = [name for name in filesystem.ls(url + "/", detail=False) if name.startswith(url + "/")]
+            return sorted({name[len(url) + 1 :].partition("?")[0] for name in found})
+        root = filesystem._strip_protocol(url).rstrip("/") + "/"
+        return sorted(name[len(root) :] for name in filesystem.find(url) if name.startswith(root))
+    except transport_errors() as error:
+        raise ConfigError(
+            f"{url} cannot be listed ({error}); name its tars instead, such as '{url}/{{000..099}}.tar'"
+        ) from None
