@@ -36,7 +36,7 @@ def read_bytes(url: str, limit: int | None = None) -> bytes:
     """All bytes of a file. Raises ``FileNotFoundError``; ``RunError`` where it cannot be read or exceeds ``limit``."""
     try:
         if is_remote(url):
-            content = fetch(url, max_bytes=limit).content
+            content = bytes(fetch(url, max_bytes=limit).content)
         else:
             with Path(url).open("rb") as file:
                 content = file.read(-1 if limit is None else limit + 1)

@@ -3,21 +3,21 @@
 from __future__ import annotations
 
 import asyncio
+import http.client
 import random
 import sys
 import threading
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NoReturn
 from urllib.parse import urlsplit
 
+from mmcl.shards.http_range import SLOWEST_BYTES_PER_SECOND, Answer, get_range
 from mmcl.types import ConfigError, RunError, SampleError
 
 FIRST_PAUSE_SECONDS = 0.1
 MAX_PAUSE_SECONDS = 10.0
-SLOWEST_BYTES_PER_SECOND = 64 << 10
-"""a transfer below this counts as one that stands still"""
 
 _TRANSPORT_ERRORS = {
     "aiohttp": ("ClientError",),
@@ -51,7 +51,7 @@ class RemoteOptions:
 class Fetched:
     """A range of a file, and what the answer said about the whole."""
 
-    content: bytes
+    content: bytes | memoryview
     total_bytes: int | None = None
     """of the file; None: not told"""
     version: str = ""
@@ -129,11 +129,15 @@ class ShortAnswerError(OSError):
 
 def _fetch_once(url: str, start: int, stop: int | None, max_bytes: int | None, options: RemoteOptions) -> Fetched:
     filesystem = open_filesystem(url, connections=options.connections)
+    fetched: Fetched
     is_http = answers_tell(url)
-    if is_http:
-        fetched: Fetched = _run(
-            filesystem, _get_http(filesystem, url, start, stop, max_bytes, options), start, stop, options
-        )
+    # headers, proxies and the like that fsspec is configured with are its own to send
+    plain = is_http and stop is not None and not filesystem.kwargs and not filesystem.client_kwargs
+    answer = get_range(url, start, stop, stall_seconds=options.stall_seconds) if plain and stop is not None else None
+    if answer is not None:
+        fetched = _checked(url, stop, answer)
+    elif is_http:
+        fetched = _run(filesystem, _get_http(filesystem, url, start, stop, max_bytes, options), start, stop, options)
     elif filesystem.async_impl:
         end = stop if max_bytes is None else max_bytes + 1
         limits = {} if end is None and start == 0 else {"start": start, "end": end}
@@ -146,6 +150,19 @@ def _fetch_once(url: str, start: int, stop: int | None, max_bytes: int | None, o
             raise ChangedError(f"{url} holds {total_bytes} bytes, byte {stop} was asked for")
         raise ShortAnswerError(f"{len(fetched.content)} bytes came, {stop - start} were asked for")
     return fetched
+
+
+def _checked(url: str, stop: int | None, answer: Answer) -> Fetched:
+    """Refuses a server that knows no ranges, unless its answer shows that the file is too short for this one."""
+    if answer.content is None:
+        _refuse_whole(url, stop, answer.total_bytes)
+    return Fetched(answer.content or memoryview(b""), answer.total_bytes, answer.version)
+
+
+def _refuse_whole(url: str, stop: int | None, total_bytes: int | None) -> NoReturn:
+    if total_bytes is not None and stop is not None and total_bytes < stop:
+        raise ChangedError(f"{url} holds {total_bytes} bytes, byte {stop} was asked for")
+    raise RunError(f"{url}: the server does not answer requests for a range of bytes, shards need that")
 
 
 def _run(filesystem: Any, work: Any, start: int, stop: int | None, options: RemoteOptions) -> Any:
@@ -174,10 +191,8 @@ async def _get_http(
         answer.raise_for_status()
         total = _total_bytes(answer.headers, answer.status)
         if limit is not None and answer.status == 200 and (start or (total is None or total > limit)):
-            if total is not None and total < start + limit:
-                raise ChangedError(f"{url} holds {total} bytes, byte {stop} was asked for")
             answer.close()
-            raise RunError(f"{url}: the server does not answer requests for a range of bytes, shards need that")
+            _refuse_whole(url, stop, total)
         content = await (answer.read() if max_bytes is None else _read_up_to(answer.content, max_bytes + 1))
         return Fetched(content, total, answer.headers.get("ETag", ""))
 
@@ -219,7 +234,13 @@ def stat(url: str, *, options: RemoteOptions | None = None) -> tuple[int | None,
 
 def transport_errors() -> tuple[type[BaseException], ...]:
     """What a file system raises where a transfer failed: nothing that a mistake in a program raises."""
-    found: list[type[BaseException]] = [OSError, EOFError, asyncio.TimeoutError, TimeoutError]
+    found: list[type[BaseException]] = [
+        OSError,
+        EOFError,
+        asyncio.TimeoutError,
+        TimeoutError,
+        http.client.HTTPException,
+    ]
     for module, names in _TRANSPORT_ERRORS.items():
         loaded = sys.modules.get(module)
         found += [getattr(loaded, name) for name in names if hasattr(loaded, name)]

@@ -23,7 +23,11 @@ class RemoteFile(io.RawIOBase):
     """
 
     def __init__(
-        self, url: str, *, options: RemoteOptions | None = None, watch: Callable[[bytes], object] | None = None
+        self,
+        url: str,
+        *,
+        options: RemoteOptions | None = None,
+        watch: Callable[[bytes | memoryview], object] | None = None,
     ) -> None:
         self.url, self._options, self._watch = url, options or RemoteOptions(), watch
         size, self._version = stat(url, options=self._options)
@@ -31,9 +35,9 @@ class RemoteFile(io.RawIOBase):
             raise RunError(f"{url}: the server does not say how large the file is")
         self.num_bytes = size
         self._position = 0
-        self._pieces: dict[int, bytes] = {}
+        self._pieces: dict[int, bytes | memoryview] = {}
         self._next = 0
-        self._coming: deque[Future[bytes]] = deque()
+        self._coming: deque[Future[bytes | memoryview]] = deque()
         self._pool = ThreadPoolExecutor(AHEAD, thread_name_prefix="remote-file")
 
     def readable(self) -> bool:
@@ -70,7 +74,7 @@ class RemoteFile(io.RawIOBase):
             self._pool.shutdown(wait=False, cancel_futures=True)
         super().close()
 
-    def _piece(self, number: int) -> bytes:
+    def _piece(self, number: int) -> bytes | memoryview:
         count = -(-self.num_bytes // PIECE_BYTES)
         while self._next <= number:
             while len(self._coming) < AHEAD and self._next + len(self._coming) < count:
@@ -85,7 +89,7 @@ class RemoteFile(io.RawIOBase):
             raise SampleError("unreadable", f"{self.url}: byte {number * PIECE_BYTES} was passed already")
         return self._pieces[number]
 
-    def _fetch(self, number: int) -> bytes:
+    def _fetch(self, number: int) -> bytes | memoryview:
         start, stop = number * PIECE_BYTES, min((number + 1) * PIECE_BYTES, self.num_bytes)
         fetched = fetch(self.url, start, stop, options=self._options)
         if fetched.total_bytes not in (None, self.num_bytes) or fetched.version not in ("", self._version):

@@ -128,7 +128,7 @@ class RemoteShard:
     def _try_group(self, group: Sequence[Span], pause: Callable[[float], Any]) -> Sequence[memoryview | SampleError]:
         """Each span of a group by one request; or, of each, why it failed."""
         first, last = group_span(group)
-        content = b""
+        content: bytes | memoryview = b""
         if first < last:
             try:
                 fetched = fetch(self.url, first, last, options=self.options, pause=pause)
