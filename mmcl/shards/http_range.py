@@ -11,6 +11,7 @@ import os
 import threading
 import time
 from dataclasses import dataclass
+from functools import lru_cache
 from urllib.parse import SplitResult, quote, urlsplit
 
 import numpy as np
@@ -45,10 +46,9 @@ def get_range(url: str, start: int, stop: int, *, stall_seconds: float) -> Answe
     Raises ``StatusError``, ``OSError`` (a ``TimeoutError`` after ``stall_seconds`` without a byte),
     ``http.client.HTTPException``.
     """
-    parts = urlsplit(url)
+    parts, target = _target(url)
     if parts.username is not None or parts.hostname is None:
         return None
-    target = quote(parts.path or "/", safe="/%:@!$&'()*+,;=~-._") + (f"?{parts.query}" if parts.query else "")
     headers = {"Range": f"bytes={start}-{stop - 1}", "Accept-Encoding": "identity", "User-Agent": "mmcl"}
     for is_kept in (True, False):
         connection = _connection(parts, stall_seconds, kept=is_kept)
@@ -72,6 +72,14 @@ def get_range(url: str, start: int, stop: int, *, stall_seconds: float) -> Answe
         connection.is_new = False
 
 
+@lru_cache(maxsize=4096)
+def _target(url: str) -> tuple[SplitResult, str]:
+    """The parts of a URL, and what of it is sent."""
+    parts = urlsplit(url)
+    path = quote(parts.path or "/", safe="/%:@!$&'()*+,;=~-._")
+    return parts, path + (f"?{parts.query}" if parts.query else "")
+
+
 def _read(answer: http.client.HTTPResponse, start: int, stop: int, stall_seconds: float) -> Answer | None:
     size = stop - start
     if 300 <= answer.status < 400:
@@ -88,7 +96,7 @@ def _read(answer: http.client.HTTPResponse, start: int, stop: int, stall_seconds
     if answer.length is None or answer.length > size:
         return None
     # not yet touched: what is received is the first that is written there
-    content = memoryview(np.empty(answer.length, np.uint8))
+    content = memoryview(np.empty(answer.length, np.uint8))  # type: ignore[arg-type]
     latest = time.monotonic() + stall_seconds + size / SLOWEST_BYTES_PER_SECOND
     position = 0
     while position < len(content) and (count := answer.readinto(content[position:])):

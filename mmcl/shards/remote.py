@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import asyncio
 import http.client
+import os
 import random
 import sys
 import threading
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cache
 from typing import Any, NoReturn
 from urllib.parse import urlsplit
 
@@ -128,15 +130,14 @@ class ShortAnswerError(OSError):
 
 
 def _fetch_once(url: str, start: int, stop: int | None, max_bytes: int | None, options: RemoteOptions) -> Fetched:
+    is_http = answers_tell(url)
+    if is_http and stop is not None and _is_plain(os.getpid(), urlsplit(url).scheme):
+        answer = get_range(url, start, stop, stall_seconds=options.stall_seconds)
+        if answer is not None:
+            return _whole(url, start, stop, _checked(url, stop, answer))
     filesystem = open_filesystem(url, connections=options.connections)
     fetched: Fetched
-    is_http = answers_tell(url)
-    # headers, proxies and the like that fsspec is configured with are its own to send
-    plain = is_http and stop is not None and not filesystem.kwargs and not filesystem.client_kwargs
-    answer = get_range(url, start, stop, stall_seconds=options.stall_seconds) if plain and stop is not None else None
-    if answer is not None:
-        fetched = _checked(url, stop, answer)
-    elif is_http:
+    if is_http:
         fetched = _run(filesystem, _get_http(filesystem, url, start, stop, max_bytes, options), start, stop, options)
     elif filesystem.async_impl:
         end = stop if max_bytes is None else max_bytes + 1
@@ -144,12 +145,24 @@ def _fetch_once(url: str, start: int, stop: int | None, max_bytes: int | None, o
         fetched = Fetched(_run(filesystem, filesystem._cat_file(url, **limits), start, stop, options))
     else:
         fetched = Fetched(filesystem.cat_file(url, start=start, end=stop if max_bytes is None else max_bytes + 1))
+    return _whole(url, start, stop, fetched)
+
+
+def _whole(url: str, start: int, stop: int | None, fetched: Fetched) -> Fetched:
+    """What was fetched, if it is all that was asked for."""
     if stop is not None and len(fetched.content) != stop - start:
-        total_bytes = fetched.total_bytes if is_http else stat(url)[0]
+        total_bytes = fetched.total_bytes if answers_tell(url) else stat(url)[0]
         if total_bytes is not None and total_bytes < stop:
             raise ChangedError(f"{url} holds {total_bytes} bytes, byte {stop} was asked for")
         raise ShortAnswerError(f"{len(fetched.content)} bytes came, {stop - start} were asked for")
     return fetched
+
+
+@cache
+def _is_plain(pid: int, scheme: str) -> bool:
+    """Whether fsspec is configured with nothing (headers, proxies, …) that its own client would have to send."""
+    filesystem = open_filesystem(f"{scheme}://")
+    return not filesystem.kwargs and not filesystem.client_kwargs
 
 
 def _checked(url: str, stop: int | None, answer: Answer) -> Fetched:
@@ -219,7 +232,10 @@ def answers_tell(url: str) -> bool:
 def stat(url: str, *, options: RemoteOptions | None = None) -> tuple[int | None, str]:
     """Size in bytes and version of a file, as far as its server tells. Raises as ``fetch`` does."""
     if answers_tell(url):
-        fetched = fetch(url, 0, 1, options=options)
+        try:
+            fetched = fetch(url, 0, 1, options=options)
+        except ChangedError:  # it has no first byte
+            return 0, ""
         return fetched.total_bytes, fetched.version
     filesystem = open_filesystem(url)
     try:

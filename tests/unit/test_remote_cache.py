@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import multiprocessing
 from dataclasses import replace
@@ -78,7 +79,6 @@ def hammer(folder: str, seed: int) -> None:
         content = cache.get(name)
         assert content in (None, name.encode() * 500)
         cache.put(name, name.encode() * 500)
-        assert used(Path(folder)) <= 60_000 + 2_000  # one that is being replaced may be seen twice
 
 
 @pytest.mark.slow
@@ -87,6 +87,9 @@ def test_processes_share_it(tmp_path: Path) -> None:
     processes = [context.Process(target=hammer, args=(str(tmp_path), seed)) for seed in range(4)]
     for process in processes:
         process.start()
+    while any(process.is_alive() for process in processes):
+        with contextlib.suppress(FileNotFoundError):  # a file that was seen may be gone
+            assert used(tmp_path) <= 75_000  # what comes and goes while we count is seen both
     for process in processes:
         process.join(60)
     assert [process.exitcode for process in processes] == [0] * 4

@@ -135,7 +135,7 @@ def cpu_seconds() -> float:
 def measure(quick: bool, *, repeats: int = 5, options: RemoteOptions | None = None) -> dict[str, Any]:
     """Medians of passes that take turns, after one of each that does not count."""
     options = options or RemoteOptions()
-    shards, per_shard, num_bytes = (8, 100, 400_000) if quick else (16, 200, 400_000)
+    shards, per_shard, num_bytes = (8, 200, 400_000) if quick else (16, 250, 400_000)
     with tempfile.TemporaryDirectory() as work:
         write_samples(Path(work), shards, per_shard, num_bytes)
         names = [f"shard-{number:06d}.tar" for number in range(shards)]
