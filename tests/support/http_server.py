@@ -29,6 +29,7 @@ class FileServer:
     requests: list[tuple[str, Span]] = field(default_factory=list)
     asked: Counter[tuple[str, Span]] = field(default_factory=Counter)
     bytes_sent: int = 0
+    connections: set[tuple[str, int]] = field(default_factory=set)
     release: threading.Event = field(default_factory=threading.Event)
     """lets requests that stand still go"""
     lock: threading.Lock = field(default_factory=threading.Lock)
@@ -56,6 +57,8 @@ def _handler(server: FileServer) -> type[BaseHTTPRequestHandler]:
         def do_GET(self) -> None:
             path = unquote(self.path.partition("?")[0]).lstrip("/")
             file = server.root / path
+            with server.lock:
+                server.connections.add(self.client_address)
             if file.is_dir():
                 links = "".join(f'<a href="{p.name}">{p.name}</a>' for p in sorted(file.iterdir()))
                 return self._send(200, links.encode(), {"Content-Type": "text/html"})
@@ -79,6 +82,8 @@ def _handler(server: FileServer) -> type[BaseHTTPRequestHandler]:
                 self.connection.close()
                 self.close_connection = True
                 return None
+            if fault == "redirect":
+                return self._send(302, b"", {"Location": f"/{path}?moved"})
             if fault.isdecimal():
                 return self._send(int(fault), b"", {})
             if span[0] >= facts.st_size:
@@ -91,6 +96,7 @@ def _handler(server: FileServer) -> type[BaseHTTPRequestHandler]:
                 headers["Content-Range"] = f"bytes {span[0]}-{span[1] - 1}/{facts.st_size}"
             if fault == "slow":
                 time.sleep(0.2)
+            self.close_connection = self.close_connection or fault == "close"
             self._send(206 if partial else 200, content, headers, cut=fault == "truncate")
             return None
 

@@ -243,6 +243,17 @@ def test_a_server_without_ranges_is_named(server: FileServer) -> None:
         take(stream(server.url), 1)
 
 
+def test_connections_are_kept_and_their_end_is_no_failure(server: FileServer) -> None:
+    """A server that closes after each answer without saying so, and one that sends elsewhere, cost no further try."""
+    reader = ShardReader(load_manifest(server.url), remote=RemoteOptions(retries=0, stall_seconds=2.0))
+    read = [reader.read(0, index).members["txt"] for index in range(6)]
+    assert len(server.connections) <= 2, "one of fsspec, for whole files, and one for ranges"
+    for fault in ("close", "redirect"):
+        server.fault = lambda path, span, count, fault=fault: "" if fault == "redirect" and count % 2 == 0 else fault  # type: ignore[misc]
+        server.clear()
+        assert [bytes(reader.read(0, index).members["txt"]) for index in range(6)] == list(map(bytes, read))
+
+
 def test_the_header_of_another_file_is_noticed(server: FileServer) -> None:
     """Of equal sizes, but for the names."""
     reader = ShardReader(load_manifest(server.url), remote=FAST)
