@@ -8,15 +8,17 @@ cannot leave half a message on which its parent would wait for ever.
 from __future__ import annotations
 
 import itertools
+import math
 import multiprocessing
 import os
 import signal
 import threading
-from collections.abc import Callable, Iterator
-from contextlib import suppress
-from dataclasses import dataclass
+from collections.abc import Callable, Generator, Iterator
+from contextlib import closing, suppress
+from dataclasses import dataclass, replace
+from functools import partial
 from multiprocessing.connection import wait
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor
@@ -24,50 +26,19 @@ from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
 from mmcl.data.collate import Row, collate, pack, unpack
 from mmcl.data.journal import Journal, Note, short_name
-from mmcl.data.order import MixedOrder, rank_rows, worker_rows
-from mmcl.data.views import ViewMaker
-from mmcl.shards.manifest import Manifest
+from mmcl.data.plan import Plan
+from mmcl.shards.ahead import ReadAhead, Stored
+from mmcl.shards.files import is_remote
 from mmcl.shards.members import parse_sample
-from mmcl.shards.reader import ShardReader
+from mmcl.shards.reader import RawSample, ShardReader
+from mmcl.shards.sequential import Item, Problem, TarList
 from mmcl.types import Batch, ConfigError, RunError, SampleError
+
+Place: TypeAlias = tuple[int, int, int, int, int]
+"""(draw, source, epoch, shard, index)"""
 
 LOOK_SECONDS = 1.0
 """between two looks at whether workers live, while a batch is waited for"""
-
-
-@dataclass(frozen=True, slots=True)
-class Plan:
-    """Everything that a worker must know; picklable, the same for all workers of all ranks but for ``rank``."""
-
-    manifests: tuple[Manifest, ...]
-    weights: tuple[int, ...]
-    maker: ViewMaker
-    global_batch: int
-    rank: int
-    world_size: int
-    workers: int
-    streams: int
-    block: int
-    shuffle: bool
-    last_draw: int | None
-    """where a finite stream ends; draws from there on are holes"""
-    with_metadata: bool
-    quarantine: frozenset[str]
-    """keys (or places, where a shard itself stopped the worker) that are never decoded again: holes in every epoch"""
-
-    def order(self) -> MixedOrder:
-        return MixedOrder(
-            [manifest.sizes for manifest in self.manifests],
-            self.weights,
-            seed=self.maker.seed,
-            streams=self.streams,
-            block=self.block,
-            shuffle=self.shuffle,
-        )
-
-    def place(self, source: int, shard: int, index: int) -> str:
-        """Where a sample lies, in words."""
-        return f"{self.manifests[source].shard_url(shard)}#{index}"
 
 
 class PartStream(IterableDataset[Any]):
@@ -95,46 +66,101 @@ class PartStream(IterableDataset[Any]):
     def parts(self, worker: int) -> Iterator[Batch]:
         """Parts as batches."""
         plan, journal = self.plan, self.journal
-        readers = [ShardReader(manifest) for manifest in plan.manifests]
-        order = plan.order()
+        steps = self._planned(worker) if plan.tars is None else self._sequential(worker, plan.tars)
+        with closing(steps):
+            for step in steps:
+                rows = []
+                for draw, read in step:
+                    if journal.stopped:
+                        return
+                    journal.begin(worker, draw)
+                    rows.append(read(name=partial(journal.name, worker)))
+                journal.clear(worker)
+                yield collate(rows, plan.maker.views, with_metadata=plan.with_metadata, blank=plan.maker.blank)
+
+    def _planned(self, worker: int) -> Generator[list[tuple[int, Callable[..., Row]]], None, None]:
+        """Each draw of each batch with what reads it; remote samples are asked for ahead."""
+        readers = [ShardReader(manifest, remote=self.plan.worker_remote()) for manifest in self.plan.manifests]
+        ahead = self._read_ahead(worker, readers)
+        try:
+            for places in self._places(worker):
+                yield [(place[0], partial(self._planned_row, readers, ahead, *place)) for place in places]
+        finally:
+            if ahead is not None:
+                ahead.close()
+
+    def _planned_row(
+        self,
+        readers: list[ShardReader],
+        ahead: ReadAhead | None,
+        draw: int,
+        source: int,
+        epoch: int,
+        shard: int,
+        index: int,
+        *,
+        name: Callable[[str], None],
+    ) -> Row:
+        if self.plan.last_draw is not None and draw >= self.plan.last_draw:
+            return Row(draw)
+        stored = Stored(readers[source], shard, index) if ahead is None else ahead.next()
+        return read_row(self.plan, stored, draw, self.plan.place(source, shard, index), epoch, name=name)
+
+    def _places(self, worker: int) -> Iterator[list[Place]]:
+        """What a worker reads, batch by batch: a pure function of the plan."""
+        plan, order = self.plan, self.plan.order()
         for step in itertools.count(self.first_step):
             if plan.last_draw is not None and step * plan.global_batch >= plan.last_draw:
                 return
-            mine = rank_rows(step, global_batch=plan.global_batch, rank=plan.rank, world_size=plan.world_size)
-            draws = worker_rows(mine, worker=worker, workers=plan.workers)
-            rows = []
-            for draw, *place in zip(draws.tolist(), *(part.tolist() for part in order.locate(draws)), strict=True):
-                if journal.stopped:
-                    return
-                journal.begin(worker, draw)
-                rows.append(read_row(plan, readers, draw, *place, name=lambda key: journal.name(worker, key)))
-            journal.clear(worker)
-            yield collate(rows, plan.maker.views, with_metadata=plan.with_metadata, blank=plan.maker.blank)
+            draws = plan.draws(step, worker)
+            yield list(zip(draws.tolist(), *(part.tolist() for part in order.locate(draws)), strict=True))
+
+    def _read_ahead(self, worker: int, readers: list[ShardReader]) -> ReadAhead | None:
+        """Along the same plan; None where nothing of it is remote."""
+        plan = self.plan
+        if not any(is_remote(manifest.url) for manifest in plan.manifests):
+            return None
+        end = math.inf if plan.last_draw is None else plan.last_draw
+        places = (
+            (source, shard, index)
+            for step in self._places(worker)
+            for draw, source, _, shard, index in step
+            if draw < end
+        )
+        first = plan.global_batch // plan.world_size // plan.workers
+        return ReadAhead(readers, places, first=first, skip=plan.is_quarantined)
+
+    def _sequential(self, worker: int, tars: TarList) -> Generator[list[tuple[int, Callable[..., Row]]], None, None]:
+        """As ``_planned``, of tars without an index: a worker reads its own from the start, over what was drawn."""
+        plan = self.plan
+        per_step = plan.global_batch // plan.world_size // plan.workers
+        readers, number = plan.world_size * plan.workers, plan.rank * plan.workers + worker
+        with closing(
+            replace(tars, remote=plan.worker_remote()).items(number, readers, skip=self.first_step * per_step)
+        ) as items:
+            for step in itertools.count(self.first_step):
+                yield [(draw, partial(self._sequential_row, items, draw)) for draw in plan.draws(step, worker).tolist()]
+
+    def _sequential_row(self, items: Iterator[tuple[int, Item]], draw: int, *, name: Callable[[str], None]) -> Row:
+        epoch, item = next(items)
+        source = None if isinstance(item, Problem) else item.source
+        place = self.plan.place_of(draw) if source is None else self.plan.place(0, source.shard, source.index)
+        return read_row(self.plan, item, draw, place, epoch, name=name)
 
 
 def read_row(
-    plan: Plan,
-    readers: list[ShardReader],
-    draw: int,
-    source: int,
-    epoch: int,
-    shard: int,
-    index: int,
-    *,
-    name: Callable[[str], None],
+    plan: Plan, stored: Stored | Item, draw: int, place: str, epoch: int, *, name: Callable[[str], None]
 ) -> Row:
     """One draw, decoded; a bad sample becomes a hole that carries its reason. ``name`` is told the key first."""
-    if plan.last_draw is not None and draw >= plan.last_draw:
-        return Row(draw)
-    key = plan.place(source, shard, index)
+    key = place
     try:
         if key in plan.quarantine:
             raise SampleError("quarantined", "stopped a decoding worker before")
-        key = readers[source].key(shard, index)
+        key = stored.key() if isinstance(stored, Stored) else stored.key
         name(key)
         if short_name(key) in plan.quarantine:
             raise SampleError("quarantined", "stopped a decoding worker before")
-        sample = parse_sample(readers[source].read(shard, index))
+        sample = parse_sample(stored if isinstance(stored, RawSample) else stored.read())
         values, caption = plan.maker(sample, epoch=epoch)
     except SampleError as error:
         return Row(draw, skipped=(key, error.reason, error.detail))

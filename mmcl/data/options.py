@@ -9,6 +9,7 @@ from pydantic import Field, field_validator, model_validator
 
 from mmcl.config import Options
 from mmcl.media.augmentation import Augmentation
+from mmcl.shards.remote import RemoteOptions
 
 PositiveInt = Annotated[int, Field(ge=1)]
 Share = Annotated[float, Field(ge=0, le=1)]
@@ -72,8 +73,10 @@ class SourceOptions(Options):
 class DataOptions(Options):
     """Where samples come from and how they are read."""
 
-    shards: str | None = None
-    """folder or URL that holds ``index.json``"""
+    shards: str | tuple[str, ...] | None = None
+    """folder or URL that holds ``index.json``; or tars without one (``https://host/{000..099}.tar``, or a list)"""
+    allow_pipe: bool = False
+    """let ``shards`` be ``pipe:COMMAND``, whose output is a tar: it runs the command"""
     sources: tuple[SourceOptions, ...] = ()
     """several of them, mixed by weight, each with its own epochs; instead of ``shards``"""
     workers: Annotated[int, Field(ge=0)] = 2
@@ -89,6 +92,20 @@ class DataOptions(Options):
     """let several workers read each run of remote shards, where ranks × workers do not divide ``streams``"""
     timeout_seconds: Annotated[float, Field(gt=0)] = 120.0
     """a worker that is at one sample for longer is ended; the sample is never decoded again"""
+    read_ahead_bytes: PositiveInt = 256 << 20
+    """of remote shards: asked for and not yet decoded, at most, by all workers of a rank together"""
+    connections: PositiveInt = 64
+    """requests of a rank for remote shards at the same time"""
+    retries: Annotated[int, Field(ge=0)] = 5
+    """further tries of a remote read that failed, each after twice the pause, with jitter"""
+    retry_seconds: Annotated[float, Field(gt=0)] = 60.0
+    """after which a remote read that keeps failing is given up; half of ``timeout_seconds`` at most"""
+    stall_seconds: Annotated[float, Field(gt=0)] = 20.0
+    """without any byte, then a remote read counts as failed; a quarter of ``timeout_seconds`` at most"""
+    cache_dir: str | None = None
+    """local folder that keeps what was read of remote shards; several ranks and runs may share it"""
+    cache_bytes: PositiveInt = 64 << 30
+    """that ``cache_dir`` holds at most; what was not used for longest goes first"""
     short: Literal["loop", "hold"] = "loop"
     """what fills a window that is longer than its source: start again, or stay on the last frame (audio: silence)"""
     sampling: SamplingOptions = SamplingOptions()
@@ -100,6 +117,11 @@ class DataOptions(Options):
     max_skipped_rate: Annotated[float, Field(gt=0, le=1)] = 0.2
     """share of bad samples among the last 1,000 draws of a rank that stops the run"""
 
+    @field_validator("shards", mode="before")
+    @classmethod
+    def _several(cls, value: Any) -> Any:
+        return tuple(value) if isinstance(value, list) else value
+
     @model_validator(mode="after")
     def _one_way_to_name_shards(self) -> DataOptions:
         if (self.shards is None) == (not self.sources):
@@ -107,7 +129,20 @@ class DataOptions(Options):
         return self
 
     @property
-    def weighted(self) -> tuple[tuple[str, int], ...]:
+    def remote(self) -> RemoteOptions:
+        """How remote shards are read: a worker gives a read up before it would itself count as hanging."""
+        return RemoteOptions(
+            read_ahead_bytes=self.read_ahead_bytes,
+            connections=self.connections,
+            retries=self.retries,
+            retry_seconds=min(self.retry_seconds, self.timeout_seconds / 2),
+            stall_seconds=min(self.stall_seconds, self.timeout_seconds / 4),
+            cache_dir=self.cache_dir,
+            cache_bytes=self.cache_bytes,
+        )
+
+    @property
+    def weighted(self) -> tuple[tuple[str | tuple[str, ...], int], ...]:
         """(folder or URL, weight) of each source, however they were given."""
         if self.shards is not None:
             return ((self.shards, 1),)

@@ -7,19 +7,20 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from mmcl.data.collate import interleave
 from mmcl.data.health import append_quarantine
-from mmcl.data.loader import Loss, PartLoader, Plan, WorkersLostError
+from mmcl.data.loader import Loss, PartLoader, WorkersLostError
 from mmcl.data.options import SamplingOptions
 from mmcl.data.order import MAX_PERIOD, fitting_workers, reduced_weights, stream_sharing
+from mmcl.data.plan import Plan
 from mmcl.data.views import ViewMaker
 from mmcl.media.augmentation import Augmentation
 from mmcl.media.video import Decoder
 from mmcl.media.windows import Rule, Short
 from mmcl.shards.files import is_remote
 from mmcl.shards.manifest import Manifest
+from mmcl.shards.remote import RemoteOptions
+from mmcl.shards.sequential import TarList, describe_order
 from mmcl.types import Batch, ConfigError, RunError, View
 
 IDLE_LOSSES = 3
@@ -38,7 +39,8 @@ class ClipStream:
     quarantined, a hole from then on, and the workers start again at the last batch that was handed out.
 
     Args:
-        source: the shards; or several, each with a weight in whole numbers, to be mixed.
+        source: the shards; or several, each with a weight in whole numbers, to be mixed; or tars without an index,
+            whose order depends on ranks and workers and which are skipped through again on resume.
         views: what to decode of each sample.
         global_batch: rows of all ranks together; ``world_size`` must divide it.
         workers: decoding processes of this rank; lowered to a divisor of the rank's rows. 0 means one.
@@ -50,6 +52,7 @@ class ClipStream:
         with_metadata: batches carry captions and metadata.
         allow_shared_streams: let several workers read each stream of remote shards.
         quarantine_file: where quarantined keys are noted before the workers start again.
+        remote: how remote shards are read; what may be read ahead is this rank's, its workers share it.
 
     Raises:
         ConfigError: an empty manifest, a batch that the ranks cannot share equally, weights that cannot be mixed,
@@ -58,7 +61,7 @@ class ClipStream:
 
     def __init__(
         self,
-        source: Manifest | Sequence[tuple[Manifest, int]],
+        source: Manifest | TarList | Sequence[tuple[Manifest | TarList, int]],
         views: Sequence[View],
         *,
         global_batch: int,
@@ -79,10 +82,14 @@ class ClipStream:
         timeout_seconds: float = 120.0,
         allow_shared_streams: bool = False,
         quarantine_file: Path | None = None,
+        remote: RemoteOptions | None = None,
     ) -> None:
-        sources = [(source, 1)] if isinstance(source, Manifest) else list(source)
+        given = [(source, 1)] if isinstance(source, (Manifest, TarList)) else list(source)
+        sources = [(each, weight) for each, weight in given if isinstance(each, Manifest)]
         manifests = tuple(manifest for manifest, _ in sources)
-        _check_sources(sources, shuffle=shuffle)
+        tars = _only_tars(given, shuffle=shuffle)
+        if tars is None:
+            _check_sources(sources, shuffle=shuffle)
         if global_batch % world_size:
             nearest = max(world_size, round(global_batch / world_size) * world_size)
             raise ConfigError(
@@ -91,7 +98,9 @@ class ClipStream:
         rows = global_batch // world_size
         self.workers = fitting_workers(workers, rows)
         self.in_process, self.timeout_seconds, self.quarantine_file = in_process, timeout_seconds, quarantine_file
-        self.sharing = stream_sharing(streams, world_size * (1 if in_process else self.workers)) if shuffle else 1
+        self.sharing = 1
+        if shuffle and tars is None:
+            self.sharing = stream_sharing(streams, world_size * (1 if in_process else self.workers))
         """workers that read each stream"""
         if self.sharing > 1 and not allow_shared_streams and any(is_remote(manifest.url) for manifest in manifests):
             readers = world_size * self.workers
@@ -102,7 +111,7 @@ class ClipStream:
             )
         self.plan = Plan(
             manifests=manifests,
-            weights=reduced_weights([weight for _, weight in sources]),
+            weights=reduced_weights([weight for _, weight in given]),
             maker=ViewMaker(
                 tuple(views),
                 seed=seed,
@@ -122,23 +131,29 @@ class ClipStream:
             last_draw=None if shuffle else manifests[0].num_samples,
             with_metadata=with_metadata,
             quarantine=frozenset(),
+            remote=remote or RemoteOptions(),
+            tars=tars,
         )
         self.draws = 0
         """samples drawn so far by all ranks together: the position"""
 
     @property
     def num_samples(self) -> int:
-        """Samples of all sources."""
+        """Samples of all sources; 0: not known, of tars without an index."""
         return sum(manifest.num_samples for manifest in self.plan.manifests)
 
     @property
     def num_shards(self) -> int:
         """Shards of all sources."""
+        if self.plan.tars is not None:
+            return self.plan.tars.num_shards
         return sum(manifest.num_shards for manifest in self.plan.manifests)
 
     @property
     def epochs(self) -> list[float]:
-        """Epochs drawn so far, of each source its own."""
+        """Epochs drawn so far, of each source its own; none where they are not known."""
+        if self.plan.tars is not None:
+            return []
         drawn = self.plan.order().drawn(self.draws)
         return [count / manifest.num_samples for count, manifest in zip(drawn, self.plan.manifests, strict=True)]
 
@@ -155,7 +170,10 @@ class ClipStream:
 
     def fingerprint(self) -> dict[str, Any]:
         """What the order depends on; a state is only good for an equal one."""
-        manifests = self.plan.manifests
+        manifests, tars = self.plan.manifests, self.plan.tars
+        if tars is not None:
+            readers = self.plan.world_size * self.plan.workers
+            return {"tars": tars.fingerprint, "ranks × workers": readers, "seed": self.plan.maker.seed}
         same: dict[str, Any] = {
             "seed": self.plan.maker.seed,
             "streams": self.plan.streams,
@@ -243,8 +261,7 @@ class ClipStream:
                 continue
             key = loss.note.key
             if key is None:
-                source, _, shard, index = (int(part) for part in self.plan.order().locate(np.array(loss.note.draw)))
-                key = self.plan.place(source, shard, index)
+                key = self.plan.place_of(loss.note.draw)
             print(f"rank {self.plan.rank}: sample {key} is quarantined: {loss.detail}", flush=True)
             records.append(
                 {
@@ -258,6 +275,17 @@ class ClipStream:
         if records and self.quarantine_file is not None:
             append_quarantine(self.quarantine_file, records)
         self.add_quarantine(str(record["key"]) for record in records)
+
+
+def _only_tars(sources: Sequence[tuple[Manifest | TarList, int]], *, shuffle: bool) -> TarList | None:
+    """Tars without an index are read alone, and without end."""
+    found = [source for source, _ in sources if isinstance(source, TarList)]
+    if not found:
+        return None
+    if len(sources) > 1 or not shuffle:
+        what = "mixed with other sources" if len(sources) > 1 else "read in order, once"
+        raise ConfigError(f"data.shards: tars without an index cannot be {what}; {describe_order(found[0])}")
+    return found[0]
 
 
 def _check_sources(sources: Sequence[tuple[Manifest, int]], *, shuffle: bool) -> None:

@@ -140,7 +140,16 @@ def make(
 
 @app.command()
 def index(
-    folder: Annotated[Path, typer.Argument(help="A folder with WebDataset *.tar files, also in folders below it.")],
+    folder: Annotated[
+        str,
+        typer.Argument(
+            help="A folder with WebDataset *.tar files, also in folders below it; or its URL (https://, s3://, gs://, "
+            "hf://), or the tars by pattern, such as 'https://host/{000..099}.tar'."
+        ),
+    ],
+    out: Annotated[
+        Path | None, typer.Option(help="Local folder for the files of the index; default: beside the tars.")
+    ] = None,
     workers: Annotated[int, typer.Option(min=1, help="Threads.")] = 4,
 ) -> None:
     """Index shards that another tool made (video2dataset, img2dataset, open_clip, webdataset), so that mmcl reads them.
@@ -150,7 +159,7 @@ def index(
     from mmcl.shards.index import index_shards
 
     with show_progress("index", "shards") as progress:
-        report = index_shards(folder, workers=workers, progress=progress)
+        report = index_shards(folder, out=out, workers=workers, progress=progress)
     for problem in report.problems:
         typer.echo(problem, err=True)
     if report.ignored:
@@ -162,6 +171,8 @@ def index(
         f"{manifest.num_samples} samples in {manifest.num_shards} shards, {report.num_bytes / 1e6:.1f} MB, "
         f"{len(report.problems)} problems"
     )
+    if out is not None:
+        typer.echo(f"{out}: put its files beside the tars, {folder.rpartition('/')[0] if '{' in folder else folder}")
 
 
 Shards = Annotated[str, typer.Argument(help="A folder of indexed shards.")]

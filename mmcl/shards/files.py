@@ -7,10 +7,9 @@ import errno
 import os
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
-from urllib.parse import urlsplit
 
-from mmcl.types import ConfigError, RunError
+from mmcl.shards.remote import fetch, open_filesystem, transport_errors
+from mmcl.types import ConfigError, RunError, SampleError
 
 REMOTE_SCHEMES = ("http", "https", "s3", "gs", "hf")
 
@@ -33,26 +32,18 @@ def join_url(base: str, name: str) -> str:
     return f"{base.rstrip('/')}/{name}" if is_remote(base) else str(Path(base) / name)
 
 
-def open_filesystem(url: str) -> Any:
-    """The fsspec file system of a remote URL. Raises ``ConfigError`` with the line that installs what is missing."""
-    import fsspec
-
-    try:
-        return fsspec.filesystem(urlsplit(url).scheme)
-    except ImportError as error:
-        raise ConfigError(f'{url}: {error}. pip install "mmcl[remote]"') from None
-
-
 def read_bytes(url: str, limit: int | None = None) -> bytes:
     """All bytes of a file. Raises ``FileNotFoundError``; ``RunError`` where it cannot be read or exceeds ``limit``."""
     try:
         if is_remote(url):
-            content: bytes = open_filesystem(url).cat_file(url, end=None if limit is None else limit + 1)
+            content = bytes(fetch(url, max_bytes=limit).content)
         else:
             with Path(url).open("rb") as file:
                 content = file.read(-1 if limit is None else limit + 1)
     except FileNotFoundError:
         raise
+    except SampleError as error:
+        raise RunError(f"cannot read {error.detail}") from None
     except OSError as error:
         raise RunError(f"cannot read {url}: {error.strerror or error}") from None
     if limit is not None and len(content) > limit:
@@ -94,3 +85,39 @@ def write_atomically(path: Path, content: bytes) -> None:
             with contextlib.suppress(OSError):
                 temporary.unlink(missing_ok=True)
             raise
+
+
+def write_file(url: str, content: bytes) -> None:
+    """The whole file at a path (its folder is made) or URL, or nothing. Raises ``RunError``."""
+    if not is_remote(url):
+        path = Path(url)
+        with writing(path):
+            path.parent.mkdir(parents=True, exist_ok=True)
+        return write_atomically(path, content)
+    try:
+        open_filesystem(url).pipe_file(url, content)
+    except transport_errors() as error:
+        raise RunError(f"cannot write {url}: {error}") from None
+
+
+def check_writable(url: str) -> None:
+    """Refuses a place that files cannot be written to. Raises ``ConfigError``."""
+    if is_remote(url) and url.startswith(("http://", "https://")):
+        raise ConfigError(
+            f"{url}: nothing can be written there; --out FOLDER takes the files of the index, put them beside the tars"
+        )
+
+
+def list_files(url: str) -> list[str]:
+    """Names of the files below a URL, relative to it. Raises ``ConfigError`` where the server does not list them."""
+    filesystem = open_filesystem(url)
+    try:
+        if url.startswith(("http://", "https://")):  # one page of links; not the whole site
+            found = [name for name in filesystem.ls(url + "/", detail=False) if name.startswith(url + "/")]
+            return sorted({name[len(url) + 1 :].partition("?")[0] for name in found})
+        root = filesystem._strip_protocol(url).rstrip("/") + "/"
+        return sorted(name[len(root) :] for name in filesystem.find(url) if name.startswith(root))
+    except transport_errors() as error:
+        raise ConfigError(
+            f"{url} cannot be listed ({error}); name its tars instead, such as '{url}/{{000..099}}.tar'"
+        ) from None

@@ -23,8 +23,9 @@ from urllib.parse import unquote, urlsplit
 import numpy as np
 import numpy.typing as npt
 
-from mmcl.shards.files import is_remote, join_url, read_bytes, write_atomically
+from mmcl.shards.files import is_remote, join_url, read_bytes, write_file
 from mmcl.shards.member_index import ShardIndex
+from mmcl.shards.remote import RemoteOptions, fetch
 from mmcl.types import ConfigError, RunError
 
 KIND = "wids-shard-index-v1"
@@ -98,11 +99,14 @@ class Manifest:
         """A local path, or the full URL."""
         return join_url(self.url, self.shard_name(shard))
 
-    def shard_index(self, shard: int) -> ShardIndex:
-        """Where the samples of one shard lie. Raises ``ConfigError`` where the shard was never indexed."""
+    def shard_index(self, shard: int, *, remote: RemoteOptions | None = None) -> ShardIndex:
+        """Where the samples of one shard lie.
+
+        Raises ``ConfigError`` where the shard was never indexed, ``SampleError`` where a remote index cannot be read.
+        """
         url = index_url(self.shard_url(shard))
         try:
-            index = ShardIndex(_map(url) if not is_remote(url) else read_bytes(url), url)
+            index = ShardIndex(fetch(url, options=remote).content if is_remote(url) else _map(url), url)
         except FileNotFoundError:
             raise ConfigError(f"{url} is missing: `mmcl shards index {self.url}` writes it") from None
         if index.num_samples != self.sizes[shard]:
@@ -294,20 +298,21 @@ def write_manifest(folder: str | Path, entries: Iterable[ShardEntry]) -> Manifes
 
     Raises ``ConfigError`` on a URL that a reader would refuse, ``RunError`` where the folder cannot be written.
     """
-    entries, target = list(entries), Path(folder).absolute()
-    manifest = _from_entries(str(target), entries)
+    entries, target = list(entries), str(folder).rstrip("/")
+    target = target if is_remote(target) else str(Path(folder).absolute())
+    manifest = _from_entries(target, entries)
     document: dict[str, Any] = {"__kind__": KIND, "wids_version": 1, "num_samples": manifest.num_samples}
     if len(entries) > MAX_JSON_SHARDS:
         columns = (manifest.sizes, manifest.shard_bytes, manifest.checksums, manifest.name_start)
         body = b"".join(column.tobytes() for column in columns) + manifest.names
         header = _HEADER.pack(_MAGIC, _VERSION, 0, len(entries), len(manifest.names), zlib.crc32(body))
-        write_atomically(target / "index.bin", header + body)
+        write_file(join_url(target, "index.bin"), header + body)
         document |= {"table": "index.bin", "num_shards": len(entries), "shardlist": []}
     else:
         document["shardlist"] = [_wids_entry(entry) for entry in entries]
     sizes = {entry.url: entry.num_samples for entry in entries}
-    write_atomically(target / "sizes.json", json.dumps(sizes, indent=0, ensure_ascii=False).encode())
-    write_atomically(target / "index.json", (json.dumps(document, indent=1, ensure_ascii=False) + "\n").encode())
+    write_file(join_url(target, "sizes.json"), json.dumps(sizes, indent=0, ensure_ascii=False).encode())
+    write_file(join_url(target, "index.json"), (json.dumps(document, indent=1, ensure_ascii=False) + "\n").encode())
     return manifest
 
 

@@ -5,18 +5,23 @@ from __future__ import annotations
 import mmap
 import os
 import threading
+import time
 from collections import OrderedDict
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from mmcl.shards.files import is_remote, open_filesystem
+from mmcl.shards.files import is_remote
 from mmcl.shards.manifest import Manifest
 from mmcl.shards.member_index import ShardIndex
+from mmcl.shards.remote import RemoteOptions, answers_tell
+from mmcl.shards.remote_shard import RemoteShard
 from mmcl.types import RunError, SampleError, Source
 
 MAX_SAMPLE_BYTES = 1 << 30
-_JOINED_GAP_BYTES = 256 << 10
+FAILED_SECONDS = 30.0
+"""for which a shard whose index could not be fetched is not asked for again"""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -35,19 +40,30 @@ class ShardReader:
     Cheap to pickle, and safe to take through a fork: only the manifest travels, every process opens its own files.
     """
 
-    def __init__(self, manifest: Manifest, *, max_open: int = 128, max_sample_bytes: int = MAX_SAMPLE_BYTES) -> None:
+    def __init__(
+        self,
+        manifest: Manifest,
+        *,
+        max_open: int = 128,
+        max_sample_bytes: int = MAX_SAMPLE_BYTES,
+        remote: RemoteOptions | None = None,
+    ) -> None:
         self.manifest = manifest
         self.max_open = max_open
         self.max_sample_bytes = max_sample_bytes
+        self.remote = remote or RemoteOptions()
         self._start()
 
     def _start(self) -> None:
         self._pid = os.getpid()
         self._lock = threading.Lock()
-        self._open: OrderedDict[int, LocalShard | _RemoteShard] = OrderedDict()
+        self._opening: dict[int, threading.Lock] = {}
+        self._open: OrderedDict[int, LocalShard | RemoteShard] = OrderedDict()
+        self._failed: dict[int, tuple[float, SampleError]] = {}
 
     def __getstate__(self) -> dict[str, Any]:
-        return {"manifest": self.manifest, "max_open": self.max_open, "max_sample_bytes": self.max_sample_bytes}
+        names = ("manifest", "max_open", "max_sample_bytes", "remote")
+        return {name: getattr(self, name) for name in names}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
@@ -62,13 +78,17 @@ class ShardReader:
         Raises ``SampleError`` (``too_large``, ``unreadable``) for this sample alone, ``RunError`` where the shard is
         missing or is not the one that was indexed, ``IndexError`` beyond the end.
         """
-        opened = self._shard(shard)
+        opened = self.open(shard)
         if not 0 <= index < opened.index.num_samples:
             raise IndexError(f"sample {index} of {opened.index.num_samples} in shard {shard}")
         members = opened.index.members(index)
         if sum([member.num_bytes for member in members]) > self.max_sample_bytes:
             raise SampleError("too_large", f"{opened.index.key(index)} holds over {self.max_sample_bytes} bytes")
-        data = opened.read([(member.offset, member.offset + member.num_bytes) for member in members])
+        data: Sequence[bytes | memoryview]
+        if isinstance(opened, LocalShard):
+            data = opened.read([(member.offset, member.offset + member.num_bytes) for member in members])
+        else:
+            data = opened.read(index)
         return RawSample(
             opened.index.key(index),
             {member.extension: part for member, part in zip(members, data, strict=True)},
@@ -77,16 +97,17 @@ class ShardReader:
 
     def key(self, shard: int, index: int) -> str:
         """The key of a sample, without reading it."""
-        opened = self._shard(shard)
+        opened = self.open(shard)
         if not 0 <= index < opened.index.num_samples:
             raise IndexError(f"sample {index} of {opened.index.num_samples} in shard {shard}")
         return opened.index.key(index)
 
     def open_index(self, shard: int) -> ShardIndex:
         """Where the samples of a shard lie. Raises as ``read`` does where the shard is not the one that was indexed."""
-        return self._shard(shard).index
+        return self.open(shard).index
 
-    def _shard(self, shard: int) -> LocalShard | _RemoteShard:
+    def open(self, shard: int) -> LocalShard | RemoteShard:
+        """A shard, opened once whoever asks; different ones at the same time. Raises as ``read`` does."""
         if self._pid != os.getpid():
             self._start()
         with self._lock:
@@ -94,12 +115,35 @@ class ShardReader:
             if opened is not None:
                 self._open.move_to_end(shard)
                 return opened
-            url = self.manifest.shard_url(shard)
-            kind = _RemoteShard if is_remote(url) else LocalShard
-            opened = self._open[shard] = kind(url, self.manifest.shard_index(shard))
-            while len(self._open) > self.max_open:
-                self._open.popitem(last=False)  # its map closes with the last view into it
+            opening = self._opening.setdefault(shard, threading.Lock())
+        with opening:
+            with self._lock:
+                if shard in self._open:
+                    return self._open[shard]
+                since, failure = self._failed.get(shard, (-FAILED_SECONDS, None))
+            if failure is not None and time.monotonic() - since < FAILED_SECONDS:
+                raise SampleError(failure.reason, failure.detail)
+            try:
+                opened = self._open_now(shard)
+            except SampleError as error:
+                self._failed[shard] = (time.monotonic(), error)
+                raise
+            with self._lock:
+                self._open[shard] = opened
+                self._opening.pop(shard, None)
+                while len(self._open) > self.max_open:
+                    self._open.popitem(last=False)  # its map closes with the last view into it
             return opened
+
+    def _open_now(self, shard: int) -> LocalShard | RemoteShard:
+        manifest, url = self.manifest, self.manifest.shard_url(shard)
+        index = manifest.shard_index(shard, remote=self.remote)
+        if is_remote(url):
+            remote = RemoteShard(url, index, checksum=manifest.checksums[shard].tobytes().hex(), options=self.remote)
+            if not answers_tell(url):
+                remote.check_file()
+            return remote
+        return LocalShard(url, index)
 
 
 class LocalShard:
@@ -124,31 +168,3 @@ class LocalShard:
     def read(self, ranges: list[tuple[int, int]]) -> list[bytes | memoryview]:
         view = self._view
         return [view[start:stop] for start, stop in ranges]
-
-
-class _RemoteShard:
-    def __init__(self, url: str, index: ShardIndex) -> None:
-        self.index = index
-        self._url = url
-        self._filesystem = open_filesystem(url)
-
-    def read(self, ranges: list[tuple[int, int]]) -> list[bytes | memoryview]:
-        if not ranges:
-            return []
-        first, last = min(start for start, _ in ranges), max(stop for _, stop in ranges)
-        wanted = sum(stop - start for start, stop in ranges)
-        if last - first - wanted > _JOINED_GAP_BYTES:
-            return [self._fetch(start, stop) for start, stop in ranges]
-        view = memoryview(self._fetch(first, last))
-        return [view[start - first : stop - first] for start, stop in ranges]
-
-    def _fetch(self, start: int, stop: int) -> bytes:
-        if start == stop:
-            return b""
-        try:
-            content: bytes = self._filesystem.cat_file(self._url, start=start, end=stop)
-        except OSError as error:
-            raise SampleError("unreadable", f"{self._url} bytes {start}–{stop}: {error}") from None
-        if len(content) != stop - start:
-            raise SampleError("unreadable", f"{self._url} bytes {start}–{stop}: got {len(content)} bytes")
-        return content

@@ -14,12 +14,13 @@ from typing import Any
 from mmcl.media.video import Decoder
 from mmcl.progress import Progress, failures
 from mmcl.shards.check import Problem, check_files
-from mmcl.shards.files import is_remote, new_folder, open_filesystem, write_atomically, writing
+from mmcl.shards.files import is_remote, new_folder, write_atomically, writing
 from mmcl.shards.index import read_tar
 from mmcl.shards.manifest import Manifest, ShardEntry, load_manifest, write_manifest
 from mmcl.shards.members import role_of
 from mmcl.shards.pool import Lost
 from mmcl.shards.reader import ShardReader
+from mmcl.shards.remote import open_filesystem
 from mmcl.shards.scan import check_positive, choose_places, scan
 from mmcl.shards.writer import TarShard
 from mmcl.types import ConfigError, RunError, SampleError

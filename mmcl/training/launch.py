@@ -15,6 +15,7 @@ from mmcl.config import to_yaml
 from mmcl.distributed import Comm
 from mmcl.model import parameter_counts
 from mmcl.recipe import RunConfig, build_model
+from mmcl.shards.sequential import describe_order
 from mmcl.training.run_folder import RunFolder
 from mmcl.training.soundness import check_labels
 from mmcl.training.trainer import Trainer, build_accelerator, build_stream
@@ -102,8 +103,10 @@ def spare_threads(config: RunConfig, ranks: int) -> int:
 
 def _headline(trainer: Trainer, source: Path | None) -> str:
     stream, config = trainer.stream, trainer.config
+    tars = stream.plan.tars
     lines = [
-        f"{stream.num_samples:,} samples in {stream.num_shards:,} shards, "
+        (f"{stream.num_samples:,} samples" if tars is None else "samples that nobody has counted")
+        + f" in {stream.num_shards:,} shards, "
         f"{parameter_counts(trainer.model)['total']:,} parameters, {config.train.steps:,} steps of "
         f"{config.train.global_batch} on {trainer.comm.world_size} process(es) ({trainer.accelerator.device.type}) "
         f"with {stream.workers} decoding worker(s)"
@@ -117,6 +120,8 @@ def _headline(trainer: Trainer, source: Path | None) -> str:
             f"each of data.streams={stream.plan.streams} streams is read by {stream.sharing} decoding workers: "
             "a multiple of ranks × workers is read by one"
         )
+    if tars is not None:
+        lines.append(f"warning: {describe_order(tars)}")
     if source is not None:
         lines.append(f"going on from {source}")
     return "\n".join(lines)

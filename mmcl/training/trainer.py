@@ -25,7 +25,7 @@ from mmcl.model import TrainStep
 from mmcl.objectives.base import Term
 from mmcl.progress import on_terminal, show_progress
 from mmcl.recipe import RunConfig, build_model
-from mmcl.shards import load_manifest
+from mmcl.shards.sequential import open_shards
 from mmcl.training import checkpoint as ckpt
 from mmcl.training.grad_cache import cached_backward, check_cacheable
 from mmcl.training.meter import Meter
@@ -328,7 +328,10 @@ def build_stream(config: RunConfig, views: tuple[View, ...], comm: Comm) -> Clip
     """The stream of this rank, as the configuration says."""
     data = config.data
     return ClipStream(
-        [(load_manifest(shards), weight) for shards, weight in data.weighted],
+        [
+            (open_shards(shards, allow_pipe=data.allow_pipe, remote=data.remote), weight)
+            for shards, weight in data.weighted
+        ],
         views,
         global_batch=config.train.global_batch,
         seed=config.train.seed,
@@ -344,6 +347,7 @@ def build_stream(config: RunConfig, views: tuple[View, ...], comm: Comm) -> Clip
         in_process=data.in_process,
         timeout_seconds=data.timeout_seconds,
         allow_shared_streams=data.allow_shared_streams,
+        remote=data.remote,
     )
 
 

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from support.http_server import serve
 
 from mmcl.shards import Manifest, ShardReader, ShardWriter, load_manifest, write_manifest
 from mmcl.shards import manifest as manifest_module
@@ -134,6 +135,36 @@ def test_a_manifest_names_nothing_outside_of_its_folder(tmp_path, url):
         write_manifest(tmp_path, [ShardEntry(url, 1)])
 
 
+@pytest.mark.parametrize(
+    "url",
+    [
+        *HOSTILE,
+        "https://HOST/a.tar",
+        "http://127.0.0.1/a.tar",
+        "http://HOST@evil.test/a.tar",
+        "http://HOST.evil.test/a.tar",
+        "http://HOST/../a.tar",
+        "http://HOST/x/%2e%2e/%2e%2e/a.tar",
+        "http:///etc/a.tar",
+        "//evil.test/a.tar",
+        "http://HOST/a.tar::simplecache",
+    ],
+)
+def test_nor_does_one_on_a_server(tmp_path, url):
+    """Nothing but the manifest is asked for, neither here nor elsewhere."""
+    with serve(tmp_path) as server:
+        host = server.url.removeprefix("http://")
+        shard = {"url": url.replace("HOST", host), "nsamples": 1}
+        document = {"__kind__": "wids-shard-index-v1", "wids_version": 1, "shardlist": [shard]}
+        (tmp_path / "index.json").write_text(json.dumps(document))
+        with pytest.raises(ConfigError, match="shard"):
+            load_manifest(server.url)
+        assert [path for path, _ in server.requests] == ["index.json"]
+        shard["url"] = f"{server.url}/more/a.tar"
+        (tmp_path / "index.json").write_text(json.dumps(document))
+        assert load_manifest(server.url).shard_url(0) == shard["url"], "its own host, in full"
+
+
 def test_the_binary_table_is_checked_too(tmp_path, monkeypatch):
     monkeypatch.setattr(manifest_module, "MAX_JSON_SHARDS", 1)
     with monkeypatch.context() as patch:
@@ -235,7 +266,7 @@ def test_remote_shards_are_read_by_range(tmp_path, monkeypatch):
     sample = ShardReader(manifest).read(1, 2)
     assert sample.key == "key5" and bytes(sample.members["mp4"]) == bytes([5]) * 500
     memory.pipe_file("/bucket/data/shard-000001.tar", b"short")
-    with pytest.raises(SampleError, match="unreadable"):
+    with pytest.raises(RunError, match=r"shard-000001\.tar holds 5 bytes"):
         ShardReader(manifest).read(1, 2)
     with pytest.raises(ConfigError, match="missing"):
         load_manifest("memory://bucket/nothing")

@@ -1,0 +1,79 @@
+"""What all workers of all ranks agree on."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+import numpy as np
+
+from mmcl.data.journal import short_name
+from mmcl.data.order import Integers, MixedOrder, rank_rows, worker_rows
+from mmcl.data.views import ViewMaker
+from mmcl.shards.manifest import Manifest
+from mmcl.shards.remote import RemoteOptions
+from mmcl.shards.sequential import TarList
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """Everything that a worker must know; picklable, the same for all workers of all ranks but for ``rank``."""
+
+    manifests: tuple[Manifest, ...]
+    weights: tuple[int, ...]
+    maker: ViewMaker
+    global_batch: int
+    rank: int
+    world_size: int
+    workers: int
+    streams: int
+    block: int
+    shuffle: bool
+    last_draw: int | None
+    """where a finite stream ends; draws from there on are holes"""
+    with_metadata: bool
+    quarantine: frozenset[str]
+    """keys (or places, where a shard itself stopped the worker) that are never decoded again: holes in every epoch"""
+    remote: RemoteOptions
+    """of the whole rank"""
+    tars: TarList | None = None
+    """tars without an index, read one after the other, instead of ``manifests``"""
+
+    def order(self) -> MixedOrder:
+        return MixedOrder(
+            [manifest.sizes for manifest in self.manifests],
+            self.weights,
+            seed=self.maker.seed,
+            streams=self.streams,
+            block=self.block,
+            shuffle=self.shuffle,
+        )
+
+    def worker_remote(self) -> RemoteOptions:
+        """The share of one worker in what its rank may ask for ahead."""
+        return replace(
+            self.remote,
+            read_ahead_bytes=self.remote.read_ahead_bytes // self.workers,
+            connections=-(-self.remote.connections // self.workers),
+        )
+
+    def is_quarantined(self, source: int, shard: int, index: int, key: str) -> bool:
+        """Whether a sample is never decoded again."""
+        return short_name(key) in self.quarantine or self.place(source, shard, index) in self.quarantine
+
+    def place_of(self, draw: int) -> str:
+        """Where the sample of a draw lies, as far as that can be told without reading."""
+        if self.tars is not None:
+            return f"draw {draw} of {self.tars.urls[0]}"
+        source, _, shard, index = (int(part) for part in self.order().locate(np.array(draw)))
+        return self.place(source, shard, index)
+
+    def draws(self, step: int, worker: int) -> Integers:
+        """Draw numbers that one worker decodes of a batch."""
+        mine = rank_rows(step, global_batch=self.global_batch, rank=self.rank, world_size=self.world_size)
+        return worker_rows(mine, worker=worker, workers=self.workers)
+
+    def place(self, source: int, shard: int, index: int) -> str:
+        """Where a sample lies, in words."""
+        if self.tars is not None:
+            return f"{self.tars.urls[shard]}#{index}"
+        return f"{self.manifests[source].shard_url(shard)}#{index}"
