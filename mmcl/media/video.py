@@ -6,7 +6,7 @@ Open a reader in the process that reads it (never before a fork) and use it from
 from __future__ import annotations
 
 import importlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing
 from pathlib import Path
 from typing import Any, Literal, Protocol, TypeAlias
@@ -26,6 +26,7 @@ from mmcl.media.probe import (
     probe,
     quarter_turns,
     read_head,
+    read_only,
     short_message,
 )
 from mmcl.media.windows import frame_indices
@@ -168,6 +169,8 @@ class _PyAVReader:
             self.close()
             raise
         self._reformatter = VideoReformatter()
+        # only where a frame that nothing refers to says so itself, and says it right
+        self._skips = self._stream.codec_context.name == "h264"
         self._shape: tuple[int, int] | None = None
         self.frame_times_seconds = self._table.pts * tick - origin
         self.duration_seconds = max(0.0, self._table.end_pts * tick - origin)
@@ -190,8 +193,8 @@ class _PyAVReader:
                 pictures[i][pts] = self._picture(frame, wanted[i][1], wanted[i][2])
 
         try:
-            for key in np.unique(keys):
-                self._read_group(numbers[keys == key], int(self._table.key_seek[key]), take)
+            for key in np.unique(keys).tolist():
+                self._read_group(numbers[keys == key], key, take)
         except DECODE_ERRORS as error:
             raise SampleError("decode", short_message(error)) from error
         return [
@@ -201,26 +204,34 @@ class _PyAVReader:
             for found, (_, places), (_, size, _) in zip(pictures, checked, wanted, strict=True)
         ]
 
-    def _read_group(self, numbers: np.ndarray, seek: int, take: Callable[[Any, int], None]) -> None:
+    def _read_group(self, numbers: np.ndarray, key: int, take: Callable[[Any, int], None]) -> None:
         """Takes the frames that depend on one keyframe, in order."""
-        # A container may seek past what was asked for (no index, open GOP): then decode from the start of the file.
-        for target in (seek, int(min(self._table.pts[0], self._table.key_seek[0]))):
+        table, wanted = self._table, self._table.pts[numbers].tolist()
+        # Some containers seek by time of display, some by time of decoding, which lands one keyframe early in the
+        # others, and some past what was asked for (no index, open GOP): then decode from the start of the file.
+        starts = (int(table.key_pts[key]), int(table.key_seek[key]), int(min(table.pts[0], table.key_seek[0])))
+        read_only(self._container, self._stream)
+        for attempt, target in enumerate(starts):
             self._container.seek(target, stream=self._stream, backward=True)
-            if self._decode(self._table.pts[numbers].tolist(), take):
+            if self._decode(wanted, take, skip=self._skips and attempt == 0):
                 return
         raise SampleError("decode", f"frame {numbers[0]} cannot be reached")
 
-    def _decode(self, wanted_pts: list[int], take: Callable[[Any, int], None]) -> bool:
-        """Decodes forward until all are taken; False, and none taken, if the first frame that comes is too late."""
+    def _decode(self, wanted_pts: list[int], take: Callable[[Any, int], None], *, skip: bool) -> bool:
+        """Decodes forward until all are taken; False, to be tried otherwise, if the first frame that comes is too late.
+
+        ``skip``: frames that no other depends on are left undecoded unless they are wanted; False then also where
+        the frames that come are not the wanted ones.
+        """
         taken = 0
         previous = None
-        for frame in self._container.decode(self._stream):
+        for frame in self._frames(set(wanted_pts) if skip else None):
             pts = frame.pts if frame.pts is not None else frame.dts
             if pts is None:
                 continue
             # A packet that never becomes a picture (VP8's hidden frames): the one before it stays on the screen.
             while taken < len(wanted_pts) and pts > wanted_pts[taken]:
-                if previous is None:
+                if previous is None or skip:
                     return False
                 take(previous, wanted_pts[taken])
                 taken += 1
@@ -230,7 +241,16 @@ class _PyAVReader:
             if taken == len(wanted_pts):
                 return True
             previous = frame
+        if skip:
+            return False
         raise SampleError("decode", f"the video ends before {wanted_pts[taken] * self._stream.time_base} s")
+
+    def _frames(self, needed_pts: set[int] | None) -> Iterator[Any]:
+        """Frames from where the container stands; with ``needed_pts``, of those that others do not refer to, these."""
+        context = self._stream.codec_context
+        for packet in self._container.demux(self._stream):
+            context.skip_frame = "DEFAULT" if needed_pts is None or packet.pts in needed_pts else "NONREF"
+            yield from packet.decode()
 
     def _picture(self, frame: Any, size: int | None, fit: Fit) -> np.ndarray:
         """uint8 ``(H, W, C)``, scaled, turned and cropped."""
@@ -244,6 +264,11 @@ class _PyAVReader:
             frame, width=width, height=height, format="rgb24", interpolation=Interpolation.BILINEAR, threads=1
         ).to_ndarray()
         return centre_crop(np.rot90(scaled, turns) if turns else scaled, size)
+
+    @property
+    def shared_container(self) -> Any:
+        """The open file, for a reader of its sound; None where a format may lose its place among several streams."""
+        return self._container if self._container.format.name.startswith("mov") else None
 
     def close(self) -> None:
         self._container.close()

@@ -173,7 +173,7 @@ def test_several_sizes_come_from_one_pass(numbered, decoder, monkeypatch):
     monkeypatch.setattr(video, "open_container", lambda data: opened.append(1) or real(data))
     picture = video._PyAVReader._decode
     monkeypatch.setattr(
-        video._PyAVReader, "_decode", lambda self, pts, take: decoded.append(pts) or picture(self, pts, take)
+        video._PyAVReader, "_decode", lambda self, pts, *a, **k: decoded.append(pts) or picture(self, pts, *a, **k)
     )
     with MediaReader(video=numbered, decoder=decoder, specs=specs) as media:
         assert media.duration_seconds == pytest.approx(8.0, abs=0.05)
