@@ -273,7 +273,9 @@ def _cut(pieces: Sequence[_Piece], wanted: Sound) -> np.ndarray:
         first, last = max(0, offset), min(wanted.samples, offset + len(sound))
         if first < last:
             wave[first:last] = sound[first - offset : last - offset]
-    return np.clip(np.nan_to_num(wave, nan=0.0), -1.0, 1.0)
+    if np.isnan(wave.sum()):
+        wave = np.nan_to_num(wave, nan=0.0)
+    return np.clip(wave, -1.0, 1.0, out=wave)
 
 
 def _mono(frame: Any) -> np.ndarray:

@@ -246,11 +246,28 @@ class _PyAVReader:
         raise SampleError("decode", f"the video ends before {wanted_pts[taken] * self._stream.time_base} s")
 
     def _frames(self, needed_pts: set[int] | None) -> Iterator[Any]:
-        """Frames from where the container stands; with ``needed_pts``, of those that others do not refer to, these."""
+        """Frames from where the container stands to its end; with ``needed_pts`` little more than these.
+
+        Then what no other frame refers to stays undecoded, and the decoder is emptied after the last packet that
+        matters instead of being fed until it lets go of its frame.
+        """
         context = self._stream.codec_context
+        context.skip_frame = "DEFAULT" if needed_pts is None else "NONREF"
+        if needed_pts is None:
+            yield from self._container.decode(self._stream)
+            return
+        missing = set(needed_pts)
         for packet in self._container.demux(self._stream):
-            context.skip_frame = "DEFAULT" if needed_pts is None or packet.pts in needed_pts else "NONREF"
-            yield from packet.decode()
+            if packet.pts in missing:
+                missing.remove(packet.pts)
+                context.skip_frame = "DEFAULT"
+                yield from packet.decode()
+                context.skip_frame = "NONREF"
+                if not missing:
+                    yield from context.decode(None)
+                    return
+            else:
+                yield from packet.decode()
 
     def _picture(self, frame: Any, size: int | None, fit: Fit) -> np.ndarray:
         """uint8 ``(H, W, C)``, scaled, turned and cropped."""
