@@ -273,7 +273,7 @@ def _cut(pieces: Sequence[_Piece], wanted: Sound) -> np.ndarray:
         first, last = max(0, offset), min(wanted.samples, offset + len(sound))
         if first < last:
             wave[first:last] = sound[first - offset : last - offset]
-    if np.isnan(wave.sum()):
+    if not np.isfinite(wave).all():
         wave = np.nan_to_num(wave, nan=0.0)
     return np.clip(wave, -1.0, 1.0, out=wave)
 
