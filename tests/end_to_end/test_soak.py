@@ -12,12 +12,12 @@ BENCH = Path(__file__).parents[2] / "tools" / "bench"
 
 @pytest.mark.slow
 @pytest.mark.parametrize("decoder", ["decord", "pyav"])
-def test_memory_is_flat_over_a_thousand_samples(tmp_path, monkeypatch, decoder):
-    """Sound and damaged ones; a picture of 38 kB kept of each sample would grow the worker by a tenth."""
+def test_memory_is_flat_over_many_samples(tmp_path, monkeypatch, decoder):
+    """Sound and damaged ones; a clip (0.3 MB) kept of each would grow the worker by a quarter."""
     monkeypatch.setattr(sys, "path", [str(BENCH), *sys.path])
     from soak import soak, write_shards
 
     write_shards(tmp_path, clips=2, samples=32, seconds=3.0)
-    report = soak(tmp_path, samples=1_600, warm_up=800, decoder=decoder, every=5)
-    assert report["damaged"] >= 100, report
+    report = soak(tmp_path, samples=800, warm_up=400, decoder=decoder, every=5)
+    assert report["damaged"] >= 50, report
     assert report["worker"]["growth"] < 0.05 and report["trainer"]["growth"] < 0.05, report

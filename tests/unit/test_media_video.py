@@ -236,7 +236,9 @@ def test_without_decord_pyav_reads(tmp_path, monkeypatch):
 
 def test_frames_that_nothing_needs_stay_undecoded(tmp_path, monkeypatch):
     """Pictures are the same to the last bit, wherever the wanted ones lie among those that others refer to."""
-    data = encode(tmp_path / "a.mp4", moving_pattern((255, 120, 60), 90, (48, 64)), None, fps=25, gop=30, b_frames=3).read_bytes()
+    data = encode(
+        tmp_path / "a.mp4", moving_pattern((255, 120, 60), 90, (48, 64)), None, fps=25, gop=30, b_frames=3
+    ).read_bytes()
     decoded = []
     with closing(open_video(data, decoder="pyav")) as reader:
         monkeypatch.setattr(reader, "_skips", False)

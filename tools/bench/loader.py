@@ -6,7 +6,8 @@
 ``source``: the same tensors from source files (keyframe every 250) by the plain loop, and by us from the shards that
 ``mmcl shards make`` writes of them with its defaults. ``read``: the bytes of every sample of an indexed local shard.
 ``scale``: a manifest of 10⁶ shards and 10¹⁰ samples, opened in a fresh process at draw 5·10⁹.
-Sides take turns, one thread each; CPU and wall seconds are medians of ``--repeats`` turns after one that does not count.
+Sides take turns, one thread each; CPU and wall seconds are medians of ``--repeats`` turns after one that does not
+count.
 Parts that other files of this folder measure (``PARTS``) follow where they are there.
 """
 

@@ -108,7 +108,9 @@ def main() -> None:
             reports.append(report)
             for name in ("worker", "trainer"):
                 grown = report[name]
-                print(f"{decoder} {name}: {grown['first_mb']} → {grown['last_mb']} MB, {grown['growth']:+.1%}", flush=True)
+                print(
+                    f"{decoder} {name}: {grown['first_mb']} → {grown['last_mb']} MB, {grown['growth']:+.1%}", flush=True
+                )
     if options.out is not None:
         options.out.write_text(json.dumps({"limit": options.limit, "runs": reports}) + "\n", encoding="utf-8")
     sys.exit(any(report[name]["growth"] >= options.limit for report in reports for name in ("worker", "trainer")))
