@@ -127,6 +127,15 @@ def _checked(indices: Sequence[int] | np.ndarray, frames: int) -> tuple[np.ndarr
     return np.unique(asked, return_inverse=True)
 
 
+def _channels_first(pictures: Sequence[np.ndarray], places: np.ndarray) -> np.ndarray:
+    """``(H, W, C)`` pictures -> ``(n, C, H, W)``, those at these places, copied once."""
+    height, width, channels = pictures[0].shape
+    frames = np.empty((len(places), channels, height, width), pictures[0].dtype)
+    for frame, place in zip(frames, places.tolist(), strict=True):
+        frame[...] = pictures[place].transpose(2, 0, 1)
+    return frames
+
+
 class ScalingReader(VideoReader, Protocol):
     """An open video that gives frames in several sizes."""
 
@@ -198,9 +207,7 @@ class _PyAVReader:
         except DECODE_ERRORS as error:
             raise SampleError("decode", short_message(error)) from error
         return [
-            np.ascontiguousarray(np.stack(list(found.values()))[places].transpose(0, 3, 1, 2))
-            if found
-            else np.zeros((0, 3, size or 0, size or 0), np.uint8)
+            _channels_first(list(found.values()), places) if found else np.zeros((0, 3, size or 0, size or 0), np.uint8)
             for found, (_, places), (_, size, _) in zip(pictures, checked, wanted, strict=True)
         ]
 
