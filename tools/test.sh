@@ -2,6 +2,7 @@
 # The tests on a fresh machine: installs into .venv, then checks and tests.
 #   tools/test.sh            the default suite, under 5 minutes on two cores
 #   tools/test.sh --all      everything, with types and the browser, under 25 minutes
+#   tools/test.sh --soak     memory over 20,000 decoded samples with each decoder: half an hour
 #   tools/test.sh [--all] -k NAME …   further arguments go to pytest
 set -euo pipefail
 . "$(dirname "$0")/environment.sh"
@@ -9,6 +10,11 @@ all=false
 if [ "${1:-}" = "--all" ]; then
   all=true
   shift
+fi
+if [ "${1:-}" = "--soak" ]; then
+  shift
+  ensure_environment dev
+  exec .venv/bin/python tools/bench/soak.py "$@"
 fi
 ensure_environment dev
 say "ruff"

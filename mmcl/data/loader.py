@@ -7,6 +7,7 @@ cannot leave half a message on which its parent would wait for ever.
 
 from __future__ import annotations
 
+import gc
 import itertools
 import math
 import multiprocessing
@@ -54,6 +55,7 @@ class PartStream(IterableDataset[Any]):
         info = get_worker_info()
         assert info is not None
         torch.set_num_threads(1)
+        gc.freeze()  # what the imports left behind need not be walked through again and again
         # Ctrl-C reaches every process of a terminal; the trainer still wants batches for its last step
         signal.signal(signal.SIGINT, signal.SIG_IGN)
         threading.Thread(target=_end_with_parent, name="parent-watch", daemon=True).start()

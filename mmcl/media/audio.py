@@ -88,17 +88,23 @@ class Sound:
         )
 
 
-def open_audio(data: MediaSource) -> AudioReader | None:
+def open_audio(data: MediaSource, *, container: Any = None) -> AudioReader | None:
     """The sound track of a file, to be closed; None where it has none.
+
+    ``container``: the same file, opened by another reader and closed by it; it is not opened again. Each must then read
+    at a time of its own.
 
     Raises ``SampleError``: ``missing_file``, ``unreadable``, ``empty``, ``not_media``.
     """
-    container = open_container(data)
+    own = container is None
+    if own:
+        container = open_container(data)
     stream = best_stream(container, "audio")
-    if stream is None:
+    if stream is not None:
+        return AudioReader(container, stream, own=own)
+    if own:
         container.close()
-        return None
-    return AudioReader(container, stream)
+    return None
 
 
 @dataclass(slots=True, eq=False)
@@ -155,15 +161,15 @@ class _Piece:
 class AudioReader:
     """An open sound track; ``open_audio`` makes one."""
 
-    def __init__(self, container: Any, stream: Any) -> None:
-        self._container, self._stream = container, stream
+    def __init__(self, container: Any, stream: Any, *, own: bool = True) -> None:
+        self._container, self._stream, self._own = container, stream, own
         self._origin_seconds = origin_seconds(container)
         stream.codec_context.thread_count = 1
-        read_only(container, stream)
 
     def close(self) -> None:
         """Frees the decoder; the reader cannot be used afterwards."""
-        self._container.close()
+        if self._own:
+            self._container.close()
 
     def read(
         self,
@@ -213,6 +219,7 @@ class AudioReader:
         return pieces
 
     def _decode_from(self, target_seconds: float, start_seconds: float, end_seconds: float) -> list[_Piece] | None:
+        read_only(self._container, self._stream)
         ticks = int((target_seconds + self._origin_seconds) / self._stream.time_base)
         self._container.seek(ticks if target_seconds else min(0, ticks), stream=self._stream, backward=True)
         pieces: list[_Piece] = []
@@ -283,11 +290,18 @@ def _cut(pieces: Sequence[_Piece], wanted: Sound) -> np.ndarray:
         first, last = max(0, offset), min(wanted.samples, offset + len(sound))
         if first < last:
             wave[first:last] = sound[first - offset : last - offset]
-    return np.clip(np.nan_to_num(wave, nan=0.0), -1.0, 1.0)
+    if not np.isfinite(wave).all():
+        wave = np.nan_to_num(wave, nan=0.0)
+    return np.clip(wave, -1.0, 1.0, out=wave)
 
 
 def _mono(frame: Any) -> np.ndarray:
     """float32 ``(samples,)``: the mean of all channels of a decoded frame."""
+    if frame.format.name == "fltp":  # nearly every codec, and fifty frames a second: no copy of each channel first
+        left, *others = (np.frombuffer(plane, np.float32, frame.samples) for plane in frame.planes)
+        if len(others) < 2:
+            both: np.ndarray = (left + others[0]) * np.float32(0.5) if others else left.copy()
+            return both
     values = frame.to_ndarray()
     channels = max(1, len(frame.layout.channels))
     wave = values if frame.format.is_planar else values.reshape(-1, channels).T

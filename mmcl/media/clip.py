@@ -6,14 +6,15 @@ from collections.abc import Iterable, Sequence
 from contextlib import closing
 from dataclasses import replace
 from types import TracebackType
-from typing import TypeAlias
+from typing import Any, TypeAlias
 
 import numpy as np
 
 from mmcl.media.audio import AudioReader, Sound, open_audio
+from mmcl.media.frames import Fit, ScalingReader, VideoReader
 from mmcl.media.image import decode_image
 from mmcl.media.probe import MediaSource, probe
-from mmcl.media.video import Decoder, Fit, ScalingReader, VideoReader, open_scaling, open_video
+from mmcl.media.video import Decoder, open_scaling, open_video
 from mmcl.media.windows import Short, Window, centred, frame_indices, wanted_times
 from mmcl.types import AudioSpec, Clip, SampleError, Source, VideoSpec
 
@@ -118,6 +119,8 @@ class MediaReader:
         found: list[np.ndarray | None] = [None] * len(wanted)
         pictures = [(i, own_window(window, spec), spec) for i, (window, spec) in enumerate(wanted) if _shows(spec)]
         sounds = [(i, own_window(window, spec), spec) for i, (window, spec) in enumerate(wanted) if not _shows(spec)]
+        if pictures and sounds:
+            self._open_for_both([spec for _, _, spec in pictures if isinstance(spec, VideoSpec)])
         # Sound first: decord's thread goes on decoding beside whatever comes after it.
         waves = self._read_waves([(own, spec) for _, own, spec in sounds if isinstance(spec, AudioSpec)])
         try:
@@ -181,13 +184,29 @@ class MediaReader:
         if not wanted or self._audio is None:
             return [None] * len(wanted)
         if self._sound is None:
-            self._sound = open_audio(self._audio)
+            self._sound = open_audio(self._audio, container=self._shared_container())
             if self._sound is None:
                 return [None] * len(wanted)
         sounds = [Sound(window.start_seconds, spec.samples, spec.sample_rate_hz) for window, spec in wanted]
         return self._sound.read(
             sounds, duration_seconds=self.duration_seconds, short=self._short, begin_seconds=self._begin_seconds
         )
+
+    def _open_for_both(self, specs: Sequence[VideoSpec]) -> None:
+        """Opens a video whose reader can share the file with the reader of its sound, before that one opens it too."""
+        scales = dict.fromkeys((spec.size, spec.fit) for spec in specs)
+        if self._video is None or self._audio is not self._video or (self._decoder != "pyav" and len(scales) < 2):
+            return
+        try:
+            self._open(scales)
+        except SampleError as error:
+            if error.reason != "no_video_stream":
+                raise
+
+    def _shared_container(self) -> Any:
+        if self._audio is not self._video:
+            return None
+        return getattr(self._scaling or next(iter(self._readers.values()), None), "shared_container", None)
 
     def _open(self, scales: Iterable[Scale]) -> VideoReader:
         """A reader of these scales; where several are known of, the one file that gives them all."""

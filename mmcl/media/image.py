@@ -9,8 +9,8 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
 
+from mmcl.media.frames import Fit, centre_crop, scaled_size
 from mmcl.media.probe import MAX_PIXELS, MediaSource, short_message
-from mmcl.media.video import Fit, centre_crop, scaled_size
 from mmcl.types import SampleError
 
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF")

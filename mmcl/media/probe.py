@@ -142,11 +142,11 @@ def best_stream(container: Any, kind: str) -> Any:
 
 
 def read_only(container: Any, stream: Any) -> None:
-    """Lets the container skip the packets of all other streams."""
+    """Lets the container skip the packets of all other streams, until it is called for one of those."""
     discard = getattr(av.stream, "Discard", None)  # PyAV 18; before, they are read and thrown away
-    for other in container.streams:
-        if discard is not None and other.index != stream.index:
-            other.discard = discard.all
+    if discard is not None:
+        for other in container.streams:
+            other.discard = discard.default if other.index == stream.index else discard.all
 
 
 def probe(source: MediaSource) -> MediaInfo:

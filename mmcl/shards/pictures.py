@@ -12,8 +12,8 @@ import numpy as np
 from av.video.reformatter import Interpolation, VideoReformatter
 
 from mmcl.media.crop import Cropper
+from mmcl.media.frame_table import MAX_FRAMES
 from mmcl.media.probe import MAX_PIXELS, origin_seconds, quarter_turns
-from mmcl.media.video import MAX_FRAMES
 from mmcl.shards.encoding import MAX_FPS, MediaOptions
 from mmcl.types import SampleError
 

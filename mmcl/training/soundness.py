@@ -11,6 +11,7 @@ from mmcl.data.labels import look_for_labels
 from mmcl.objectives.base import ObjectiveMix, Term
 from mmcl.recipe import RunConfig
 from mmcl.shards import load_manifest
+from mmcl.shards.sequential import is_tar_list
 from mmcl.types import ConfigError
 
 SILENT_STEPS = 3
@@ -30,7 +31,10 @@ def check_labels(config: RunConfig, mix: ObjectiveMix) -> None:
     ]
     if not wanted:
         return
-    places = [shards for shards, _ in config.data.weighted]
+    # tars without an index can only be read from their start on: they are taken at their word
+    places = [shards for shards, _ in config.data.weighted if isinstance(shards, str) and not is_tar_list(shards)]
+    if not places:
+        return
     found = look_for_labels([load_manifest(shards) for shards in places])
     for number, option in wanted:
         options = config.objectives[number]

@@ -10,10 +10,11 @@ import pytest
 from PIL import Image
 from support.media import COLOURS, encode, numbered_picture, read_number, tone, write_clip
 
+from mmcl.media import audio, video_decord, video_pyav
 from mmcl.media import clip as clip_module
-from mmcl.media import video
 from mmcl.media.audio import AudioReader
 from mmcl.media.clip import MediaReader, read_clip
+from mmcl.media.probe import open_container
 from mmcl.media.windows import Window
 from mmcl.types import AudioSpec, SampleError, VideoSpec
 
@@ -169,11 +170,11 @@ def test_several_sizes_come_from_one_pass(numbered, decoder, monkeypatch):
     specs = [SQUASHED, VideoSpec(8, 48, 4.0), VideoSpec(4, 24, 4.0, fit="squash")]
     wanted = [(window, spec) for window in WINDOWS[:3] for spec in specs]
     opened, decoded = [], []
-    real = video.open_container
-    monkeypatch.setattr(video, "open_container", lambda data: opened.append(1) or real(data))
-    picture = video._PyAVReader._decode
+    real = video_pyav.open_container
+    monkeypatch.setattr(video_pyav, "open_container", lambda data: opened.append(1) or real(data))
+    picture = video_pyav.PyAVReader._decode
     monkeypatch.setattr(
-        video._PyAVReader, "_decode", lambda self, pts, take: decoded.append(pts) or picture(self, pts, take)
+        video_pyav.PyAVReader, "_decode", lambda self, pts, *a, **k: decoded.append(pts) or picture(self, pts, *a, **k)
     )
     with MediaReader(video=numbered, decoder=decoder, specs=specs) as media:
         assert media.duration_seconds == pytest.approx(8.0, abs=0.05)
@@ -188,8 +189,10 @@ def test_several_sizes_come_from_one_pass(numbered, decoder, monkeypatch):
 
 
 def test_one_open_and_one_pass_for_a_sample(numbered, monkeypatch):
-    """Two clips in picture and sound: one video reader asked once, one sound track, decoded as far as it is near."""
-    videos, sounds, passes = [], [], []
+    """Clips in picture and sound: the file opened once, one sound track, decoded as far as it is near."""
+    videos, sounds, passes, opened = [], [], [], []
+    for module in (video_pyav, video_decord, audio):
+        monkeypatch.setattr(module, "open_container", lambda data: opened.append(1) or open_container(data))
     open_video, open_audio, decode = clip_module.open_video, clip_module.open_audio, AudioReader._decode
     monkeypatch.setattr(clip_module, "open_video", lambda *a, **k: videos.append(1) or open_video(*a, **k))
     monkeypatch.setattr(clip_module, "open_audio", lambda *a, **k: sounds.append(1) or open_audio(*a, **k))
@@ -199,7 +202,7 @@ def test_one_open_and_one_pass_for_a_sample(numbered, monkeypatch):
     with MediaReader(video=numbered, decoder="pyav", specs=[SQUASHED, AUDIO]) as media:
         assert media.duration_seconds == pytest.approx(8.0, abs=0.05)
         media.read_all([(window, spec) for window in WINDOWS for spec in (SQUASHED, AUDIO)])
-    assert len(videos) == len(sounds) == 1
+    assert len(videos) == len(sounds) == len(opened) == 1
     assert [round(start) for start, _ in passes] == [0, 5], "near windows, and what folds to the start, in one pass"
 
 

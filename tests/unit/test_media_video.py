@@ -6,12 +6,14 @@ import importlib
 import struct
 import subprocess
 import sys
+from contextlib import closing
 
 import numpy as np
 import pytest
-from support.media import encode, numbered_picture, read_number, write_clip
+from support.media import encode, moving_pattern, numbered_picture, read_number, write_clip
 
-from mmcl.media.video import open_video, scaled_size
+from mmcl.media.frames import scaled_size
+from mmcl.media.video import open_video
 from mmcl.media.windows import frame_indices
 from mmcl.types import ConfigError, SampleError
 
@@ -222,3 +224,21 @@ def test_without_decord_pyav_reads(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "decord", None)  # what Python itself does for a module that cannot be imported
     reader = open_video(numbered(tmp_path / "a.mp4"), size=32, fit="squash")
     assert [read_number(frame) for frame in reader.read(ASKED)] == ASKED
+
+
+def test_frames_that_nothing_needs_stay_undecoded(tmp_path, monkeypatch):
+    """Pictures are the same to the last bit, wherever the wanted ones lie among those that others refer to."""
+    data = encode(
+        tmp_path / "a.mp4", moving_pattern((255, 120, 60), 90, (48, 64)), None, fps=25, gop=30, b_frames=3
+    ).read_bytes()
+    decoded = []
+    with closing(open_video(data, decoder="pyav")) as reader:
+        monkeypatch.setattr(reader, "_skips", False)
+        every = reader.read(range(90))
+        monkeypatch.setattr(reader, "_skips", True)
+        for asked in ([0], [1], [29], [30], [31], [89], [3, 4, 58, 88], list(range(90))):
+            assert np.array_equal(reader.read(asked), every[asked]), asked
+        real = reader._frames
+        monkeypatch.setattr(reader, "_frames", lambda needed: (decoded.append(1) or frame for frame in real(needed)))
+        reader.read([59])
+        assert 1 < len(decoded) < 20, "of the 30 frames between two keyframes"

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from dataclasses import dataclass
 
 import numpy as np
@@ -123,3 +125,9 @@ def test_very_many_samples_need_little() -> None:
     assert shard.max() < 100_000
     assert index.max() < 100_000
     assert len(set(zip(shard.tolist(), index.tolist(), strict=True))) == 64
+
+
+def test_the_order_needs_no_torch():
+    """Opening a manifest and finding a position is quick and small in any process."""
+    code = "import sys, mmcl.data.order, mmcl.shards.manifest; sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code]).returncode == 0
