@@ -25,6 +25,11 @@ Level: TypeAlias = str
 
 Kind: TypeAlias = Literal["online", "momentum"]
 
+Decoder: TypeAlias = Literal["decord", "pyav", "torchcodec"]
+
+DEFAULT_DECODER: Decoder = "pyav"
+"""It raises on damaged files where decord ends the process, and takes less time (``tools/bench/loader.py``)."""
+
 
 class MmclError(Exception):
     """An error with a message for people; the command line prints it on one line and exits with ``exit_code``."""

@@ -10,6 +10,7 @@ from pydantic import Field, field_validator, model_validator
 from mmcl.config import Options
 from mmcl.media.augmentation import Augmentation
 from mmcl.shards.remote import RemoteOptions
+from mmcl.types import DEFAULT_DECODER, Decoder
 
 PositiveInt = Annotated[int, Field(ge=1)]
 Share = Annotated[float, Field(ge=0, le=1)]
@@ -83,7 +84,8 @@ class DataOptions(Options):
     """decoding processes per rank; lowered to a divisor of the rank's rows. 0 still decodes in one child process"""
     in_process: bool = False
     """decode in the training process itself: for debugging, a crash of a decoder then ends the run"""
-    decoder: Literal["decord", "pyav", "torchcodec"] = "decord"
+    decoder: Decoder = DEFAULT_DECODER
+    """they give the same frames; decord ends its process on some damaged files, which then costs a worker"""
     streams: PositiveInt = 64
     """runs into which an epoch is cut; choose a multiple of the largest ranks × workers"""
     block: PositiveInt = 256

@@ -15,13 +15,12 @@ from mmcl.data.order import MAX_PERIOD, fitting_workers, reduced_weights, stream
 from mmcl.data.plan import Plan
 from mmcl.data.views import ViewMaker
 from mmcl.media.augmentation import Augmentation
-from mmcl.media.video import Decoder
 from mmcl.media.windows import Rule, Short
 from mmcl.shards.files import is_remote
 from mmcl.shards.manifest import Manifest
 from mmcl.shards.remote import RemoteOptions
 from mmcl.shards.sequential import TarList, describe_order
-from mmcl.types import Batch, ConfigError, RunError, View
+from mmcl.types import DEFAULT_DECODER, Batch, ConfigError, Decoder, RunError, View
 
 IDLE_LOSSES = 3
 """workers that may be lost one after the other, before a batch is whole, without having been at any sample"""
@@ -73,7 +72,7 @@ class ClipStream:
         block: int = 256,
         shuffle: bool = True,
         rule: Rule = "random",
-        decoder: Decoder = "decord",
+        decoder: Decoder = DEFAULT_DECODER,
         short: Short = "loop",
         sampling: SamplingOptions | None = None,
         augmentations: Mapping[str, Augmentation] | None = None,

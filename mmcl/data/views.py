@@ -11,11 +11,10 @@ from mmcl.data.options import SamplingOptions
 from mmcl.hashing import text_hash, uniform
 from mmcl.media.augmentation import Augmentation, Params, blank_params, check_views, decoded_spec, draw_params
 from mmcl.media.clip import MediaReader, own_window
-from mmcl.media.video import Decoder
 from mmcl.media.windows import Rule, Short, Window, place_windows, sample_windows
 from mmcl.shards.members import Sample
 from mmcl.shards.vectors import read_vector
-from mmcl.types import TIMED, AudioSpec, SampleError, TextSpec, VectorSpec, VideoSpec, View
+from mmcl.types import DEFAULT_DECODER, TIMED, AudioSpec, Decoder, SampleError, TextSpec, VectorSpec, VideoSpec, View
 
 # what a random number is for, so that no two uses share their numbers
 _WINDOW, _CAPTION = 16, 17
@@ -37,7 +36,7 @@ class ViewMaker:
     views: tuple[View, ...]
     seed: int = 0
     rule: Rule = "random"
-    decoder: Decoder = "decord"
+    decoder: Decoder = DEFAULT_DECODER
     short: Short = "loop"
     sampling: SamplingOptions = field(default_factory=SamplingOptions)
     augmentations: Mapping[str, Augmentation] = field(default_factory=dict)

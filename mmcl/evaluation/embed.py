@@ -18,11 +18,10 @@ from mmcl.config import read_yaml
 from mmcl.data import ClipStream
 from mmcl.distributed import Comm
 from mmcl.hub import model_folder
-from mmcl.media.video import Decoder
 from mmcl.model import MultimodalModel, average_windows
 from mmcl.progress import show_progress
 from mmcl.shards import load_manifest
-from mmcl.types import Batch, Modality, RunError, VectorSpec, View
+from mmcl.types import DEFAULT_DECODER, Batch, Decoder, Modality, RunError, VectorSpec, View
 
 
 @dataclass(frozen=True, eq=False)
@@ -59,7 +58,7 @@ def embed_shards(
     batch: int = 64,
     workers: int = 2,
     in_process: bool = False,
-    decoder: Decoder = "decord",
+    decoder: Decoder = DEFAULT_DECODER,
     comm: Comm | None = None,
     device: torch.device | str = "cpu",
 ) -> EmbeddedShards:
@@ -200,7 +199,13 @@ def check_writable(folder: Path) -> None:
 
 
 def embed_to_folder(
-    checkpoint: Path, shards: str, out: Path, *, clips: int | None = None, workers: int = 2, decoder: Decoder = "decord"
+    checkpoint: Path,
+    shards: str,
+    out: Path,
+    *,
+    clips: int | None = None,
+    workers: int = 2,
+    decoder: Decoder = DEFAULT_DECODER,
 ) -> int:
     """Writes ``embeddings.safetensors`` (rows and owners of each modality) and ``items.jsonl``; returns the items.
 

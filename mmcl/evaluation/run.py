@@ -14,14 +14,14 @@ from mmcl.evaluation.gallery import GalleryItem, poster_jpeg, waveform_svg
 from mmcl.evaluation.report import ListResult, ModalityRows, RetrievalReport, evaluate_list, fingerprint, write_report
 from mmcl.media.clip import MediaReader
 from mmcl.media.image import decode_image
-from mmcl.media.video import Decoder, open_video
+from mmcl.media.video import open_video
 from mmcl.media.windows import Window, frame_indices
 from mmcl.model import MultimodalModel
 from mmcl.shards import load_manifest
 from mmcl.shards.manifest import Manifest
 from mmcl.shards.members import Sample, parse_sample
 from mmcl.shards.reader import ShardReader
-from mmcl.types import AudioSpec, ConfigError, SampleError
+from mmcl.types import DEFAULT_DECODER, AudioSpec, ConfigError, Decoder, SampleError
 
 PROTOCOL = "paired"
 WAVE_RATE_HZ = 4000
@@ -46,7 +46,7 @@ def evaluate_checkpoint(
     headline: str | None = None,
     clips: int | None = None,
     workers: int = 2,
-    decoder: Decoder = "decord",
+    decoder: Decoder = DEFAULT_DECODER,
     note: str = "",
     titles: dict[str, str] | None = None,
 ) -> Evaluation:

@@ -14,9 +14,9 @@ from mmcl.media.audio import AudioReader, Sound, open_audio
 from mmcl.media.frames import Fit, ScalingReader, VideoReader
 from mmcl.media.image import decode_image
 from mmcl.media.probe import MediaSource, probe
-from mmcl.media.video import Decoder, open_scaling, open_video
+from mmcl.media.video import open_scaling, open_video
 from mmcl.media.windows import Short, Window, centred, frame_indices, wanted_times
-from mmcl.types import AudioSpec, Clip, SampleError, Source, VideoSpec
+from mmcl.types import DEFAULT_DECODER, AudioSpec, Clip, Decoder, SampleError, Source, VideoSpec
 
 Scale: TypeAlias = tuple[int, Fit]
 """size and fit of pictures"""
@@ -41,7 +41,7 @@ class MediaReader:
         video: MediaSource | None = None,
         image: MediaSource | None = None,
         audio: MediaSource | None = None,
-        decoder: Decoder = "decord",
+        decoder: Decoder = DEFAULT_DECODER,
         threads: int = 1,
         duration_seconds: float | None = None,
         source_size: tuple[int, int] | None = None,
@@ -254,7 +254,7 @@ def read_clip(
     audio: MediaSource | None = None,
     video_spec: VideoSpec | None = None,
     audio_spec: AudioSpec | None = None,
-    decoder: Decoder = "decord",
+    decoder: Decoder = DEFAULT_DECODER,
     threads: int = 1,
     duration_seconds: float | None = None,
     source_size: tuple[int, int] | None = None,

@@ -5,22 +5,18 @@ Open a reader in the process that reads it (never before a fork) and use it from
 
 from __future__ import annotations
 
-from typing import Literal, TypeAlias
-
 from mmcl.media.frames import Fit, ScalingReader, VideoReader, has_index
 from mmcl.media.probe import MediaSource, read_head
 from mmcl.media.video_decord import DecordReader, DecordRefusedError
 from mmcl.media.video_pyav import PyAVReader
 from mmcl.media.video_torchcodec import TorchCodecReader
-from mmcl.types import ConfigError
-
-Decoder: TypeAlias = Literal["decord", "pyav", "torchcodec"]
+from mmcl.types import DEFAULT_DECODER, ConfigError, Decoder
 
 
 def open_video(
     data: MediaSource,
     *,
-    decoder: Decoder = "decord",
+    decoder: Decoder = DEFAULT_DECODER,
     size: int | None = None,
     fit: Fit = "crop",
     threads: int = 1,

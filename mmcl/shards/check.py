@@ -18,11 +18,11 @@ from mmcl.media.probe import (
     read_only,
     short_message,
 )
-from mmcl.media.video import Decoder, open_video
+from mmcl.media.video import open_video
 from mmcl.shards.members import Bytes, Sample, decode_text, parse_sample, role_of
 from mmcl.shards.reader import RawSample
 from mmcl.shards.vectors import read_vector
-from mmcl.types import SampleError
+from mmcl.types import DEFAULT_DECODER, Decoder, SampleError
 
 _FRAMES_AT_ONCE = 64
 _PIXELS = 64
@@ -49,7 +49,7 @@ class Decoded:
     """(height, width) as displayed"""
 
 
-def check_files(raw: RawSample, *, decoder: Decoder = "decord", tolerance_seconds: float = 0.5) -> list[Problem]:
+def check_files(raw: RawSample, *, decoder: Decoder = DEFAULT_DECODER, tolerance_seconds: float = 0.5) -> list[Problem]:
     """Decodes all media of a sample to the end and reads its text; what is wrong, by file.
 
     Every frame is decoded twice: by PyAV, which tells damage from concealment, and by ``decoder``, with which a run

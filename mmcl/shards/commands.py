@@ -8,6 +8,7 @@ from typing import Annotated
 import typer
 
 from mmcl.progress import show_progress
+from mmcl.types import DEFAULT_DECODER
 
 app = typer.Typer(
     help="Make, index, check, count, show and rewrite shards: plain tar files of training samples.",
@@ -191,7 +192,7 @@ def verify(
     checksums: Annotated[
         bool | None, typer.Option(help="Read whole tars and compare them with the index; default: without --sample.")
     ] = None,
-    decoder: Annotated[str, typer.Option(help="What runs decode with: decord, pyav or torchcodec.")] = "decord",
+    decoder: Annotated[str, typer.Option(help="What runs decode with: decord, pyav or torchcodec.")] = DEFAULT_DECODER,
     tolerance: Annotated[float, typer.Option(help="Seconds that picture, sound and JSON may differ by.")] = 0.5,
     quarantine: Annotated[Path | None, typer.Option(help="Add the bad samples to this JSONL file.")] = None,
     repair: Annotated[Path | None, typer.Option(help="Write the shards without them into this new folder.")] = None,

@@ -11,7 +11,6 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from mmcl.media.video import Decoder
 from mmcl.progress import Progress, failures
 from mmcl.shards.check import Problem, check_files
 from mmcl.shards.files import is_remote, new_folder, write_atomically, writing
@@ -23,7 +22,7 @@ from mmcl.shards.reader import ShardReader
 from mmcl.shards.remote import open_filesystem
 from mmcl.shards.scan import check_positive, choose_places, scan
 from mmcl.shards.writer import TarShard
-from mmcl.types import ConfigError, RunError, SampleError
+from mmcl.types import DEFAULT_DECODER, ConfigError, Decoder, RunError, SampleError
 
 _SHARD_SECONDS = 3600.0
 _BLOCK = 1 << 20
@@ -39,7 +38,7 @@ class VerifyOptions:
     """of that draw"""
     checksums: bool | None = None
     """read whole tars, compare their checksums and members with the index; None: unless ``sample`` is given"""
-    decoder: Decoder = "decord"
+    decoder: Decoder = DEFAULT_DECODER
     """the one that runs use; PyAV decodes everything beside it"""
     tolerance_seconds: float = 0.5
     """between picture, sound, and the length that the JSON states"""

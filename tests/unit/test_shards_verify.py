@@ -78,7 +78,7 @@ def test_a_decoder_that_dies_is_one_finding_and_nothing_else_is_lost(good, tmp_p
     if metadata.version("decord") != "0.6.0":
         pytest.skip("another decord may survive this file")
     write_shards(tmp_path, {"a": {"mp4": good}, "killer": {"mp4": without_some_sound(good)}, "z": {"mp4": good}})
-    report = verify_shards(tmp_path, VerifyOptions(workers=1))
+    report = verify_shards(tmp_path, VerifyOptions(workers=1, decoder="decord"))
     assert [(finding.key, finding.reason) for finding in report.findings] == [("killer", "worker_died")]
     assert "SIGSEGV" in report.findings[0].detail and report.samples == 3
     assert verify_shards(tmp_path, VerifyOptions(workers=1, decoder="pyav")).ok

@@ -8,6 +8,7 @@ from pydantic import Field, model_validator
 
 from mmcl.config import Options
 from mmcl.objectives.views import Count, NotNegative, PositiveInt
+from mmcl.objectives.weights import Weight
 
 Fraction = Annotated[float, Field(ge=0, le=1)]
 
@@ -78,7 +79,7 @@ class TCLOptions(Options):
     """
 
     name: Literal["tcl"] = "tcl"
-    weight: NotNegative = 1.0
+    weight: Weight = 1.0
     pairs: Annotated[tuple[tuple[str, str], ...], Field(min_length=1)] | None = None
     """towers, e.g. ``[[video, text], [video, audio]]``; the loss is the mean over pairs; null: every pair of towers"""
     key_clip: Count = 1
