@@ -16,8 +16,9 @@ import torch
 from torch import Tensor, nn
 
 from mmcl.layers import RankBatchNorm1d
-from mmcl.model import CachePass, TrainStep, Values
+from mmcl.model import Values
 from mmcl.objectives.base import Term
+from mmcl.training.step import CachePass, TrainStep
 from mmcl.types import Batch, ConfigError, ViewBatch
 
 BATCH_STATISTICS = (nn.modules.batchnorm._BatchNorm, RankBatchNorm1d)
@@ -38,11 +39,11 @@ def cached_backward(
     """Forward and backward of one batch; leaves the gradients that a forward of the whole would leave.
 
     Args:
-        step: a :class:`~mmcl.model.TrainStep`, or what a launcher wrapped round it.
+        step: a :class:`~mmcl.training.step.TrainStep`, or what a launcher wrapped round it.
         batch: the rows of this rank, equally many on all ranks.
         micro_batch: rows per forward.
         parts: the loss is divided by it.
-        optimizer_step: as :class:`~mmcl.model.TrainStep` takes it.
+        optimizer_step: as :class:`~mmcl.training.step.TrainStep` takes it.
         no_sync: keeps gradients of backwards inside it on this rank; they are reduced once, with the last replay.
         autocast: the precision of forwards.
 

@@ -21,7 +21,6 @@ from mmcl.data.health import SkipLimits, read_quarantine
 from mmcl.distributed import Comm
 from mmcl.media.augment import augment
 from mmcl.media.mixing import mix
-from mmcl.model import TrainStep
 from mmcl.objectives.base import Term
 from mmcl.progress import on_terminal, show_progress
 from mmcl.recipe import RunConfig, build_model
@@ -34,6 +33,7 @@ from mmcl.training.optim import build_optimizer, learning_rate_factor, set_learn
 from mmcl.training.run_folder import RunFolder
 from mmcl.training.signals import StopRequest
 from mmcl.training.soundness import SilenceWatch, check_labels, not_finite
+from mmcl.training.step import TrainStep
 from mmcl.types import Batch, ConfigError, RunError, View
 
 

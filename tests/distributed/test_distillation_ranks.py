@@ -15,10 +15,10 @@ from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 
 from mmcl.config import build as build_options
-from mmcl.model import TrainStep
 from mmcl.objectives import OBJECTIVES
 from mmcl.objectives.base import ObjectiveMix
 from mmcl.recipe import build_model
+from mmcl.training.step import TrainStep
 
 
 def subject(many: list[dict[str, Any]]) -> Subject:

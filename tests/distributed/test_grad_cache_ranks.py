@@ -16,11 +16,12 @@ from torch.nn.parallel import DistributedDataParallel
 from mmcl.distributed import Comm
 from mmcl.encoders.text import TinyTextOptions
 from mmcl.encoders.video import TinyVideoOptions
-from mmcl.model import CachePass, HeadOptions, ModelOptions, MultimodalModel, TrainStep
+from mmcl.model import HeadOptions, ModelOptions, MultimodalModel
 from mmcl.objectives import cross_modal
 from mmcl.objectives.base import ObjectiveMix
 from mmcl.training.grad_cache import cached_backward, check_cacheable, inner, rows_of
 from mmcl.training.momentum import advance
+from mmcl.training.step import CachePass, TrainStep
 from mmcl.types import Batch, ConfigError, View, ViewBatch
 
 ROWS = 12

@@ -9,9 +9,10 @@ import torch
 from support.objectives import tower_batch
 from support.recipes import tiny_config
 
-from mmcl.model import MultimodalModel, TrainStep
+from mmcl.model import MultimodalModel
 from mmcl.recipe import build_model
 from mmcl.training.optim import build_optimizer
+from mmcl.training.step import TrainStep
 from mmcl.types import ConfigError
 
 FROZEN = ("model.frozen=[audio]", "model.towers.audio.dropout=0.5", "model.towers.video.dropout=0.5")

@@ -13,10 +13,11 @@ from support.recipes import tiny_config
 
 import mmcl
 from mmcl.data.collate import holes
-from mmcl.model import MultimodalModel, TrainStep
+from mmcl.model import MultimodalModel
 from mmcl.objectives.base import check_needs
 from mmcl.recipe import MomentumOptions, build_model
 from mmcl.training.momentum import advance, momentum_at
+from mmcl.training.step import TrainStep
 from mmcl.types import Clip, ConfigError, Need, SampleError, View, ViewBatch
 
 
