@@ -6,9 +6,10 @@ import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
+import torch.nn.functional as F
 from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
@@ -21,7 +22,7 @@ from mmcl.media.video import Decoder
 from mmcl.model import MultimodalModel, average_windows
 from mmcl.progress import show_progress
 from mmcl.shards import load_manifest
-from mmcl.types import Batch, Modality, RunError, View
+from mmcl.types import Batch, Level, Modality, RunError, View, ViewBatch
 
 
 @dataclass(frozen=True, eq=False)
@@ -61,11 +62,13 @@ def embed_shards(
     decoder: Decoder = "decord",
     comm: Comm | None = None,
     device: torch.device | str = "cpu",
+    level: Literal["joint", "pooled"] = "joint",
 ) -> EmbeddedShards:
     """Embeds every sample of ``shards`` with the first tower of each modality; all captions of a sample are embedded.
 
     Args:
         clips: evenly spaced windows whose embeddings are averaged.
+        level: ``pooled`` gives what is before every head (probes); texts are then left out.
         batch: rows per forward of one rank.
         workers: decoding processes of this rank; ``in_process`` decodes in this one.
         comm: with more than one rank each reads its share; every rank returns everything.
@@ -81,6 +84,8 @@ def embed_shards(
     }
     # a text view keeps samples that have captions alone
     text = [View(model.tower(towers["text"]).spec)] if "text" in towers else []
+    if level == "pooled":
+        towers.pop("text", None)
     stream = ClipStream(
         load_manifest(shards),
         [*text, *(view for each in views.values() for view in each)],
@@ -100,9 +105,7 @@ def embed_shards(
     for rows in _progress(stream, total, quiet=comm.rank > 0):
         moved = rows.to(device)
         embedded = {
-            modality: average_windows(
-                [model.encode_view(tower, moved.views[v], ["joint"])["joint"] for v in views[modality]]
-            )
+            modality: average_windows([_unit_rows(model, tower, moved.views[v], level) for v in views[modality]])
             for modality, tower in timed.items()
         }
         collected.add(rows, {m: comm.gather(e).cpu() for m, e in embedded.items()}, views, comm)
@@ -110,6 +113,11 @@ def embed_shards(
     if not collected.items:
         raise RunError(f"{shards}: none of {stream.num_samples} samples could be read")
     return collected.done()
+
+
+def _unit_rows(model: MultimodalModel, tower: str, view: ViewBatch, level: Level) -> Tensor:
+    rows = model.encode_view(tower, view, [level])[level]
+    return rows if level == "joint" else F.normalize(rows, dim=-1)
 
 
 def _modalities(model: MultimodalModel) -> list[Modality]:
