@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-import torch.nn.functional as F
 from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
@@ -22,7 +21,7 @@ from mmcl.media.video import Decoder
 from mmcl.model import MultimodalModel, average_windows
 from mmcl.progress import show_progress
 from mmcl.shards import load_manifest
-from mmcl.types import Batch, Level, Modality, RunError, View, ViewBatch
+from mmcl.types import Batch, Level, Modality, RunError, View
 
 
 @dataclass(frozen=True, eq=False)
@@ -43,7 +42,7 @@ class EmbeddedShards:
 
     items: tuple[EmbeddedItem, ...]
     rows: dict[Modality, Tensor]
-    """unit rows float32 ``(n, D)`` of each modality"""
+    """float32 ``(n, D)`` of each modality; unit rows at level ``joint``"""
     owners: dict[Modality, Tensor]
     """int64 ``(n,)``: the item that each row shows; an item may have none, or, for text, several"""
     skipped: tuple[tuple[int, str, str, str], ...] = field(default=())
@@ -68,7 +67,7 @@ def embed_shards(
 
     Args:
         clips: evenly spaced windows whose embeddings are averaged.
-        level: ``pooled`` gives what is before every head (probes); texts are then left out.
+        level: ``pooled`` gives what is before every head, as it is (probes); texts are then left out.
         batch: rows per forward of one rank.
         workers: decoding processes of this rank; ``in_process`` decodes in this one.
         comm: with more than one rank each reads its share; every rank returns everything.
@@ -105,7 +104,7 @@ def embed_shards(
     for rows in _progress(stream, total, quiet=comm.rank > 0):
         moved = rows.to(device)
         embedded = {
-            modality: average_windows([_unit_rows(model, tower, moved.views[v], level) for v in views[modality]])
+            modality: _mean([model.encode_view(tower, moved.views[v], [level])[level] for v in views[modality]], level)
             for modality, tower in timed.items()
         }
         collected.add(rows, {m: comm.gather(e).cpu() for m, e in embedded.items()}, views, comm)
@@ -115,9 +114,8 @@ def embed_shards(
     return collected.done()
 
 
-def _unit_rows(model: MultimodalModel, tower: str, view: ViewBatch, level: Level) -> Tensor:
-    rows = model.encode_view(tower, view, [level])[level]
-    return rows if level == "joint" else F.normalize(rows, dim=-1)
+def _mean(windows: Sequence[Tensor], level: Level) -> Tensor:
+    return average_windows(windows) if level == "joint" else torch.stack(list(windows)).mean(0)
 
 
 def _modalities(model: MultimodalModel) -> list[Modality]:

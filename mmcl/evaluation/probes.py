@@ -41,18 +41,20 @@ def neighbour_accuracy(
     """
     for name, rows, labels in (("queries", queries, query_labels), ("bank", bank, bank_labels)):
         if rows.ndim != 2 or not len(rows) or labels.shape != rows.shape[:1] or rows.shape[1] != bank.shape[1]:
-            raise ValueError(f"{name}: rows (n, D) with a label each are needed, got {(*rows.shape,)}, {(*labels.shape,)}")
+            shapes = f"{tuple(rows.shape)} and {tuple(labels.shape)}"
+            raise ValueError(f"{name}: rows (n, D) with a label each are needed, of one width, got {shapes}")
         if int(labels.min()) < 0:
             raise ValueError(f"{name}: labels must be at least 0, got {int(labels.min())}")
     if neighbours < 1 or not temperature > 0:
         raise ValueError(f"need neighbours >= 1 and temperature > 0, got {neighbours} and {temperature}")
     classes = int(torch.maximum(query_labels.max(), bank_labels.max())) + 1
-    rows = F.normalize(bank, dim=1)
+    rows, asked = F.normalize(bank, dim=1), F.normalize(queries, dim=1)
     right = 0
-    for asked, labels in zip(F.normalize(queries, dim=1).split(block), query_labels.split(block), strict=True):
-        cosines, found = (asked @ rows.T).topk(min(neighbours, len(rows)), dim=1)
+    for start in range(0, len(asked), block):
+        part = slice(start, start + block)
+        cosines, found = (asked[part] @ rows.T).topk(min(neighbours, len(rows)), dim=1)
         # less the largest, so that no vote overflows
         weights = ((cosines - cosines[:, :1]) / temperature).exp()
-        votes = cosines.new_zeros(len(asked), classes).scatter_add_(1, bank_labels[found], weights)
-        right += int((votes.argmax(1) == labels).sum())
+        votes = cosines.new_zeros(len(cosines), classes).scatter_add_(1, bank_labels[found], weights)
+        right += int((votes.argmax(1) == query_labels[part]).sum())
     return 100 * right / len(queries)

@@ -3,9 +3,9 @@
     python tools/bench/learning.py --work learning-work --jobs 2 --out tools/bench/results/learning.json
 
 ``persistency``: one tower, no labels: clips of one recording at two times (rho 2) against one clip twice (rho 1).
-``intra_modal``: three towers and one recording per game: cross-modal contrast with and without SimCLR on video and sound.
-``distillation``: a video student with labels: alone, with plain distillation, and with compositional distillation from a
-tower of sound that earlier learned the names of the games.
+``intra_modal``: three towers, one recording per game: cross-modal contrast with and without SimCLR on video and sound.
+``distillation``: a video student with labels: alone, with plain distillation, with compositional distillation; the
+teacher is a tower of sound, or of single pictures, that earlier learned the names of the games from more recordings.
 
 All arms of a comparison take the same steps of the same batch with the same towers and optimizer, from the same first
 weights, and nothing was tuned for one of them. Everything is kept in ``--work``: what is there is not made again.
@@ -35,6 +35,7 @@ Figures = dict[str, float]
 VIDEO: Tree = {"name": "tiny_video", "width": 64, "channels": 16, "size": 32, "frames": 4, "fps": 2}
 AUDIO: Tree = {"name": "tiny_audio", "width": 128, "channels": 16, "mels": 32, "seconds": 2.0}
 TEXT: Tree = {"name": "tiny_text", "width": 64, "depth": 1}
+TEACHERS: Tree = {"audio": AUDIO, "image": {**VIDEO, "width": 128, "channels": 32, "frames": 1}}
 AUGMENTATIONS: Tree = {
     "strong": {
         "video": {"oversample": 1.5, "crop": {"area": [0.3, 1.0]}, "flip": 0.5, "jitter": {}, "grey": 0.2},
@@ -51,20 +52,20 @@ UNTRAINED = "untrained"
 class Sizes:
     takes: Takes
     steps: dict[str, int]
-    batch: dict[str, int]
+    batch: int
     seeds: int
 
 
 FULL = Sizes(
     Takes(games=None, seeds=4, test_seeds=2, seconds=16.0),
-    steps={"persistency": 120, "intra_modal": 200, "distillation": 200, "teacher": 200},
-    batch={"persistency": 64, "intra_modal": 32, "distillation": 32, "teacher": 64},
+    steps={"persistency": 300, "intra_modal": 300, "distillation": 300, "teacher": 200},
+    batch=64,
     seeds=3,
 )
 QUICK = Sizes(
     Takes(games=8, seeds=2, test_seeds=1, seconds=4.0),
     steps=dict.fromkeys(FULL.steps, 4),
-    batch=dict.fromkeys(FULL.steps, 8),
+    batch=8,
     seeds=2,
 )
 
@@ -81,13 +82,13 @@ class Job(NamedTuple):
     bank: tuple[str, ...]
     """splits that nearest neighbours are looked for in"""
     measure: str
-    """``neighbours`` of video or audio, or ``retrieval``"""
+    """``neighbours`` (of the first tower), ``classes`` (these, and the student's own) or ``retrieval``"""
 
 
 # --- the arms ---------------------------------------------------------------------------------------------------------
 
 
-def persistency(sizes: Sizes) -> Iterator[tuple[str, str, Tree]]:
+def persistency() -> Iterator[tuple[str, str, Tree]]:
     """(camera, arm, tree) of rho 1 and rho 2 under both cameras; clips lie anywhere in a recording."""
     method = {"name": "simclr", "hidden": 256, "out": 64, "mask_false_negatives": False}  # captions would be labels
     for camera in ("still", "wandering"):
@@ -96,7 +97,7 @@ def persistency(sizes: Sizes) -> Iterator[tuple[str, str, Tree]]:
             yield camera, f"{camera} camera, {arm}", {"model": {"towers": {"video": VIDEO}}, "objectives": [term]}
 
 
-def intra_modal(sizes: Sizes) -> Iterator[tuple[str, str, Tree]]:
+def intra_modal() -> Iterator[tuple[str, str, Tree]]:
     model = {"towers": {"video": VIDEO, "audio": AUDIO, "text": TEXT}, "joint_width": 64}
     method = {"name": "simclr", "hidden": 256, "out": 64}
     terms = [
@@ -107,22 +108,33 @@ def intra_modal(sizes: Sizes) -> Iterator[tuple[str, str, Tree]]:
         yield "still", arm, {"model": model, "objectives": [{"name": "cross_modal"}, *more]}
 
 
-def distillation(sizes: Sizes, teacher: Path) -> Iterator[tuple[str, str, Tree]]:
-    model = {"towers": {"video": VIDEO, "audio": AUDIO}, "frozen": ["audio"], "weights": {"audio": str(teacher)}}
-    composed = {"name": "compositional_distillation", "teachers": ["audio"], "classes": CLASSES}
-    plain = {"name": "distillation", "method": "knowledge_distillation", "teacher": "audio", "classes": CLASSES}
-    arms = {
-        UNTRAINED: composed,
-        "labels alone": {**composed, "teacher_weight": 0.0},
-        "plain distillation": plain,
-        "compositional distillation": composed,
-    }
-    for arm, term in arms.items():
-        yield "still", arm, {"model": model, "objectives": [term]}
+def distillation(work: Path) -> Iterator[tuple[str, str, Tree]]:
+    composed = {"name": "compositional_distillation", "classes": CLASSES}
+    plain = {"name": "distillation", "method": "knowledge_distillation", "classes": CLASSES}
+    for arm, teacher, term in (
+        (UNTRAINED, "audio", composed),
+        ("labels alone", "audio", {**composed, "teacher_weight": 0.0}),
+        ("plain, from sound", "audio", plain),
+        ("compositional, from sound", "audio", composed),
+        ("plain, from pictures", "image", plain),
+        ("compositional, from pictures", "image", composed),
+    ):
+        model = {
+            "towers": {"video": VIDEO, teacher: TEACHERS[teacher]},
+            "frozen": [teacher],
+            "weights": {teacher: str(run_folder(work, "teacher", teacher, 0))},
+        }
+        named = {"teacher": teacher} if term is plain else {"teachers": [teacher]}
+        yield "still", arm, {"model": model, "objectives": [{**term, **named}]}
 
 
-def teacher_of_sound() -> Tree:
-    return {"model": {"towers": {"audio": AUDIO, "text": TEXT}}, "objectives": [{"name": "cross_modal"}]}
+def teacher() -> Iterator[tuple[str, str, Tree]]:
+    for name, tower in TEACHERS.items():
+        yield "still", name, {"model": {"towers": {name: tower, "text": TEXT}}, "objectives": [{"name": "cross_modal"}]}
+
+
+def run_folder(work: Path, experiment: str, arm: str, seed: int) -> Path:
+    return work / "runs" / f"{experiment}-{arm}-{seed}".replace(" ", "_").replace(",", "")
 
 
 COMPARED = {
@@ -132,29 +144,30 @@ COMPARED = {
     ],
     "intra_modal": [("cross-modal and intra-modal", "cross-modal")],
     "distillation": [
-        ("compositional distillation", "labels alone"),
-        ("compositional distillation", "plain distillation"),
+        ("compositional, from sound", "labels alone"),
+        ("compositional, from sound", "plain, from sound"),
+        ("compositional, from pictures", "labels alone"),
+        ("compositional, from pictures", "plain, from pictures"),
     ],
 }
 
 
 def jobs_of(experiment: str, sizes: Sizes, work: Path) -> list[Job]:
-    teacher = work / "runs" / "teacher-audio-0"
     arms = {
-        "persistency": lambda: persistency(sizes),
-        "intra_modal": lambda: intra_modal(sizes),
-        "distillation": lambda: distillation(sizes, teacher),
-        "teacher": lambda: iter([("still", "audio", teacher_of_sound())]),
+        "persistency": persistency,
+        "intra_modal": intra_modal,
+        "distillation": lambda: distillation(work),
+        "teacher": teacher,
     }[experiment]()
     # the fewer recordings, the more a second objective has to add
     learned = {"intra_modal": 1, "distillation": 2}.get(experiment, sizes.takes.seeds)
     bank = tuple(f"train_{seed}" for seed in range(learned))
-    measure = {"intra_modal": "retrieval", "teacher": "neighbours audio"}.get(experiment, "neighbours video")
+    measure = {"intra_modal": "retrieval", "distillation": "classes"}
     found = []
     for camera, arm, tree in arms:
         shards = work / camera / "shards"
         for seed in range(1 if experiment == "teacher" else sizes.seeds):
-            folder = work / "runs" / f"{experiment}-{arm}-{seed}".replace(" ", "_").replace(",", "")
+            folder = run_folder(work, experiment, arm, seed)
             data = {
                 "sources": [{"shards": str(shards / split)} for split in bank],
                 "augmentations": AUGMENTATIONS,
@@ -164,14 +177,14 @@ def jobs_of(experiment: str, sizes: Sizes, work: Path) -> list[Job]:
             train = {
                 "out": str(folder),
                 "steps": sizes.steps[experiment],
-                "global_batch": sizes.batch[experiment],
+                "global_batch": sizes.batch,
                 "seed": seed,
                 "threads": 1,
                 "checkpoint_every": sizes.steps[experiment],
                 "optimizer": {"learning_rate": 2e-3},
             }
             whole = {**tree, "data": data, "train": train}
-            found.append(Job(experiment, arm, seed, whole, folder, shards, bank, measure))
+            found.append(Job(experiment, arm, seed, whole, folder, shards, bank, measure.get(experiment, "neighbours")))
     return found
 
 
@@ -179,27 +192,16 @@ def jobs_of(experiment: str, sizes: Sizes, work: Path) -> list[Job]:
 
 
 def run(job: Job) -> tuple[Job, Figures]:
-    """Trains and measures, or reads what an earlier call of the same configuration measured."""
-    result = job.folder / "measured.json"
-    if result.exists():
-        before = json.loads(result.read_text(encoding="utf-8"))
-        if before["tree"] == job.tree:
-            return job, before["figures"]
-    if job.folder.exists():
-        shutil.rmtree(job.folder)
-    job.folder.mkdir(parents=True)
+    """Trains, unless an earlier call did with the same configuration, and measures."""
     torch.set_num_threads(1)
-    start = time.process_time()
-    with (job.folder.with_suffix(".log")).open("w") as log, redirect_stdout(log), redirect_stderr(log):
-        model = _trained(job)
-        trained = time.process_time() - start
-        figures = retrieval(model, job) if job.measure == "retrieval" else neighbours(model, job)
-    figures["cpu_seconds"] = round(trained, 1)
-    result.write_text(json.dumps({"tree": job.tree, "figures": figures}, indent=1) + "\n", encoding="utf-8")
-    return job, figures
+    job.folder.parent.mkdir(parents=True, exist_ok=True)
+    with job.folder.with_suffix(".log").open("a") as log, redirect_stdout(log), redirect_stderr(log):
+        model, cpu_seconds = _trained(job)
+        figures = {"retrieval": retrieval, "classes": classes}.get(job.measure, neighbours)(model, job)
+    return job, {**figures, "cpu_seconds": cpu_seconds}
 
 
-def _trained(job: Job) -> Any:
+def _trained(job: Job) -> tuple[Any, float]:
     from mmcl.config import build
     from mmcl.model import MultimodalModel
     from mmcl.recipe import RunConfig, build_model
@@ -208,9 +210,17 @@ def _trained(job: Job) -> Any:
     config = build(RunConfig, job.tree, where=str(job.folder))
     if job.arm.endswith(UNTRAINED):
         torch.manual_seed(job.seed)
-        return build_model(config)[0]
-    pretrain(config)
-    return MultimodalModel.from_pretrained(job.folder)
+        return build_model(config)[0], 0.0
+    done = job.folder / "trained.json"
+    before = json.loads(done.read_text(encoding="utf-8")) if done.exists() else {}
+    if before.get("tree") != job.tree:
+        if job.folder.exists():
+            shutil.rmtree(job.folder)
+        start = time.process_time()
+        pretrain(config)
+        before = {"tree": job.tree, "cpu_seconds": round(time.process_time() - start, 1)}
+        done.write_text(json.dumps(before, indent=1) + "\n", encoding="utf-8")
+    return MultimodalModel.from_pretrained(job.folder), before["cpu_seconds"]
 
 
 def _embed(model: Any, job: Job, split: str, level: Any) -> Any:
@@ -223,7 +233,7 @@ def neighbours(model: Any, job: Job) -> Figures:
     """Percent of test recordings whose nearest recordings in the bank are of the same game."""
     from mmcl.evaluation.probes import neighbour_accuracy
 
-    modality = job.measure.split()[-1]
+    modality = next(iter(model.tower_infos().values())).modality
 
     def rows(splits: Iterable[str]) -> tuple[torch.Tensor, torch.Tensor]:
         each = [_embed(model, job, split, "pooled") for split in splits]
@@ -232,6 +242,24 @@ def neighbours(model: Any, job: Job) -> Figures:
 
     accuracy = neighbour_accuracy(*rows(["test"]), *rows(job.bank), neighbours=NEIGHBOURS)
     return {f"{NEIGHBOURS}-NN": accuracy}
+
+
+def classes(model: Any, job: Job) -> Figures:
+    """The same, and percent of test recordings that the student's own classifier names."""
+    from mmcl.training.checkpoint import find_checkpoint, load_tensors
+
+    figures = neighbours(model, job)
+    checkpoint = find_checkpoint(job.folder)
+    if checkpoint is None or job.arm == UNTRAINED:
+        return figures
+    owned = load_tensors(checkpoint / "objectives.safetensors")
+    weight, bias = (
+        owned[f"objectives.{job.tree['objectives'][0]['name']}.classify.{part}"] for part in ("weight", "bias")
+    )
+    test = _embed(model, job, "test", "pooled")
+    labels = torch.tensor([item.label for item in test.items])[test.owners["video"]]
+    named = (test.rows["video"] @ weight.T + bias).argmax(1)
+    return {"classifier": 100 * float((named == labels).float().mean()), **figures}
 
 
 def retrieval(model: Any, job: Job) -> Figures:
@@ -266,21 +294,20 @@ def spread(values: list[float]) -> Tree:
 def summary(experiment: str, measured: dict[tuple[str, int], Figures]) -> Tree:
     arms = list(dict.fromkeys(arm for arm, _ in measured))
     seeds = sorted({seed for _, seed in measured})
-    names = list(next(iter(measured.values())))
 
-    def values(arm: str, name: str) -> list[float]:
-        return [measured[arm, seed][name] for seed in seeds]
+    def values(arm: str) -> dict[str, list[float]]:
+        return {name: [measured[arm, seed][name] for seed in seeds] for name in measured[arm, seeds[0]]}
 
+    def differences(a: str, b: str) -> dict[str, list[float]]:
+        x, y = values(a), values(b)
+        return {n: [u - v for u, v in zip(x[n], y[n], strict=True)] for n in x if n in y and n != "cpu_seconds"}
+
+    pairs = {f"{a} − {b}": differences(a, b) for a, b in COMPARED.get(experiment, [])}
     return {
         "seeds": seeds,
-        "arms": {arm: {name: spread(values(arm, name)) for name in names} for arm in arms},
+        "arms": {arm: {name: spread(x) for name, x in values(arm).items()} for arm in arms},
         "differences, seed by seed": {
-            f"{a} − {b}": {
-                name: spread([x - y for x, y in zip(values(a, name), values(b, name), strict=True)])
-                for name in names
-                if name != "cpu_seconds"
-            }
-            for a, b in COMPARED.get(experiment, [])
+            pair: {name: spread(x) for name, x in found.items()} for pair, found in pairs.items()
         },
     }
 
@@ -316,17 +343,19 @@ def main() -> None:
     with ProcessPoolExecutor(options.jobs, mp_context=multiprocessing.get_context("spawn")) as pool:
         for experiment in (["teacher"] if "distillation" in chosen else []) + chosen:
             measured = {}
-            for future in as_completed([pool.submit(run, job) for job in jobs_of(experiment, sizes, work)]):
+            jobs = jobs_of(experiment, sizes, work)
+            for future in as_completed([pool.submit(run, job) for job in jobs]):
                 job, figures = future.result()
                 measured[job.arm, job.seed] = figures
                 shown = "  ".join(f"{name} {value:.1f}" for name, value in figures.items())
                 print(f"{experiment}: {job.arm}, seed {job.seed}: {shown}", flush=True)
-            summaries[experiment] = summary(experiment, dict(sorted(measured.items(), key=lambda each: each[0][1])))
+            summaries[experiment] = summary(experiment, {(j.arm, j.seed): measured[j.arm, j.seed] for j in jobs})
     print(table(summaries))
     if options.out is not None:
         settings = {
             **asdict(sizes),
             "towers": [VIDEO, AUDIO, TEXT],
+            "teachers": TEACHERS,
             "augmentations": AUGMENTATIONS,
             "neighbours": NEIGHBOURS,
             "recordings learned from, per game": {"persistency": 4, "intra_modal": 1, "distillation": 2, "teacher": 4},
