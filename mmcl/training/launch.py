@@ -14,7 +14,6 @@ from mmcl.config import to_yaml
 from mmcl.distributed import Comm
 from mmcl.model import parameter_counts
 from mmcl.recipe import RunConfig, build_model
-from mmcl.training.memory import keep_freed_memory
 from mmcl.training.run_folder import RunFolder
 from mmcl.training.trainer import Trainer, build_accelerator, build_stream
 from mmcl.types import Batch, MmclError, RunError
@@ -39,7 +38,6 @@ def pretrain(config: RunConfig, *, resume: str | None = None) -> bool:
     """
     accelerator = build_accelerator(config)
     if not torch.cuda.is_available():
-        keep_freed_memory()
         torch.set_num_threads(
             config.train.threads or spare_threads(config, int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
         )

@@ -32,3 +32,14 @@ def test_a_comparison_runs_and_its_runs_are_kept(tmp_path: Path) -> None:
     written = kept.stat().st_mtime_ns
     assert subprocess.run(command, check=True, capture_output=True, text=True).stdout == first
     assert kept.stat().st_mtime_ns == written, "a run that is there is not made again"
+
+
+@pytest.mark.slow
+def test_the_overhead_of_a_mix_is_measured_on_equal_losses(tmp_path: Path) -> None:
+    command = [sys.executable, str(ROOT / "tools/bench/mix.py"), "--rows", "16", "--pairs", "4", "--calls", "1"]
+    subprocess.run([*command, "--out", str(tmp_path / "mix.json")], check=True, capture_output=True)
+    found = json.loads((tmp_path / "mix.json").read_text(encoding="utf-8"))
+    for (figures,) in found.values():
+        assert len(figures["terms"]) == 5
+        low, high = figures["overhead_quartiles"]
+        assert -1 < low <= figures["overhead"] <= high

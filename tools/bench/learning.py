@@ -52,20 +52,20 @@ UNTRAINED = "untrained"
 class Sizes:
     takes: Takes
     steps: dict[str, int]
-    batch: int
+    batch: dict[str, int]
     seeds: int
 
 
 FULL = Sizes(
     Takes(games=None, seeds=4, test_seeds=2, seconds=16.0),
-    steps={"persistency": 300, "intra_modal": 300, "distillation": 300, "teacher": 200},
-    batch=64,
+    steps={"persistency": 300, "intra_modal": 200, "distillation": 300, "teacher": 200},
+    batch={"persistency": 64, "intra_modal": 32, "distillation": 64, "teacher": 64},
     seeds=3,
 )
 QUICK = Sizes(
     Takes(games=8, seeds=2, test_seeds=1, seconds=4.0),
     steps=dict.fromkeys(FULL.steps, 4),
-    batch=8,
+    batch=dict.fromkeys(FULL.steps, 8),
     seeds=2,
 )
 
@@ -177,7 +177,7 @@ def jobs_of(experiment: str, sizes: Sizes, work: Path) -> list[Job]:
             train = {
                 "out": str(folder),
                 "steps": sizes.steps[experiment],
-                "global_batch": sizes.batch,
+                "global_batch": sizes.batch[experiment],
                 "seed": seed,
                 "threads": 1,
                 "checkpoint_every": sizes.steps[experiment],
