@@ -217,7 +217,8 @@ def _trained(job: Job) -> tuple[Any, float]:
         if job.folder.exists():
             shutil.rmtree(job.folder)
         start = time.process_time()
-        pretrain(config)
+        if not pretrain(config):
+            raise SystemExit(f"{job.folder}: stopped before the last step")
         before = {"tree": job.tree, "cpu_seconds": round(time.process_time() - start, 1)}
         done.write_text(json.dumps(before, indent=1) + "\n", encoding="utf-8")
     return MultimodalModel.from_pretrained(job.folder), before["cpu_seconds"]
