@@ -7,7 +7,7 @@ import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from safetensors import SafetensorError
@@ -21,7 +21,7 @@ from mmcl.hub import model_folder
 from mmcl.model import MultimodalModel, average_windows
 from mmcl.progress import show_progress
 from mmcl.shards import load_manifest
-from mmcl.types import DEFAULT_DECODER, Batch, Decoder, Modality, RunError, VectorSpec, View
+from mmcl.types import DEFAULT_DECODER, Batch, Decoder, Level, Modality, RunError, VectorSpec, View
 
 
 @dataclass(frozen=True, eq=False)
@@ -42,7 +42,7 @@ class EmbeddedShards:
 
     items: tuple[EmbeddedItem, ...]
     rows: dict[Modality, Tensor]
-    """unit rows float32 ``(n, D)`` of each modality"""
+    """float32 ``(n, D)`` of each modality; unit rows at level ``joint``"""
     owners: dict[Modality, Tensor]
     """int64 ``(n,)``: the item that each row shows; an item may have none, or, for text, several"""
     skipped: tuple[tuple[int, str, str, str], ...] = field(default=())
@@ -61,11 +61,13 @@ def embed_shards(
     decoder: Decoder = DEFAULT_DECODER,
     comm: Comm | None = None,
     device: torch.device | str = "cpu",
+    level: Literal["joint", "pooled"] = "joint",
 ) -> EmbeddedShards:
     """Embeds every sample of ``shards`` with the first tower of each modality; all captions of a sample are embedded.
 
     Args:
         clips: evenly spaced windows whose embeddings are averaged.
+        level: ``pooled`` gives what is before every head, as it is (probes); texts are then left out.
         batch: rows per forward of one rank.
         workers: decoding processes of this rank; ``in_process`` decodes in this one.
         comm: with more than one rank each reads its share; every rank returns everything.
@@ -81,6 +83,8 @@ def embed_shards(
     }
     # a text view keeps samples that have captions alone
     text = [View(model.tower(towers["text"]).spec)] if "text" in towers else []
+    if level == "pooled":
+        towers.pop("text", None)
     stream = ClipStream(
         load_manifest(shards),
         [*text, *(view for each in views.values() for view in each)],
@@ -100,9 +104,7 @@ def embed_shards(
     for rows in _progress(stream, total, quiet=comm.rank > 0):
         moved = rows.to(device)
         embedded = {
-            modality: average_windows(
-                [model.encode_view(tower, moved.views[v], ["joint"])["joint"] for v in views[modality]]
-            )
+            modality: _mean([model.encode_view(tower, moved.views[v], [level])[level] for v in views[modality]], level)
             for modality, tower in timed.items()
         }
         collected.add(rows, {m: comm.gather(e).cpu() for m, e in embedded.items()}, views, comm)
@@ -110,6 +112,10 @@ def embed_shards(
     if not collected.items:
         raise RunError(f"{shards}: none of {stream.num_samples} samples could be read")
     return collected.done()
+
+
+def _mean(windows: Sequence[Tensor], level: Level) -> Tensor:
+    return average_windows(windows) if level == "joint" else torch.stack(list(windows)).mean(0)
 
 
 def _modalities(model: MultimodalModel) -> list[Modality]:

@@ -42,6 +42,18 @@ def test_everything_is_embedded_once_in_the_order_of_the_shards(embedded: Embedd
         assert torch.allclose(rows.norm(dim=1), torch.ones(len(rows)), atol=1e-6)
 
 
+def test_features_before_the_heads_for_probes(folder: Path, shards_folder: Path, embedded: EmbeddedShards) -> None:
+    """``pooled``: what the heads make ``joint`` from; no texts."""
+    model = MultimodalModel.from_pretrained(folder)
+    found = embed_shards(model, str(shards_folder / "train"), in_process=True, level="pooled")
+    assert set(found.rows) == {"video", "audio"}
+    assert [item.key for item in found.items] == [item.key for item in embedded.items]
+    for modality, rows in found.rows.items():
+        assert rows.shape == (len(embedded.rows[modality]), model.tower(modality).width)
+        joint = torch.nn.functional.normalize(model.heads[modality](rows), dim=1)
+        assert torch.allclose(joint, embedded.rows[modality], atol=1e-5)
+
+
 def rank_rows(rank: int, world: int, model: str, shards: str) -> dict[str, object]:
     found = embed_shards(MultimodalModel.from_pretrained(model), shards, batch=2, in_process=True, comm=Comm.current())
     return {"keys": [item.key for item in found.items], **{m: rows.numpy() for m, rows in found.rows.items()}}

@@ -1,0 +1,369 @@
+"""Do the objectives learn, not only compute: three small comparisons on recorded games, on CPUs, over several seeds.
+
+    python tools/bench/learning.py --work learning-work --jobs 2 --out tools/bench/results/learning.json
+
+``persistency``: one tower, no labels: clips of one recording at two times (rho 2) against one clip twice (rho 1).
+``intra_modal``: three towers, one recording per game: cross-modal contrast with and without SimCLR on video and sound.
+``distillation``: a video student with labels: alone, with plain distillation, with compositional distillation; the
+teacher is a tower of sound, or of single pictures, that earlier learned the names of the games from more recordings.
+
+All arms of a comparison take the same steps of the same batch with the same towers and optimizer, from the same first
+weights, and nothing was tuned for one of them. Everything is kept in ``--work``: what is there is not made again.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import multiprocessing
+import shutil
+import statistics
+import time
+from collections.abc import Iterable, Iterator
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from contextlib import redirect_stderr, redirect_stdout
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from learning_data import Takes, prepare
+
+Tree = dict[str, Any]
+Figures = dict[str, float]
+
+VIDEO: Tree = {"name": "tiny_video", "width": 64, "channels": 16, "size": 32, "frames": 4, "fps": 2}
+AUDIO: Tree = {"name": "tiny_audio", "width": 128, "channels": 16, "mels": 32, "seconds": 2.0}
+TEXT: Tree = {"name": "tiny_text", "width": 64, "depth": 1}
+TEACHERS: Tree = {"audio": AUDIO, "image": {**VIDEO, "width": 128, "channels": 32, "frames": 1}}
+AUGMENTATIONS: Tree = {
+    "strong": {
+        "video": {"oversample": 1.5, "crop": {"area": [0.3, 1.0]}, "flip": 0.5, "jitter": {}, "grey": 0.2},
+        "audio": {"gain_db": [-6, 6], "shift_seconds": 0.5, "time_masks": 2},
+    }
+}
+CLASSES = 128
+"""outputs of a classifier: at least as many as there are games"""
+NEIGHBOURS = 5
+UNTRAINED = "untrained"
+
+
+@dataclass(frozen=True)
+class Sizes:
+    takes: Takes
+    steps: dict[str, int]
+    batch: dict[str, int]
+    seeds: int
+
+
+FULL = Sizes(
+    Takes(games=None, seeds=4, test_seeds=2, seconds=16.0),
+    steps={"persistency": 300, "intra_modal": 200, "distillation": 300, "teacher": 200},
+    batch={"persistency": 64, "intra_modal": 32, "distillation": 64, "teacher": 64},
+    seeds=3,
+)
+QUICK = Sizes(
+    Takes(games=8, seeds=2, test_seeds=1, seconds=4.0),
+    steps=dict.fromkeys(FULL.steps, 4),
+    batch=dict.fromkeys(FULL.steps, 8),
+    seeds=2,
+)
+
+
+class Job(NamedTuple):
+    """One training run and what is measured of it."""
+
+    experiment: str
+    arm: str
+    seed: int
+    tree: Tree
+    folder: Path
+    shards: Path
+    bank: tuple[str, ...]
+    """splits that nearest neighbours are looked for in"""
+    measure: str
+    """``neighbours`` (of the first tower), ``classes`` (these, and the student's own) or ``retrieval``"""
+
+
+# --- the arms ---------------------------------------------------------------------------------------------------------
+
+
+def persistency() -> Iterator[tuple[str, str, Tree]]:
+    """(camera, arm, tree) of rho 1 and rho 2 under both cameras; clips lie anywhere in a recording."""
+    method = {"name": "simclr", "hidden": 256, "out": 64, "mask_false_negatives": False}  # captions would be labels
+    for camera in ("still", "wandering"):
+        for arm, rho in ((UNTRAINED, 1), ("rho 1", 1), ("rho 2", 2)):
+            term = {"name": "persistency", "tower": "video", "rho": rho, "augmentation": "strong", "method": method}
+            yield camera, f"{camera} camera, {arm}", {"model": {"towers": {"video": VIDEO}}, "objectives": [term]}
+
+
+def intra_modal() -> Iterator[tuple[str, str, Tree]]:
+    model = {"towers": {"video": VIDEO, "audio": AUDIO, "text": TEXT}, "joint_width": 64}
+    method = {"name": "simclr", "hidden": 256, "out": 64}
+    terms = [
+        {"name": "intra_modal", "tower": tower, "augmentation": "strong", "method": method}
+        for tower in ("video", "audio")
+    ]
+    for arm, more in (("cross-modal", []), ("cross-modal and intra-modal", terms)):
+        yield "still", arm, {"model": model, "objectives": [{"name": "cross_modal"}, *more]}
+
+
+def distillation(work: Path) -> Iterator[tuple[str, str, Tree]]:
+    composed = {"name": "compositional_distillation", "classes": CLASSES}
+    plain = {"name": "distillation", "method": "knowledge_distillation", "classes": CLASSES}
+    for arm, teacher, term in (
+        (UNTRAINED, "audio", composed),
+        ("labels alone", "audio", {**composed, "teacher_weight": 0.0}),
+        ("plain, from sound", "audio", plain),
+        ("compositional, from sound", "audio", composed),
+        ("plain, from pictures", "image", plain),
+        ("compositional, from pictures", "image", composed),
+    ):
+        model = {
+            "towers": {"video": VIDEO, teacher: TEACHERS[teacher]},
+            "frozen": [teacher],
+            "weights": {teacher: str(run_folder(work, "teacher", teacher, 0))},
+        }
+        named = {"teacher": teacher} if term is plain else {"teachers": [teacher]}
+        yield "still", arm, {"model": model, "objectives": [{**term, **named}]}
+
+
+def teacher() -> Iterator[tuple[str, str, Tree]]:
+    for name, tower in TEACHERS.items():
+        yield "still", name, {"model": {"towers": {name: tower, "text": TEXT}}, "objectives": [{"name": "cross_modal"}]}
+
+
+def run_folder(work: Path, experiment: str, arm: str, seed: int) -> Path:
+    return work / "runs" / f"{experiment}-{arm}-{seed}".replace(" ", "_").replace(",", "")
+
+
+COMPARED = {
+    "persistency": [
+        ("still camera, rho 2", "still camera, rho 1"),
+        ("wandering camera, rho 2", "wandering camera, rho 1"),
+    ],
+    "intra_modal": [("cross-modal and intra-modal", "cross-modal")],
+    "distillation": [
+        ("compositional, from sound", "labels alone"),
+        ("compositional, from sound", "plain, from sound"),
+        ("compositional, from pictures", "labels alone"),
+        ("compositional, from pictures", "plain, from pictures"),
+    ],
+}
+
+
+def jobs_of(experiment: str, sizes: Sizes, work: Path) -> list[Job]:
+    arms = {
+        "persistency": persistency,
+        "intra_modal": intra_modal,
+        "distillation": lambda: distillation(work),
+        "teacher": teacher,
+    }[experiment]()
+    # the fewer recordings, the more a second objective has to add
+    learned = {"intra_modal": 1, "distillation": 2}.get(experiment, sizes.takes.seeds)
+    bank = tuple(f"train_{seed}" for seed in range(learned))
+    measure = {"intra_modal": "retrieval", "distillation": "classes"}
+    found = []
+    for camera, arm, tree in arms:
+        shards = work / camera / "shards"
+        for seed in range(1 if experiment == "teacher" else sizes.seeds):
+            folder = run_folder(work, experiment, arm, seed)
+            data = {
+                "sources": [{"shards": str(shards / split)} for split in bank],
+                "augmentations": AUGMENTATIONS,
+                "in_process": True,
+                "decoder": "pyav",
+            }
+            train = {
+                "out": str(folder),
+                "steps": sizes.steps[experiment],
+                "global_batch": sizes.batch[experiment],
+                "seed": seed,
+                "threads": 1,
+                "checkpoint_every": sizes.steps[experiment],
+                "optimizer": {"learning_rate": 2e-3},
+            }
+            whole = {**tree, "data": data, "train": train}
+            found.append(Job(experiment, arm, seed, whole, folder, shards, bank, measure.get(experiment, "neighbours")))
+    return found
+
+
+# --- one run ----------------------------------------------------------------------------------------------------------
+
+
+def run(job: Job) -> tuple[Job, Figures]:
+    """Trains, unless an earlier call did with the same configuration, and measures."""
+    torch.set_num_threads(1)
+    job.folder.parent.mkdir(parents=True, exist_ok=True)
+    with job.folder.with_suffix(".log").open("a") as log, redirect_stdout(log), redirect_stderr(log):
+        model, cpu_seconds = _trained(job)
+        figures = {"retrieval": retrieval, "classes": classes}.get(job.measure, neighbours)(model, job)
+    return job, {**figures, "cpu_seconds": cpu_seconds}
+
+
+def _trained(job: Job) -> tuple[Any, float]:
+    from mmcl.config import build
+    from mmcl.model import MultimodalModel
+    from mmcl.recipe import RunConfig, build_model
+    from mmcl.training.launch import pretrain
+
+    config = build(RunConfig, job.tree, where=str(job.folder))
+    if job.arm.endswith(UNTRAINED):
+        torch.manual_seed(job.seed)
+        return build_model(config)[0], 0.0
+    done = job.folder / "trained.json"
+    before = json.loads(done.read_text(encoding="utf-8")) if done.exists() else {}
+    if before.get("tree") != job.tree:
+        if job.folder.exists():
+            shutil.rmtree(job.folder)
+        start = time.process_time()
+        if not pretrain(config):
+            raise SystemExit(f"{job.folder}: stopped before the last step")
+        before = {"tree": job.tree, "cpu_seconds": round(time.process_time() - start, 1)}
+        done.write_text(json.dumps(before, indent=1) + "\n", encoding="utf-8")
+    return MultimodalModel.from_pretrained(job.folder), before["cpu_seconds"]
+
+
+def _embed(model: Any, job: Job, split: str, level: Any) -> Any:
+    from mmcl.evaluation.embed import embed_shards
+
+    return embed_shards(model, str(job.shards / split), level=level, in_process=True, decoder="pyav")
+
+
+def neighbours(model: Any, job: Job) -> Figures:
+    """Percent of test recordings whose nearest recordings in the bank are of the same game."""
+    from mmcl.evaluation.probes import neighbour_accuracy
+
+    modality = next(iter(model.tower_infos().values())).modality
+
+    def rows(splits: Iterable[str]) -> tuple[torch.Tensor, torch.Tensor]:
+        each = [_embed(model, job, split, "pooled") for split in splits]
+        labels = [torch.tensor([item.label for item in e.items])[e.owners[modality]] for e in each]
+        return torch.cat([e.rows[modality] for e in each]), torch.cat(labels)
+
+    accuracy = neighbour_accuracy(*rows(["test"]), *rows(job.bank), neighbours=NEIGHBOURS)
+    return {f"{NEIGHBOURS}-NN": accuracy}
+
+
+def classes(model: Any, job: Job) -> Figures:
+    """The same, and percent of test recordings that the student's own classifier names."""
+    from mmcl.training.checkpoint import find_checkpoint, load_tensors
+
+    figures = neighbours(model, job)
+    checkpoint = find_checkpoint(job.folder)
+    if checkpoint is None or job.arm == UNTRAINED:
+        return figures
+    owned = load_tensors(checkpoint / "objectives.safetensors")
+    weight, bias = (
+        owned[f"objectives.{job.tree['objectives'][0]['name']}.classify.{part}"] for part in ("weight", "bias")
+    )
+    test = _embed(model, job, "test", "pooled")
+    labels = torch.tensor([item.label for item in test.items])[test.owners["video"]]
+    named = (test.rows["video"] @ weight.T + bias).argmax(1)
+    return {"classifier": 100 * float((named == labels).float().mean()), **figures}
+
+
+def retrieval(model: Any, job: Job) -> Figures:
+    """R@1 of all directions among the test recordings; everything of the query's game is right."""
+    from mmcl.evaluation import retrieval_metrics
+
+    test = _embed(model, job, "test", "joint")
+    labels = torch.tensor([item.label for item in test.items])
+    figures = {}
+    for asked, queries in test.rows.items():
+        for given, gallery in test.rows.items():
+            if asked != given:
+                answers = labels[test.owners[given]]
+                right = [(answers == label).nonzero()[:, 0].tolist() for label in labels[test.owners[asked]]]
+                figures[f"{asked}→{given}"] = float(retrieval_metrics(queries, gallery, right)["R@1"])
+    return {"R@1, mean of directions": statistics.mean(figures.values()), **figures}
+
+
+# --- the report -------------------------------------------------------------------------------------------------------
+
+
+def spread(values: list[float]) -> Tree:
+    """Mean and standard deviation over seeds."""
+    deviation = statistics.stdev(values) if len(values) > 1 else 0.0
+    return {
+        "values": [round(v, 2) for v in values],
+        "mean": round(statistics.mean(values), 2),
+        "spread": round(deviation, 2),
+    }
+
+
+def summary(experiment: str, measured: dict[tuple[str, int], Figures]) -> Tree:
+    arms = list(dict.fromkeys(arm for arm, _ in measured))
+    seeds = sorted({seed for _, seed in measured})
+
+    def values(arm: str) -> dict[str, list[float]]:
+        return {name: [measured[arm, seed][name] for seed in seeds] for name in measured[arm, seeds[0]]}
+
+    def differences(a: str, b: str) -> dict[str, list[float]]:
+        x, y = values(a), values(b)
+        return {n: [u - v for u, v in zip(x[n], y[n], strict=True)] for n in x if n in y and n != "cpu_seconds"}
+
+    pairs = {f"{a} − {b}": differences(a, b) for a, b in COMPARED.get(experiment, [])}
+    return {
+        "seeds": seeds,
+        "arms": {arm: {name: spread(x) for name, x in values(arm).items()} for arm in arms},
+        "differences, seed by seed": {
+            pair: {name: spread(x) for name, x in found.items()} for pair, found in pairs.items()
+        },
+    }
+
+
+def table(summaries: Tree) -> str:
+    """Markdown: mean ± standard deviation of the main figure of each arm, then of each direction."""
+    lines = []
+    for experiment, found in summaries.items():
+        for kind in ("arms", "differences, seed by seed"):
+            for arm, figures in found[kind].items():
+                cells = [f"{name} {s['mean']:.1f} ± {s['spread']:.1f}" for name, s in figures.items()]
+                lines.append(f"| {experiment} | {arm} | " + "; ".join(cells) + " |")
+    return "\n".join(["| experiment | arm | mean ± standard deviation over seeds |", "| --- | --- | --- |", *lines])
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--work", type=Path, required=True, help="folder for recordings, shards and runs")
+    for name in COMPARED:
+        parser.add_argument(f"--{name.replace('_', '-')}", action="store_true", help="this one; default: all three")
+    parser.add_argument("--quick", action="store_true", help="tiny sizes, to see that everything runs; means nothing")
+    parser.add_argument("--jobs", type=int, default=1, help="runs at a time, one core each")
+    parser.add_argument("--seeds", type=int, help="seeds 0, 1, …; default: 3")
+    parser.add_argument("--out", type=Path, help="JSON")
+    options = parser.parse_args()
+    sizes = QUICK if options.quick else FULL
+    if options.seeds is not None:
+        sizes = Sizes(sizes.takes, sizes.steps, sizes.batch, options.seeds)
+    chosen = [name for name in COMPARED if getattr(options, name)] or list(COMPARED)
+    work = (options.work / "quick" if options.quick else options.work).absolute()
+    prepare(work, sizes.takes, options.jobs, wandering="persistency" in chosen)
+    summaries: Tree = {}
+    with ProcessPoolExecutor(options.jobs, mp_context=multiprocessing.get_context("spawn")) as pool:
+        for experiment in (["teacher"] if "distillation" in chosen else []) + chosen:
+            measured = {}
+            jobs = jobs_of(experiment, sizes, work)
+            for future in as_completed([pool.submit(run, job) for job in jobs]):
+                job, figures = future.result()
+                measured[job.arm, job.seed] = figures
+                shown = "  ".join(f"{name} {value:.1f}" for name, value in figures.items())
+                print(f"{experiment}: {job.arm}, seed {job.seed}: {shown}", flush=True)
+            summaries[experiment] = summary(experiment, {(j.arm, j.seed): measured[j.arm, j.seed] for j in jobs})
+    print(table(summaries))
+    if options.out is not None:
+        settings = {
+            **asdict(sizes),
+            "towers": [VIDEO, AUDIO, TEXT],
+            "teachers": TEACHERS,
+            "augmentations": AUGMENTATIONS,
+            "neighbours": NEIGHBOURS,
+            "recordings learned from, per game": {"persistency": 4, "intra_modal": 1, "distillation": 2, "teacher": 4},
+        }
+        found = {"settings": settings, **summaries}
+        options.out.write_text(json.dumps(found, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()
