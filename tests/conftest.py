@@ -23,5 +23,6 @@ pytest_plugins = ["support.gloo", "support.media", "support.shards"]
 @pytest.fixture(scope="session", autouse=True)
 def _warm_forkserver() -> None:
     """Processes that tests start are forked from one that has torch loaded: they then start in milliseconds."""
-    forkserver.set_forkserver_preload(["mmcl.data.loader"])
+    # the first optimizer of a process imports torch._dynamo, which takes a second
+    forkserver.set_forkserver_preload(["mmcl.data.loader", "mmcl.training.trainer", "torch._dynamo"])
     forkserver.ensure_running()
