@@ -52,7 +52,7 @@ def found_and_gradients(loss: Callable[..., Tensor], leaves: list[Tensor], **opt
     return [value.detach(), *(torch.zeros_like(x) if g is None else g for x, g in zip(leaves, gradients, strict=True))]
 
 
-@settings(max_examples=80, deadline=None)
+@settings(max_examples=80)
 @given(
     form=st.sampled_from(FORMS),
     rows=st.integers(1, 8),
@@ -94,7 +94,7 @@ def with_share(form: Form, share: float) -> Form:
     return Form(form.name, detach_weight=form.detach_weight, hard_quantile=share)
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(
     form=st.sampled_from(VIEW_FORMS),
     rows=st.integers(1, 8),
