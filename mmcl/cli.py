@@ -12,6 +12,7 @@ import typer
 
 import mmcl
 from mmcl.shards.commands import app as shards_app
+from mmcl.types import MmclError
 
 app = typer.Typer(
     help="Train one embedding space of video, audio and text on streamed shards.",
@@ -107,6 +108,10 @@ def train(
     ] = False,
 ) -> None:
     """Train in this process. On many: accelerate launch pipelines/pretrain.py CONFIG …, the same program."""
+    from mmcl.config import read_yaml
+
+    read_yaml(config)  # a wrong path is said before torch is imported, which takes seconds
+
     from mmcl.recipe import load_config
     from mmcl.training.launch import describe, pretrain
 
@@ -141,6 +146,17 @@ Clips = Annotated[
 Workers = Annotated[int, typer.Option(min=0, help="Decoding processes.")]
 
 
+def _check_places(checkpoint: Path, shards: str | None, out: Path) -> None:
+    """Says what is wrong with a path before torch is imported, which takes seconds."""
+    from mmcl.folders import check_writable, model_folder
+    from mmcl.shards.manifest import load_manifest
+
+    check_writable(out)
+    model_folder(checkpoint)
+    if shards is not None:
+        load_manifest(shards)
+
+
 @app.command()
 def embed(
     checkpoint: Checkpoint,
@@ -150,6 +166,8 @@ def embed(
     workers: Workers = 2,
 ) -> None:
     """Embed every sample of some shards."""
+    _check_places(checkpoint, shards, out)
+
     from mmcl.evaluation.embed import embed_to_folder
 
     count = embed_to_folder(checkpoint, shards, out, clips=clips, workers=workers)
@@ -169,6 +187,8 @@ def evaluate_retrieval(
     workers: Workers = 2,
 ) -> None:
     """Retrieval between every two modalities, in both directions, with a report to look at."""
+    _check_places(checkpoint, shards, out)
+
     from mmcl.evaluation.run import evaluate_checkpoint
     from mmcl.evaluation.show import print_evaluation
 
@@ -183,6 +203,8 @@ def export(
     out: Annotated[Path, typer.Option(help="Folder for config.json, model.safetensors and the card.")],
 ) -> None:
     """Write a model that `mmcl.MultimodalModel.from_pretrained` loads."""
+    _check_places(checkpoint, None, out)
+
     from mmcl.model import MultimodalModel
 
     MultimodalModel.from_pretrained(checkpoint).export(out)
@@ -197,8 +219,6 @@ def guarded(function: Callable[[], object]) -> None:
         print("interrupted", file=sys.stderr, flush=True)
         sys.exit(130)
     except Exception as error:
-        from mmcl.types import MmclError  # imports torch
-
         if not isinstance(error, MmclError) or os.environ.get("MMCL_DEBUG"):
             raise
         rank = f"[rank {os.environ['RANK']}] " if int(os.environ.get("WORLD_SIZE", "1")) > 1 else ""

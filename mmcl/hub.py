@@ -11,9 +11,10 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 import mmcl
+from mmcl.folders import CONFIG, model_folder
 from mmcl.types import ConfigError, RunError
 
-CONFIG, WEIGHTS, CARD = "config.json", "model.safetensors", "README.md"
+WEIGHTS, CARD = "model.safetensors", "README.md"
 
 M = TypeVar("M", bound="Pretrained")
 
@@ -64,24 +65,6 @@ class Pretrained(nn.Module):
         except Exception as error:  # safetensors raises its own types, torch a RuntimeError: both mean a bad file
             raise ConfigError(f"{source / WEIGHTS}: {' '.join(str(error).split())[:300]}") from None
         return model.eval()
-
-
-def model_folder(path: Path) -> Path:
-    """The folder with ``config.json`` that ``path`` means.
-
-    Raises:
-        ConfigError: there is none.
-    """
-    if not path.exists():
-        raise ConfigError(f"{path}: no such folder")
-    if (path / CONFIG).exists():
-        return path
-    latest = path / "checkpoints" / "latest"
-    if latest.exists():
-        newest = latest.parent / latest.read_text(encoding="utf-8", errors="replace").strip()
-        if (newest / CONFIG).exists():
-            return newest
-    raise ConfigError(f"{path}: neither a model, a checkpoint, nor a run folder with one")
 
 
 def write_card(folder: Path, facts: dict[str, str]) -> None:

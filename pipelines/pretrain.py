@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 import os
+from pathlib import Path
 
 from mmcl.cli import guarded
 
@@ -23,6 +24,10 @@ def main() -> None:
     arguments = parser.parse_intermixed_args()
 
     def run() -> None:
+        from mmcl.config import read_yaml
+
+        read_yaml(Path(arguments.config))  # a wrong path is said before torch is imported, which takes seconds
+
         from mmcl.recipe import load_config
         from mmcl.training.launch import describe, pretrain
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -17,7 +16,7 @@ from torch import Tensor
 from mmcl.config import read_yaml
 from mmcl.data import ClipStream
 from mmcl.distributed import Comm
-from mmcl.hub import model_folder
+from mmcl.folders import check_writable, model_folder
 from mmcl.model import MultimodalModel, average_windows
 from mmcl.progress import show_progress
 from mmcl.shards import load_manifest
@@ -189,19 +188,6 @@ def default_clips(checkpoint: Path | str) -> int:
     config = model_folder(Path(checkpoint)) / "config.yaml"
     # read as it is: a run of another version may hold keys that this one does not know
     return int(read_yaml(config).get("evaluate", {}).get("clips", 1)) if config.exists() else 1
-
-
-def check_writable(folder: Path) -> None:
-    """Says at once if a folder cannot be made or written: embedding may take hours. Makes nothing.
-
-    Raises:
-        RunError: names the folder and the reason.
-    """
-    there = next(path for path in (folder.absolute(), *folder.absolute().parents) if path.exists())
-    if not there.is_dir():
-        raise RunError(f"cannot write to {folder}: {there} is not a folder")
-    if not os.access(there, os.W_OK):
-        raise RunError(f"cannot write to {folder}: permission denied")
 
 
 def embed_to_folder(

@@ -9,9 +9,10 @@ from typing import overload
 
 import numpy as np
 
-from mmcl.evaluation.embed import EmbeddedItem, EmbeddedShards, check_writable, default_clips, embed_shards
+from mmcl.evaluation.embed import EmbeddedItem, EmbeddedShards, default_clips, embed_shards
 from mmcl.evaluation.gallery import GalleryItem, poster_jpeg, waveform_svg
 from mmcl.evaluation.report import ListResult, ModalityRows, RetrievalReport, evaluate_list, fingerprint, write_report
+from mmcl.folders import check_writable
 from mmcl.media.clip import MediaReader
 from mmcl.media.image import decode_image
 from mmcl.media.video import open_video

@@ -13,7 +13,6 @@ from support.tcl import make as make_tcl
 from support.view_methods import make
 from torch.nn.parallel import DistributedDataParallel
 
-from mmcl.distributed import Comm
 from mmcl.encoders.text import TinyTextOptions
 from mmcl.encoders.video import TinyVideoOptions
 from mmcl.model import HeadOptions, ModelOptions, MultimodalModel
@@ -71,10 +70,10 @@ def global_batch(step: int, views: tuple[View, ...], empty_rank: int | None) -> 
     return Batch(data, tuple(f"{step}-{i}" for i in range(ROWS)), torch.arange(ROWS), none, none[:, 0])
 
 
-def train(rank: int, world: int, micro_batch: int | None, ddp: bool = False) -> Record:
+def train(rank: int, world: int, micro_batch: int | None) -> Record:
     """Three optimizer steps; the second has a rank without rows."""
     step = build_step()
-    wrapped = DistributedDataParallel(step, broadcast_buffers=False) if ddp else step
+    wrapped = DistributedDataParallel(step, broadcast_buffers=False) if world > 1 else step
     parameters = {name: p for name, p in step.named_parameters() if p.requires_grad}
     optimizer = torch.optim.SGD(parameters.values(), lr=0.05, momentum=0.9)
     views = tuple(dict.fromkeys(need.view for need in step.mix.needs))
@@ -88,12 +87,7 @@ def train(rank: int, world: int, micro_batch: int | None, ddp: bool = False) -> 
         else:
             no_sync = wrapped.no_sync if isinstance(wrapped, DistributedDataParallel) else nullcontext
             term = cached_backward(wrapped, own, micro_batch=micro_batch, no_sync=no_sync)
-        comm = Comm.current()
         gradients = {n: torch.zeros_like(p) if p.grad is None else p.grad for n, p in parameters.items()}
-        if not ddp:
-            gradients = {name: comm.sum(g) / world for name, g in gradients.items()}
-            for name, p in parameters.items():
-                p.grad = gradients[name].clone()
         record.losses.append(float(term.loss.detach()))
         record.metrics.append({name: float(value) for name, value in term.metrics.items()})
         record.gradients.append({name: gradient.clone() for name, gradient in gradients.items()})
@@ -112,9 +106,8 @@ def test_equals_the_whole_batch(gloo: GlooPool) -> None:
     for micro_batch in (1, 5):
         assert_same(train(0, 1, micro_batch), whole, f"{micro_batch} rows at once")
     for world in (2, 3):
-        for ddp in (False, True):
-            for rank, record in enumerate(gloo(world, train, 3, ddp)):
-                assert_same(record, whole, f"rank {rank} of {world}, {'DDP' if ddp else 'own averaging'}")
+        for rank, record in enumerate(gloo(world, train, 3)):
+            assert_same(record, whole, f"rank {rank} of {world}")
 
 
 def test_with_dropout_equals_one_graph_over_the_same_forwards() -> None:

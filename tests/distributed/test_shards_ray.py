@@ -7,6 +7,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -34,8 +35,13 @@ def cluster() -> Iterator[Any]:
     from ray.cluster_utils import Cluster
 
     here = Path(__file__).parent
-    with pytest.MonkeyPatch.context() as patch:
+    # short, for the paths of sockets
+    with (
+        tempfile.TemporaryDirectory(prefix="ray", dir="/tmp", ignore_cleanup_errors=True) as ray_folder,
+        pytest.MonkeyPatch.context() as patch,
+    ):
         patch.setenv("RAY_USAGE_STATS_ENABLED", "0")
+        patch.setenv("RAY_TMPDIR", ray_folder)
         # the nodes import the package, and `job` from this file
         patch.setenv("PYTHONPATH", os.pathsep.join(map(str, (here.parents[1], here.parent, here))))
         node = {"num_cpus": 2, "object_store_memory": 80 << 20, "include_dashboard": False}

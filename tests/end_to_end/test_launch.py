@@ -15,6 +15,9 @@ import torch
 from safetensors.torch import load_file
 from support.recipes import ROOT, TINY, tiny_overrides
 
+from mmcl import load_config
+from mmcl.training.launch import pretrain
+
 STEPS = 20
 
 
@@ -57,8 +60,9 @@ def assert_same_weights(left: Path, right: Path) -> None:
 
 @pytest.fixture(scope="module")
 def alone(shards_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """In this process, which spares a start."""
     out = tmp_path_factory.mktemp("alone") / "run"
-    launch(1, *overrides(shards_folder, out))
+    pretrain(load_config(TINY, overrides(shards_folder, out)))
     return out
 
 

@@ -108,7 +108,7 @@ def test_without_labels_samples_of_one_group_do_not_repel() -> None:
     for parameter in part.parameters():
         torch.nn.init.zeros_(parameter)
     for others in (12, 11):
-        loss = float(objective(embed(objective, batch, ones)[0], Comm()).loss)
+        loss = float(objective(embed(objective, batch, ones)[0], Comm()).loss.detach())
         n = torch.tensor(float(others), dtype=torch.float64)
         assert loss == pytest.approx(float(8 * (n.log() - (1 - 1 / n).log())), abs=1e-9)
         batch.groups[:, 0] = torch.arange(12) // 2  # each now has one that neither attracts nor repels

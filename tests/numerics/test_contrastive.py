@@ -36,7 +36,7 @@ def ours(a: Tensor, b: Tensor, scale: Tensor, **options: Any) -> Tensor:
     return contrastive(a, b, scale=scale, comm=Comm(), **options)
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(
     rows=st.integers(1, 9),
     tile=st.integers(1, 10),

@@ -52,7 +52,7 @@ def found_and_gradients(loss: Callable[..., Tensor], leaves: list[Tensor], **opt
     return [value.detach(), *(torch.zeros_like(x) if g is None else g for x, g in zip(leaves, gradients, strict=True))]
 
 
-@settings(max_examples=80, deadline=None)
+@settings(max_examples=80)
 @given(
     form=st.sampled_from(FORMS),
     rows=st.integers(1, 8),
@@ -94,7 +94,7 @@ def with_share(form: Form, share: float) -> Form:
     return Form(form.name, detach_weight=form.detach_weight, hard_quantile=share)
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(
     form=st.sampled_from(VIEW_FORMS),
     rows=st.integers(1, 8),
@@ -176,12 +176,14 @@ def test_gradcheck(form: Form) -> None:
     for share in (1.0, 0.5):
         kind = with_share(form, share)
         assert torch.autograd.gradcheck(
-            lambda *x, f=kind: ours(*x, present_b=present, groups=groups, tile=3, form=f), leaves
+            lambda *x, f=kind: ours(*x, present_b=present, groups=groups, tile=3, form=f), leaves, fast_mode=True
         )
     if form.name in ("infonce", "dcl", "dclw"):
         a, b, scale, _ = leaves_of(5)
         assert torch.autograd.gradcheck(
-            lambda *x: ours_of_views(*x, present=present[:, 0], groups=groups, tile=3, form=form), (a, b, scale)
+            lambda *x: ours_of_views(*x, present=present[:, 0], groups=groups, tile=3, form=form),
+            (a, b, scale),
+            fast_mode=True,
         )
 
 
@@ -265,7 +267,7 @@ def test_float32_inside_autocast_and_bfloat16_rows(form: Form) -> None:
 
 @pytest.mark.parametrize("form", [*FORMS, Form(hard_quantile=0.3)], ids=lambda f: f"{f.name}-{f.hard_quantile}")
 def test_no_tensor_of_n_by_n_elements(form: Form) -> None:
-    rows, tile = 512, 32
+    rows, tile = 384, 48
     leaves = [x.detach().float().requires_grad_() for x in leaves_of(rows, width=8)]
     with LargestTensor() as watch:
         found_and_gradients(ours, leaves, form=form, groups=torch.arange(rows) // 2, tile=tile)

@@ -13,7 +13,6 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
-import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
@@ -171,13 +170,12 @@ def train(
     build: Callable[[], Subject],
     kinds: Sequence[str] = KINDS,
     delete_holes: bool = False,
-    ddp: bool = False,
     dtype: torch.dtype = torch.float64,
 ) -> Record:
     """One optimizer step on a batch of each kind, as one rank of ``world``."""
     torch.manual_seed(1)
     subject = build().to(dtype)
-    step_module = DistributedDataParallel(subject, broadcast_buffers=False) if ddp and world > 1 else subject
+    step_module = DistributedDataParallel(subject, broadcast_buffers=False) if world > 1 else subject
     parameters = {name: p for name, p in subject.named_parameters() if p.requires_grad}
     optimizer = torch.optim.SGD(parameters.values(), lr=0.1, momentum=0.9)
     views = list(dict.fromkeys(need.view for need in subject.mix.needs))
@@ -193,9 +191,6 @@ def train(
         term.loss.backward()
         for parameter in parameters.values():
             parameter.grad = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
-            if world > 1 and not ddp:
-                dist.all_reduce(parameter.grad)
-                parameter.grad /= world
         record.losses.append(float(term.loss.detach()))
         record.metrics.append({name: float(value) for name, value in term.metrics.items()})
         record.gradients.append({name: p.grad.clone() for name, p in parameters.items() if p.grad is not None})
@@ -237,11 +232,10 @@ def assert_exact(
     kinds: Sequence[str] = KINDS,
     relative: float = 1e-9,
 ) -> Record:
-    """Both tests, and DDP's own averaging; returns the record of one process."""
+    """Both tests, gradients averaged by DDP as in a run; returns the record of one process."""
     reference = train(0, 1, build, kinds)
     for world in (2, 3):
-        for ddp in (False, True):
-            for rank, record in enumerate(gloo(world, train, build, kinds, False, ddp)):
-                assert_same(record, reference, f"rank {rank} of {world}, {'DDP' if ddp else 'own averaging'}", relative)
+        for rank, record in enumerate(gloo(world, train, build, kinds)):
+            assert_same(record, reference, f"rank {rank} of {world}", relative)
     assert_same(train(0, 1, build, kinds, delete_holes=True), reference, "hole rows deleted", relative)
     return reference

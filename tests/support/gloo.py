@@ -91,7 +91,6 @@ class GlooPool:
         if self.workers:
             return
         context = multiprocessing.get_context("forkserver")
-        context.set_forkserver_preload(["torch"])
         for _ in range(PROCESSES):
             ours, theirs = context.Pipe()
             process = context.Process(target=_serve, args=(theirs,), daemon=True)

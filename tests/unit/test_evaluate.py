@@ -110,6 +110,9 @@ def test_embeddings_are_written(folder: Path, shards_folder: Path, tmp_path: Pat
     assert len((tmp_path / "emb/items.jsonl").read_text().splitlines()) == 8
 
 
+PROGRAM = "import sys\nfrom mmcl.cli import main\ntry:\n    main()\nfinally:\n    print('torch' in sys.modules)"
+
+
 @pytest.mark.parametrize(
     ("arguments", "part"),
     [
@@ -120,12 +123,13 @@ def test_embeddings_are_written(folder: Path, shards_folder: Path, tmp_path: Pat
         (["train", "none.yaml"], "none.yaml: no such file"),
     ],
 )
-def test_commands_say_what_is_wrong_in_one_line(
+def test_commands_say_what_is_wrong_in_one_line_and_at_once(
     folder: Path, shards_folder: Path, tmp_path: Path, arguments: list[str], part: str
 ) -> None:
+    """Before torch is imported, which takes seconds."""
     places = {"MODEL": str(folder), "SHARDS": str(shards_folder / "test"), "OUT": str(tmp_path / "out")}
     done = subprocess.run(
-        [sys.executable, "-m", "mmcl", *(places.get(argument, argument) for argument in arguments)],
+        [sys.executable, "-c", PROGRAM, *(places.get(argument, argument) for argument in arguments)],
         capture_output=True,
         text=True,
         timeout=120,
@@ -135,6 +139,7 @@ def test_commands_say_what_is_wrong_in_one_line(
     assert done.returncode == 2, done.stderr
     assert part in done.stderr
     assert len(done.stderr.strip().splitlines()) == 1
+    assert done.stdout == "False\n"
     assert not (tmp_path / "out").exists()
 
 

@@ -13,7 +13,7 @@ ROOT = Path(__file__).parents[2]
 
 LAYERS = [
     {"types", "hashing", "progress"},
-    {"config", "media", "shards", "losses", "layers", "distributed"},
+    {"config", "folders", "media", "shards", "losses", "layers", "distributed"},
     {"data", "encoders", "objectives"},
     {"hub", "model", "recipe"},
     {"training", "evaluation", "search"},

@@ -52,7 +52,7 @@ def test_the_table_is_spread_evenly(weights: list[int]) -> None:
 
 
 @given(sources_strategy, st.integers(1, 9), st.integers(0, 3))
-@settings(max_examples=80, deadline=None)
+@settings(max_examples=80)
 def test_shares_are_exact_over_p_rows(sources: list, streams: int, start: int) -> None:
     """P rows are P·A draws; ``drawn`` counts as one that looks at each draw does."""
     order = mixed(sources, streams=streams)
@@ -72,7 +72,7 @@ def largest_error(weights: list[int], streams: int, start: int, draws: int) -> f
 
 
 @given(st.lists(st.integers(1, 300), min_size=2, max_size=5), st.integers(0, 10**7))
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @example([49, 64, 64], 0)
 @example([1, 64], 0)
 @example([64, 64, 1], 0)
@@ -84,7 +84,7 @@ def test_shares_hold_over_any_thousand_draws(weights: list[int], start: int) -> 
 
 
 @given(st.lists(st.integers(1, 300), min_size=2, max_size=5), st.integers(1, 512), st.integers(0, 10**7))
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 def test_a_period_longer_than_a_row_is_kept_to_on_any_number_of_streams(
     weights: list[int], streams: int, start: int
 ) -> None:
@@ -93,7 +93,7 @@ def test_a_period_longer_than_a_row_is_kept_to_on_any_number_of_streams(
 
 
 @given(sources_strategy, st.integers(1, 70))
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 def test_every_column_gets_its_share_of_every_source(sources: list, streams: int) -> None:
     """In P rows exactly; and the draw numbers of a column in a source are its visits there, one by one."""
     order = mixed(sources, streams=streams)
@@ -109,7 +109,7 @@ def test_every_column_gets_its_share_of_every_source(sources: list, streams: int
 
 
 @given(sources_strategy, st.integers(1, 9), st.integers(0, 5))
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 def test_every_source_has_epochs_of_its_own(sources: list, streams: int, seed: int) -> None:
     """In draws of a source alone, every sample comes once per epoch, and where is what its own order says."""
     order = mixed(sources, streams=streams, seed=seed)
@@ -127,7 +127,7 @@ def test_every_source_has_epochs_of_its_own(sources: list, streams: int, seed: i
 
 
 @given(sizes_strategy, st.integers(1, 9), st.integers(0, 1000), st.integers(1, 9))
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=50)
 def test_one_source_is_no_mixture(sizes: list[int], streams: int, start: int, weight: int) -> None:
     draws = np.arange(start, start + 100)
     source, *places = mixed([(sizes, weight)], streams=streams).locate(draws)
@@ -144,7 +144,7 @@ def test_one_source_is_no_mixture(sizes: list[int], streams: int, start: int, we
     st.integers(0, 500),
     st.sampled_from([24, 48, 72]),
 )
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 def test_the_same_rows_for_any_ranks_and_workers(
     sources: list, world: int, workers: int, step: int, batch: int
 ) -> None:

@@ -23,7 +23,7 @@ class Sizes:
 
 
 @given(sizes_strategy, st.integers(0, 5), st.integers(0, 3), st.integers(1, 9), st.integers(1, 12))
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 def test_every_sample_once_per_epoch(sizes: list[int], seed: int, epoch: int, streams: int, block: int) -> None:
     manifest = Sizes(np.array(sizes))
     drawn = list(sample_order(manifest, seed=seed, epoch=epoch, streams=streams, block=block))
@@ -31,7 +31,7 @@ def test_every_sample_once_per_epoch(sizes: list[int], seed: int, epoch: int, st
 
 
 @given(sizes_strategy, st.integers(0, 3), st.integers(1, 5), st.integers(1, 6))
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=50)
 def test_draws_are_a_pure_function_of_their_number(sizes: list[int], seed: int, streams: int, block: int) -> None:
     total = sum(sizes)
     draws = np.arange(3 * total)
@@ -85,7 +85,7 @@ def test_epochs_differ_and_seeds_differ() -> None:
     st.integers(0, 2**40),
     st.integers(0, 2**30),
 )
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 def test_a_batch_mixes_shards(extra: list[int], size: int, seed: int, start: int) -> None:
     """A batch of 256 draws from 50 shards of about one size touches at least 45 of them at default settings."""
     order = SampleOrder(size + np.array(extra) * size // 1000, seed=seed)

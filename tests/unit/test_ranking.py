@@ -121,7 +121,7 @@ def test_blocks_change_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     assert whole.metrics() == blocks.metrics()
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(
     values=st.lists(st.lists(st.integers(0, 3), min_size=6, max_size=6), min_size=1, max_size=4),
     top=st.integers(1, 8),
@@ -133,7 +133,7 @@ def test_top_is_by_score_then_by_index(values: list[list[int]], top: int) -> Non
         assert found.tolist() == sorted(range(6), key=lambda item: (-row[item], item))[:top]
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(seed=st.integers(0, 2**31), ties=st.booleans())
 def test_properties(seed: int, ties: bool) -> None:
     random = np.random.default_rng(seed)
@@ -228,17 +228,17 @@ def test_bootstrap_intervals() -> None:
 
 
 def test_never_holds_all_scores() -> None:
-    """12,000 × 12,000 scores would be 576 MB; blocks of them are all that is ever allocated."""
+    """9,000 × 9,000 scores would be 324 MB; blocks of them are all that is ever allocated."""
     import subprocess
     import sys
 
     program = (
         "import resource, torch; torch.set_num_threads(1)\n"
         "from mmcl.evaluation.ranking import retrieval_metrics\n"
-        "rows = torch.nn.functional.normalize(torch.randn(12_000, 8))\n"
+        "rows = torch.nn.functional.normalize(torch.randn(9_000, 8))\n"
         "before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss\n"
         "assert retrieval_metrics(rows, rows)['R@1'] == 100\n"
         "print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) // 1024)\n"
     )
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True, timeout=120)
-    assert int(done.stdout) < 350
+    assert int(done.stdout) < 280

@@ -193,7 +193,7 @@ def test_nothing_outlives_a_trainer_that_is_killed(train: Path) -> None:
         finally:
             process.kill()
         # every process that it started holds the other end of this pipe: it ends when the last of them does
-        assert process.communicate(timeout=10) == ("", None)
+        assert process.communicate(timeout=90) == ("", None)
 
 
 def test_mistakes_of_ours_and_missing_shards_always_raise(train: Path, clean: list[Batch], tmp_path: Path) -> None:

@@ -208,7 +208,7 @@ def test_a_file_that_takes_too_long_is_named_and_skipped(few_clips, tmp_path):
     folder = tmp_path / "in"
     shutil.copytree(few_clips, folder)
     write_endless(folder / "hours.mp4")
-    report = make_shards(folder, tmp_path / "out", MakeOptions(workers=2, timeout_seconds=3))
+    report = make_shards(folder, tmp_path / "out", MakeOptions(workers=2, timeout_seconds=2))
     assert (report.samples, report.failures) == (6, {"timeout": 1})
 
 
@@ -235,7 +235,7 @@ def test_killed_in_mid_make_and_started_again(few_clips, tmp_path):
                 break
     with pytest.raises(ConfigError, match="unfinished"):
         load_manifest(tmp_path / "out")
-    deadline = time.monotonic() + 10
+    deadline = time.monotonic() + 60
     while True:  # the orphaned workers finish their sample and go
         try:
             report = make_shards(table, tmp_path / "out", MakeOptions(max_count=2))
