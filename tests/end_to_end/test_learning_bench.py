@@ -16,6 +16,7 @@ def test_a_comparison_runs_and_its_runs_are_kept(tmp_path: Path) -> None:
     work, out = tmp_path / "work", tmp_path / "learning.json"
     command = [
         sys.executable, str(ROOT / "tools/bench/learning.py"), "--quick", "--distillation", "--seeds", "1",
+        "--teachers", "audio", "image",
         "--work", str(work), "--out", str(out),
     ]  # fmt: skip
     first = subprocess.run(command, check=True, capture_output=True, text=True).stdout

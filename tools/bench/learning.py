@@ -19,7 +19,7 @@ import multiprocessing
 import shutil
 import statistics
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from contextlib import redirect_stderr, redirect_stdout
 from dataclasses import asdict, dataclass
@@ -42,6 +42,7 @@ AUGMENTATIONS: Tree = {
         "audio": {"gain_db": [-6, 6], "shift_seconds": 0.5, "time_masks": 2},
     }
 }
+TAUGHT_BY = {"audio": "sound", "image": "pictures"}
 CLASSES = 128
 """outputs of a classifier: at least as many as there are games"""
 NEIGHBOURS = 5
@@ -108,29 +109,29 @@ def intra_modal() -> Iterator[tuple[str, str, Tree]]:
         yield "still", arm, {"model": model, "objectives": [{"name": "cross_modal"}, *more]}
 
 
-def distillation(work: Path) -> Iterator[tuple[str, str, Tree]]:
+def distillation(work: Path, teachers: Sequence[str]) -> Iterator[tuple[str, str, Tree]]:
     composed = {"name": "compositional_distillation", "classes": CLASSES}
     plain = {"name": "distillation", "method": "knowledge_distillation", "classes": CLASSES}
-    for arm, teacher, term in (
-        (UNTRAINED, "audio", composed),
-        ("labels alone", "audio", {**composed, "teacher_weight": 0.0}),
-        ("plain, from sound", "audio", plain),
-        ("compositional, from sound", "audio", composed),
-        ("plain, from pictures", "image", plain),
-        ("compositional, from pictures", "image", composed),
-    ):
+    arms = [(UNTRAINED, teachers[0], composed), ("labels alone", teachers[0], {**composed, "teacher_weight": 0.0})]
+    for name in teachers:
+        arms += [
+            (f"plain, from {TAUGHT_BY[name]}", name, plain),
+            (f"compositional, from {TAUGHT_BY[name]}", name, composed),
+        ]
+    for arm, name, term in arms:
         model = {
-            "towers": {"video": VIDEO, teacher: TEACHERS[teacher]},
-            "frozen": [teacher],
-            "weights": {teacher: str(run_folder(work, "teacher", teacher, 0))},
+            "towers": {"video": VIDEO, name: TEACHERS[name]},
+            "frozen": [name],
+            "weights": {name: str(run_folder(work, "teacher", name, 0))},
         }
-        named = {"teacher": teacher} if term is plain else {"teachers": [teacher]}
+        named = {"teacher": name} if term is plain else {"teachers": [name]}
         yield "still", arm, {"model": model, "objectives": [{**term, **named}]}
 
 
-def teacher() -> Iterator[tuple[str, str, Tree]]:
-    for name, tower in TEACHERS.items():
-        yield "still", name, {"model": {"towers": {name: tower, "text": TEXT}}, "objectives": [{"name": "cross_modal"}]}
+def teacher(teachers: Sequence[str]) -> Iterator[tuple[str, str, Tree]]:
+    for name in teachers:
+        towers = {name: TEACHERS[name], "text": TEXT}
+        yield "still", name, {"model": {"towers": towers}, "objectives": [{"name": "cross_modal"}]}
 
 
 def run_folder(work: Path, experiment: str, arm: str, seed: int) -> Path:
@@ -152,12 +153,12 @@ COMPARED = {
 }
 
 
-def jobs_of(experiment: str, sizes: Sizes, work: Path) -> list[Job]:
+def jobs_of(experiment: str, sizes: Sizes, work: Path, teachers: Sequence[str] = ("audio",)) -> list[Job]:
     arms = {
         "persistency": persistency,
         "intra_modal": intra_modal,
-        "distillation": lambda: distillation(work),
-        "teacher": teacher,
+        "distillation": lambda: distillation(work, teachers),
+        "teacher": lambda: teacher(teachers),
     }[experiment]()
     # the fewer recordings, the more a second objective has to add
     learned = {"intra_modal": 1, "distillation": 2}.get(experiment, sizes.takes.seeds)
@@ -303,7 +304,7 @@ def summary(experiment: str, measured: dict[tuple[str, int], Figures]) -> Tree:
         x, y = values(a), values(b)
         return {n: [u - v for u, v in zip(x[n], y[n], strict=True)] for n in x if n in y and n != "cpu_seconds"}
 
-    pairs = {f"{a} − {b}": differences(a, b) for a, b in COMPARED.get(experiment, [])}
+    pairs = {f"{a} − {b}": differences(a, b) for a, b in COMPARED.get(experiment, []) if a in arms}
     return {
         "seeds": seeds,
         "arms": {arm: {name: spread(x) for name, x in values(arm).items()} for arm in arms},
@@ -329,6 +330,7 @@ def main() -> None:
     parser.add_argument("--work", type=Path, required=True, help="folder for recordings, shards and runs")
     for name in COMPARED:
         parser.add_argument(f"--{name.replace('_', '-')}", action="store_true", help="this one; default: all three")
+    parser.add_argument("--teachers", nargs="+", choices=list(TEACHERS), default=["audio"], help="of the distillation")
     parser.add_argument("--quick", action="store_true", help="tiny sizes, to see that everything runs; means nothing")
     parser.add_argument("--jobs", type=int, default=1, help="runs at a time, one core each")
     parser.add_argument("--seeds", type=int, help="seeds 0, 1, …; default: 3")
@@ -344,7 +346,7 @@ def main() -> None:
     with ProcessPoolExecutor(options.jobs, mp_context=multiprocessing.get_context("spawn")) as pool:
         for experiment in (["teacher"] if "distillation" in chosen else []) + chosen:
             measured = {}
-            jobs = jobs_of(experiment, sizes, work)
+            jobs = jobs_of(experiment, sizes, work, options.teachers)
             for future in as_completed([pool.submit(run, job) for job in jobs]):
                 job, figures = future.result()
                 measured[job.arm, job.seed] = figures
