@@ -249,9 +249,3 @@ def test_refusals() -> None:
     refused(r"width 8 must be a multiple of heads, 3", fusion={**SMALL["fusion"], "heads": 3})
     wide = {**TOWERS, "audio": dataclasses.replace(TOWERS["audio"], joint_width=7)}
     refused(r"pairs\.0: 'video' and 'audio' lie in spaces of different width, 6 and 7", wide)
-    objective = tcl(mlm={"augmentation": "masked"})
-    embeddings, _ = embed(objective, batch_of(objective, 4))
-    views = {view: dataclasses.replace(values, params={}) for view, values in embeddings.batch.views.items()}
-    unmasked = dataclasses.replace(embeddings, batch=dataclasses.replace(embeddings.batch, views=views))
-    with pytest.raises(ConfigError, match=r"objectives\.4\.mlm\.augmentation: 'masked' masks no token"):
-        objective(unmasked, Comm())

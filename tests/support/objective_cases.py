@@ -121,7 +121,8 @@ CASES: dict[str, Case] = {
     "kdsvd": _zoo("kdsvd", levels=(_TOKENS, _TOKENS)),
     "mutual": Case("mutual", {"queue": 7, "temperature": 0.3}, cold=_COLD),
     "mutual: in the batch": Case("mutual", {"queue": 0, "keys": "online", "temperature": 0.3}, cold=_COLD),
-    "mutual: labels": Case("mutual", {"queue": 7, "classes": 3, "temperature": 0.3}, cold=_COLD),
+    "mutual: labels": Case("mutual", {"queue": 7, "classes": 3, "temperature": 0.3, "ensemble": 0.5}, cold=_COLD),
+    "mutual: labels in the batch": Case("mutual", {"queue": 0, "classes": 3, "temperature": 0.3}, cold=_COLD),
     "tcl": Case("tcl", {**TCL, "pairs": (("video", "text"),)}),
     "tcl: sound": Case("tcl", {**TCL, "pairs": (("audio", "video"),), "mlm": None}),
 }

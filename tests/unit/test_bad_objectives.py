@@ -50,6 +50,21 @@ def test_momentum_of_a_frozen_tower(objective: str, message: str) -> None:
         build_model(tiny_config(f"objectives=[{{name: cross_modal}}, {{{objective}}}]", "model.frozen=[audio]"))
 
 
+def test_texts_to_be_masked_by_an_augmentation_without_a_mask() -> None:
+    def config(name: str, text: str = "{}") -> RunConfig:
+        objective = f"{{name: tcl, pairs: [[video, text]], mlm: {{augmentation: {name}}}}}"
+        return tiny_config(f"objectives=[{objective}]", f"data.augmentations={{noisy: {{text: {text}}}}}")
+
+    build_model(config("noisy", "{mask: 0.2}"))
+    place = r"^objectives\.0\.mlm\.augmentation: "
+    with pytest.raises(
+        ConfigError, match=place + r"'noisy' masks no token; give data\.augmentations\.noisy\.text a mask"
+    ):
+        build_model(config("noisy"))
+    with pytest.raises(ConfigError, match=place + "'none' masks no token; name one that does"):
+        build_model(config("none"))
+
+
 def labelled(folder: Path, shards: Path, labels: dict[int, int]) -> Path:
     """The same shards with labels at some places."""
     samples = read_shards(shards / "train")
