@@ -119,7 +119,7 @@ def test_dcl_is_its_formula(seed: int, sigma: float | None) -> None:
 
 
 def test_distillation_between_modalities_golden() -> None:
-    """open_clip's: soft targets of teacher C, B at scale 20 for a student A, B at scale 10, the mean of both directions."""
+    """open_clip's: teacher C, B at scale 20, student A, B at scale 10, soft targets in both directions."""
     student, teacher, number = 10 * A @ B.T, 20 * C @ B.T, torch.arange(4)
     ways = [soft_target_rows(x, y, number, alpha=1.0).mean() for x, y in ((student, teacher), (student.T, teacher.T))]
     close(sum(ways) / 2, 6.45616818)
