@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeAlias
 
@@ -10,10 +10,12 @@ from pydantic import Discriminator, Field, Tag, field_validator
 
 from mmcl.config import Options, build, read_yaml
 from mmcl.data.options import DataOptions
+from mmcl.media.augmentation import NONE, Augmentation
 from mmcl.model import ModelOptions, MultimodalModel
 from mmcl.objectives import OBJECTIVES, ObjectiveOptions
 from mmcl.objectives.base import Objective, ObjectiveMix, check_needs
 from mmcl.objectives.weights import Ramp, over_run
+from mmcl.types import ConfigError
 
 PositiveInt = Annotated[int, Field(ge=1)]
 Fraction = Annotated[float, Field(ge=0, le=1)]
@@ -155,12 +157,23 @@ def build_model(config: RunConfig) -> tuple[MultimodalModel, ObjectiveMix]:
         name = options.name if options.name not in objectives else f"{options.name}_{number}"
         objectives[name] = OBJECTIVES[options.name].build(options, towers, path=f"objectives.{number}")
         check_needs(objectives[name].needs, towers, path=f"objectives.{number}")
+        _check_masking(objectives[name].masking, config.data.augmentations, f"objectives.{number}")
         weights[name] = over_run(options.weight, config.train.steps, f"objectives.{number}.weight")
     mix = ObjectiveMix(objectives, weights)
     model.add_scales(mix.scales, mix.start_temperatures)
     model.load_weights()
     model.serve(mix.needs)
     return model, mix
+
+
+def _check_masking(masking: Mapping[str, str], augmentations: Mapping[str, Augmentation], path: str) -> None:
+    """ConfigError where texts are to be read with masked tokens and their augmentation masks none; an augmentation that
+    does not exist is refused where views are made.
+    """
+    for option, name in masking.items():
+        if name == NONE or (name in augmentations and not augmentations[name].text.mask):
+            place = f"give data.augmentations.{name}.text a mask" if name != NONE else "name one that does"
+            raise ConfigError(f"{path}.{option}: {name!r} masks no token; {place}")
 
 
 def json_schema() -> dict[str, Any]:

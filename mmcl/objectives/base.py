@@ -65,6 +65,10 @@ class Objective(nn.Module):
     """names of the model's temperatures that this objective uses"""
     labels_option: str | None = None
     """the option that makes this objective learn from labels, where it does"""
+    watched: tuple[str, ...] = ()
+    """metrics that are losses of their own, each of which should teach something"""
+    masking: Mapping[str, str] = {}
+    """option: the augmentation that it names, which has to mask tokens of texts"""
     start_temperatures: Mapping[str, float] = {}
     """where those of them start that do not start as the model says"""
 

@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from itertools import combinations, product
+from itertools import product
 from typing import Annotated, Literal
 
 import torch
 from pydantic import Field, model_validator
 from torch import Tensor, nn
 
-from mmcl.config import Options, unknown_name
+from mmcl.config import Options
 from mmcl.distributed import Comm, Form, contrastive
 from mmcl.objectives.base import Objective, Term
+from mmcl.objectives.pairs import checked_pairs
 from mmcl.objectives.weights import Weight
 from mmcl.types import ConfigError, Embeddings, Need, TextSpec, TowerInfo, View
 
@@ -78,6 +79,7 @@ class CrossModal(Objective):
         self.options = options
         self.pairs = dict(pairs)
         self.needs = tuple(dict.fromkeys(need for pair in self.pairs.values() for side in pair for need in side))
+        self.watched = tuple(f"loss/{name}" for name in self.pairs)
         self.form = Form(
             options.estimator,
             sigma=options.sigma,
@@ -143,27 +145,13 @@ def build(options: CrossModalOptions, towers: Mapping[str, TowerInfo], path: str
     """The objective for these towers.
 
     Raises:
-        ConfigError: a pair names an unknown tower, one tower twice, or comes twice; there is no pair; or several
-            captions are asked for and no pair has a text tower and another.
+        ConfigError: pairs that cannot be, see :func:`checked_pairs`; or several captions are asked for and no pair has
+            a text tower and another.
     """
-    if options.pairs is None and len(towers) < 2:
-        raise ConfigError(f"{path}.pairs: cross_modal needs two towers, the model has {', '.join(towers) or 'none'}")
-    pairs: dict[str, tuple[Side, Side]] = {}
-    for number, (a, b) in enumerate(combinations(towers, 2) if options.pairs is None else options.pairs):
-        where = f"{path}.pairs.{number}"
-        for tower in (a, b):
-            if tower not in towers:
-                raise unknown_name(where, tower, towers)
-        if a == b:
-            raise ConfigError(f"{where}: a pair needs two towers, got {a!r} twice")
-        if f"{a}-{b}" in pairs or f"{b}-{a}" in pairs:
-            raise ConfigError(f"{where}: the pair {a!r}, {b!r} is already in the list")
-        if towers[a].joint_width != towers[b].joint_width:
-            raise ConfigError(
-                f"{where}: {a!r} and {b!r} lie in spaces of different width, "
-                f"{towers[a].joint_width} and {towers[b].joint_width}"
-            )
-        pairs[f"{a}-{b}"] = _sides(towers[a], towers[b], options.captions)
+    pairs = {
+        f"{a}-{b}": _sides(towers[a], towers[b], options.captions)
+        for a, b in checked_pairs(options.pairs, towers, path, options.name)
+    }
     if options.captions > 1 and all(len(b) == 1 for _, b in pairs.values()):
         raise ConfigError(f"{path}.captions: {options.captions}, but no pair is of a text tower and another modality")
     return CrossModal(options, pairs)

@@ -13,8 +13,9 @@ from torch import Tensor, nn
 
 from mmcl.config import Options, unknown_name
 from mmcl.distributed import Comm
+from mmcl.losses import knowledge_distillation
 from mmcl.objectives.base import Objective, Term
-from mmcl.objectives.ranks import all_rows, classification
+from mmcl.objectives.ranks import all_rows, classification, mean_over_ranks
 from mmcl.objectives.weights import Weight
 from mmcl.types import ConfigError, Embeddings, Need, TextSpec, TowerInfo, View
 
@@ -53,6 +54,9 @@ class MutualOptions(Options):
     """weight of Σ_(a≠b) T² KL(ℓ_bb ‖ ℓ_aa), ℓ_bb detached"""
     soft_icl: Annotated[float, Field(ge=0)] = 1.0
     """weight of Σ_(a≠b) T² KL(ℓ_ba ‖ ℓ_ab), ℓ_ba detached"""
+    ensemble: Annotated[float, Field(ge=0)] = 0.0
+    """weight, with classes and two towers or more, of Σ_a T² KL(ȳ ‖ y_a): the logits of a classifier
+    and, detached, the mean of all of them"""
     temperature: Annotated[float, Field(gt=0)] = 0.07
     """of the contrasts; the authors take 0.1 for labels in the batch"""
     soft_temperature: Annotated[float, Field(gt=0)] = 3.0
@@ -114,6 +118,7 @@ class Mutual(Objective):
             "soft_vcl": options.soft_vcl,
             "soft_icl": options.soft_icl,
             "classification": options.classification,
+            "ensemble": options.ensemble,
         }
         self.classifiers = nn.ModuleDict()
         if options.classes is not None:
@@ -141,6 +146,8 @@ class Mutual(Objective):
             rows = {name: self.classifiers[name](embeddings.get(need, "pooled")) for name, need in self.queries.items()}
             each = [classification(row, labels, present, comm) for row in rows.values()]
             losses["classification"] = torch.stack(each).sum()
+            if self.options.ensemble:
+                losses["ensemble"] = self._ensemble([row[present] for row in rows.values()], comm)
         metrics = {f"loss/{name}": value.detach() for name, value in losses.items()}
         metrics["rows"] = comm.sum(present.sum())
         pending: dict[str, Any] = {name: member.every_key.detach() for name, member in cohort.items()}
@@ -151,6 +158,12 @@ class Mutual(Objective):
         if self.classifiers:
             queued["labels"] = all_rows(labels, present, comm)
         return Term(total, metrics, queued)
+
+    def _ensemble(self, logits: Sequence[Tensor], comm: Comm) -> Tensor:
+        """What the classifiers of own rows, ``(n, K)`` each, miss of their mean."""
+        together, t = torch.stack(list(logits)).mean(0), self.options.soft_temperature
+        each = [knowledge_distillation(own, together, temperature=t) for own in logits]
+        return mean_over_ranks(torch.stack(each).sum(), len(together), comm)
 
     def _columns(self, present: Tensor, groups: Tensor, every_group: Tensor, labels: Tensor, comm: Comm) -> _Columns:
         own, classes = groups[present], labels[present]
@@ -228,8 +241,8 @@ def build(options: MutualOptions, towers: Mapping[str, TowerInfo], path: str = "
     """The objective for these towers.
 
     Raises:
-        ConfigError: a tower is unknown, named twice or frozen, a queue of keys that still learn, or a contrast of a
-            view with itself.
+        ConfigError: a tower is unknown, named twice or frozen, a queue of keys that still learn, a contrast of a view
+            with itself, or an ensemble without classes or of one tower.
     """
     names = tuple(towers) if options.towers is None else options.towers
     for number, name in enumerate(names):
@@ -240,6 +253,8 @@ def build(options: MutualOptions, towers: Mapping[str, TowerInfo], path: str = "
             raise ConfigError(f"{where}: {name!r} is already in the cohort")
         if not towers[name].trainable:
             raise ConfigError(f"{where}: {name!r} is frozen; a cohort learns together, name only trained towers")
+    if options.ensemble and (options.classes is None or len(names) < 2):
+        raise ConfigError(f"{path}.ensemble: {options.ensemble}, but it needs classes and two towers or more")
     if options.keys == "online":
         if options.queue:
             raise ConfigError(f"{path}.queue: needs keys: momentum, keys of online towers grow stale; or set it to 0")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -81,10 +81,11 @@ def not_finite(
 
 
 class SilenceWatch:
-    """Sees objectives whose loss was 0 since the start: they teach nothing, and would say nothing."""
+    """Sees objectives and parts of them whose loss was 0 since the start: they teach nothing, and would say nothing."""
 
-    def __init__(self, objectives: Iterable[str]) -> None:
-        self._names = list(objectives)
+    def __init__(self, objectives: Mapping[str, Sequence[str]]) -> None:
+        """``objectives``: the parts of each (:attr:`~mmcl.objectives.base.Objective.watched`)."""
+        self._names = [name for one, parts in objectives.items() for name in (one, *(f"{one}/{x}" for x in parts))]
         self._largest: Tensor | None = None
         self._steps = 0
         self._said: set[str] = set()
@@ -96,7 +97,9 @@ class SilenceWatch:
         self._steps += 1
 
     def complaints(self, *, last: bool = False) -> list[str]:
-        """A line for each objective that is silent, once; ``last``: there will be no further step."""
+        """A line for each objective that is silent, once, or each of its parts where others are not; ``last``: there
+        will be no further step.
+        """
         if self._largest is None or (self._steps < SILENT_STEPS and not last):
             return []
         *losses, negatives = self._largest.tolist()
@@ -104,11 +107,9 @@ class SilenceWatch:
             why = "no row had a negative: a batch of one, or rows that are all equal in key, caption or group"
         else:
             why = "no row had all that it compares, or none had a negative; its figures in metrics.jsonl tell which"
-        silent = [
-            name
-            for name, loss in zip(self._names, losses, strict=True)
-            if loss < SILENT_LOSS and name not in self._said
-        ]
-        self._said.update(silent)
+        silent = [name for name, loss in zip(self._names, losses, strict=True) if loss < SILENT_LOSS]
+        silent = [name for name in silent if "/" not in name or name.split("/")[0] not in silent]
+        new = [name for name in silent if name not in self._said]
+        self._said.update(new)
         steps = f"all {self._steps} steps" if self._steps > 1 else "the only step"
-        return [f"objective {name} teaches nothing: its loss was 0 in {steps} so far: {why}" for name in silent]
+        return [f"objective {name} teaches nothing: its loss was 0 in {steps} so far: {why}" for name in new]

@@ -70,7 +70,7 @@ class Trainer:
         self.step_module: nn.Module = accelerator.prepare_model(step)
         self.optimizer = build_optimizer(self.step_module, config.train.optimizer)
         self.progress = Progress()
-        self._silence = SilenceWatch(self.mix.objectives)
+        self._silence = SilenceWatch({name: objective.watched for name, objective in self.mix.each().items()})
 
     def fit(self, folder: RunFolder, *, resume: Path | None) -> Progress:
         """Trains to the last step, or until a stop is asked for, and saves; ``resume`` is what was loaded.

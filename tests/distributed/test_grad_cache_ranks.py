@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
-from functools import lru_cache
+from functools import lru_cache, partial
 
 import pytest
 import torch
 from support.exactness import Record, assert_same, pick_rows
 from support.gloo import GlooPool
+from support.objective_cases import CASES
 from support.tcl import make as make_tcl
 from support.view_methods import make
 from torch.nn.parallel import DistributedDataParallel
 
+from mmcl.encoders.audio import TinyAudioOptions
 from mmcl.encoders.text import TinyTextOptions
 from mmcl.encoders.video import TinyVideoOptions
 from mmcl.model import HeadOptions, ModelOptions, MultimodalModel
@@ -26,7 +29,33 @@ from mmcl.types import Batch, ConfigError, View, ViewBatch
 ROWS = 12
 
 
+def build_everything(taught: bool, dropout: float = 0.0) -> TrainStep:
+    """Every case of the table in one mix; the teachers of a student are frozen, that of sound sees what it sees."""
+    torch.manual_seed(3)
+    video = TinyVideoOptions(width=8, channels=8, size=16, frames=2, dropout=dropout)
+    small = {"sample_rate_hz": 1000, "seconds": 0.25, "mels": 16, "window_samples": 64, "hop_samples": 16}
+    towers = {
+        "video": video,
+        "audio": video if taught else TinyAudioOptions(width=8, channels=8, dropout=dropout, **small),
+        "text": TinyTextOptions(width=8, depth=1, dropout=dropout),
+    }
+    frozen = ("audio", "text") if taught else ()
+    options = ModelOptions(towers=towers, joint_width=6, head=HeadOptions(layers=2, hidden=8), frozen=frozen)
+    model = MultimodalModel(options)
+    infos = model.tower_infos()
+    objectives = {
+        name.replace(": ", "_").replace(" ", "_"): case.build(infos)
+        for name, case in CASES.items()
+        if case.taught == taught
+    }
+    mix = ObjectiveMix(objectives, dict.fromkeys(objectives, 1.0))
+    model.add_scales(mix.scales)
+    model.serve(mix.needs)
+    return TrainStep(model, mix).double()
+
+
 def build_step(dropout: float = 0.0) -> TrainStep:
+    """A few of them, for every run of the tests."""
     torch.manual_seed(3)
     towers = {
         "video": TinyVideoOptions(width=8, channels=8, size=16, frames=2, dropout=dropout),
@@ -51,7 +80,7 @@ def build_step(dropout: float = 0.0) -> TrainStep:
 @lru_cache
 def global_batch(step: int, views: tuple[View, ...], empty_rank: int | None) -> Batch:
     random = torch.Generator().manual_seed(step)
-    present = {m: torch.rand(ROWS, generator=random) > 0.25 for m in ("video", "text")}
+    present = {m: torch.rand(ROWS, generator=random) > 0.25 for m in ("video", "text", "audio")}
     if empty_rank is not None:
         for rows in present.values():
             rows[empty_rank::2] = False
@@ -63,17 +92,22 @@ def global_batch(step: int, views: tuple[View, ...], empty_rank: int | None) -> 
             mask = torch.arange(7) < torch.randint(2, 8, (ROWS, 1), generator=random)
             targets = ids.masked_fill(~mask | ~rows[:, None] | (ids % 3 > 0), -1)
             data[view] = ViewBatch(ids * mask, rows, mask, {"token_targets": targets})
+        elif view.modality == "audio":
+            data[view] = ViewBatch((torch.rand(ROWS, 250, generator=random) - 0.5) * rows[:, None], rows)
         else:
             pixels = torch.randint(0, 256, (ROWS, 2, 3, 16, 16), dtype=torch.uint8, generator=random)
             data[view] = ViewBatch(pixels * rows[:, None, None, None, None], rows)
     none = torch.full((ROWS, 1), -1)
-    return Batch(data, tuple(f"{step}-{i}" for i in range(ROWS)), torch.arange(ROWS), none, none[:, 0])
+    labels = torch.randint(-1, 3, (ROWS,), generator=random)
+    return Batch(data, tuple(f"{step}-{i}" for i in range(ROWS)), torch.arange(ROWS), none, labels)
 
 
-def train(rank: int, world: int, micro_batch: int | None) -> Record:
+def train(
+    rank: int, world: int, micro_batch: int | None, ddp: bool = False, build: Callable[[], TrainStep] = build_step
+) -> Record:
     """Three optimizer steps; the second has a rank without rows."""
-    step = build_step()
-    wrapped = DistributedDataParallel(step, broadcast_buffers=False) if world > 1 else step
+    step = build()
+    wrapped = DistributedDataParallel(step, broadcast_buffers=False) if ddp else step
     parameters = {name: p for name, p in step.named_parameters() if p.requires_grad}
     optimizer = torch.optim.SGD(parameters.values(), lr=0.05, momentum=0.9)
     views = tuple(dict.fromkeys(need.view for need in step.mix.needs))
@@ -98,20 +132,33 @@ def train(rank: int, world: int, micro_batch: int | None) -> Record:
     return record
 
 
-def test_equals_the_whole_batch(gloo: GlooPool) -> None:
+LEARNING, TAUGHT = partial(build_everything, False), partial(build_everything, True)
+builds = pytest.mark.parametrize(
+    "build",
+    [
+        build_step,
+        pytest.param(LEARNING, marks=pytest.mark.slow, id="all that learn together"),
+        pytest.param(TAUGHT, marks=pytest.mark.slow, id="all that are taught"),
+    ],
+)
+
+
+@builds
+def test_equals_the_whole_batch(gloo: GlooPool, build: Callable[[], TrainStep]) -> None:
     """Also in temperatures, queues, momentum copies; 5 rows per forward leave a short one."""
-    whole = train(0, 1, None)
+    whole = train(0, 1, None, build=build)
     scales = [float(g.norm()) for name, g in whole.gradients[0].items() if "log_scales" in name]
-    assert scales and min(scales) > 1e-4
+    assert build is TAUGHT or (scales and min(scales) > 1e-4)
     for micro_batch in (1, 5):
-        assert_same(train(0, 1, micro_batch), whole, f"{micro_batch} rows at once")
+        assert_same(train(0, 1, micro_batch, build=build), whole, f"{micro_batch} rows at once")
     for world in (2, 3):
-        for rank, record in enumerate(gloo(world, train, 3)):
+        for rank, record in enumerate(gloo(world, train, 3, True, build)):
             assert_same(record, whole, f"rank {rank} of {world}")
 
 
-def test_with_dropout_equals_one_graph_over_the_same_forwards() -> None:
-    step = build_step(dropout=0.5)
+@builds
+def test_with_dropout_equals_one_graph_over_the_same_forwards(build: Callable[..., TrainStep]) -> None:
+    step = build(dropout=0.5)
     views = tuple(dict.fromkeys(need.view for need in step.mix.needs))
     batch = global_batch(0, views, None)
     torch.manual_seed(5)

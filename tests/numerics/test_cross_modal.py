@@ -75,10 +75,9 @@ def test_groups_and_unpaired_rows_matter() -> None:
     assert len({float(run(build(o, TOWERS))[0].loss.detach()) for o in options}) == 4
 
 
-@pytest.mark.parametrize("kind", ["all_absent", "no_audio"])
-def test_what_is_absent_everywhere_gives_zero_and_zero_gradients(kind: str) -> None:
+def test_what_is_absent_everywhere_gives_zero_and_zero_gradients() -> None:
     objective = build(CrossModalOptions(pairs=(("video", "audio"),)), TOWERS)
-    term, embeddings = run(objective, kind)
+    term, embeddings = run(objective, "no_audio")
     term.loss.backward()
     assert float(term.loss.detach()) == 0 and int(term.metrics["pairs/video-audio"]) == 0
     for value in embeddings.values.values():

@@ -256,17 +256,6 @@ def test_draws_differ_by_step_and_own_class_is_no_negative() -> None:
     assert objective(embed(objective, batch)[0], Comm()).loss != term.loss
 
 
-def test_a_state_dict_holds_everything() -> None:
-    objective, again = crd(), crd()
-    for step in range(2):
-        embeddings, _ = embed(objective, batch_for(objective, step=step))
-        objective.commit(objective(embeddings, Comm()).pending)
-    assert not torch.equal(again.student_bank, objective.student_bank)
-    again.load_state_dict(objective.state_dict())
-    embeddings, _ = embed(objective, batch_for(objective, step=1))
-    assert torch.equal(again(embeddings, Comm()).loss, objective(embeddings, Comm()).loss)
-
-
 def test_more_negatives_than_slots_are_refused() -> None:
     with pytest.raises(ConfigError, match=r"objectives\.4\.negatives: at most the 8 slots, got 9"):
         crd(slots=8, negatives=9)

@@ -10,6 +10,8 @@ from loss_cases import agree, close, cosine, golden, log_sum, mean, normed, rand
 from torch import Tensor
 
 from mmcl import losses
+from mmcl.losses.dcl import dcl_weights
+from mmcl.losses.soft_targets import soft_target_rows
 
 A, B, C = golden()
 seeds = pytest.mark.parametrize("seed", range(3))
@@ -116,7 +118,16 @@ def test_dcl_is_its_formula(seed: int, sigma: float | None) -> None:
     )
 
 
+def test_distillation_between_modalities_golden() -> None:
+    """open_clip's: teacher C, B at scale 20, student A, B at scale 10, soft targets in both directions."""
+    student, teacher, number = 10 * A @ B.T, 20 * C @ B.T, torch.arange(4)
+    ways = [soft_target_rows(x, y, number, alpha=1.0).mean() for x, y in ((student, teacher), (student.T, teacher.T))]
+    close(sum(ways) / 2, 6.45616818)
+
+
 def test_dcl_golden() -> None:
+    for sigma in (0.1, 0.5, 10.0):
+        close(dcl_weights(A, B, sigma=sigma).mean(), 1.0, 1e-12)
     close(losses.dcl(A, B, temperature=0.5), 1.52896028)
     close(losses.dcl(A, B, temperature=0.5, sigma=0.5), 1.60979865)
     close(losses.dcl(A, B, temperature=0.5, sigma=1e6), float(losses.dcl(A, B, temperature=0.5)), 1e-7)

@@ -88,6 +88,26 @@ def test_with_labels_the_batch_is_its_formula() -> None:
     assert objective.labels_option == "classes" and cohort().labels_option is None
 
 
+def test_the_ensemble_teaches_each_of_its_classifiers() -> None:
+    labels = torch.tensor([0, -1, 2, 1])
+    objective = cohort(classes=3, ensemble=0.7)
+    term, values = labelled(objective, [A, C], [B, normed(A + B)], labels)
+    plain, _ = labelled(cohort(classes=3), [A, C], [B, normed(A + B)], labels)
+    kept = [0, 2, 3]
+    logits = []
+    for name, need in objective.queries.items():
+        logits.append(objective.classifiers[name](values[name, need.view, "pooled", "online"])[kept])
+    together = ((logits[0] + logits[1]) / 2 / 3.0).detach().log_softmax(1)
+    expected = sum(9 * (together.exp() * (together - (own / 3.0).log_softmax(1))).sum(1).mean() for own in logits)
+    torch.testing.assert_close(term.metrics["loss/ensemble"], expected.detach())
+    torch.testing.assert_close(term.loss - plain.loss, 0.7 * expected)
+    weights = [classifier.weight for classifier in objective.classifiers.values()]
+    actual = torch.autograd.grad(term.loss, weights)
+    # nothing else reaches the classifiers
+    alone = sum(torch.nn.functional.cross_entropy(own, labels[kept]) for own in logits) + 0.7 * expected
+    torch.testing.assert_close(actual, torch.autograd.grad(alone, weights))
+
+
 def test_rows_without_a_label_take_no_part_and_one_class_is_finite() -> None:
     objective = cohort(classes=3)
     queries = [x.clone().requires_grad_() for x in (A, C)]
@@ -216,6 +236,8 @@ def test_cohorts_share_their_crops() -> None:
     [
         ({"towers": ("video", "vdeo")}, "objectives.4.towers.1: unknown name 'vdeo' (did you mean 'video'?)"),
         ({"towers": ("video", "video")}, "objectives.4.towers.1: 'video' is already in the cohort"),
+        ({"ensemble": 1.0}, "objectives.4.ensemble: 1.0, but it needs classes and two towers"),
+        ({"ensemble": 1.0, "classes": 3, "towers": ("video",)}, "objectives.4.ensemble: 1.0, but it needs classes"),
         ({"keys": "online"}, "objectives.4.queue: needs keys: momentum"),
         ({"keys": "online", "queue": 0, "key_clip": 0}, "objectives.4.vcl: query and key are one view"),
     ],

@@ -137,7 +137,7 @@ def test_an_objective_that_is_always_zero_is_named_once() -> None:
         (torch.zeros(4, 1, dtype=torch.long), "no row had a negative: a batch of one"),
         (-1, "figures"),
     ):
-        watch = SilenceWatch(mix.objectives)
+        watch = SilenceWatch({"dead": (), "alive": ()})
         rows = groups if isinstance(groups, Tensor) else torch.full((4, 1), groups)
         for _ in range(3):
             assert watch.complaints() == []
@@ -145,3 +145,14 @@ def test_an_objective_that_is_always_zero_is_named_once() -> None:
         (line,) = watch.complaints()
         assert re.search(f"^objective dead teaches nothing: its loss was 0 in all 3 steps .*{why}", line)
         assert watch.complaints() == [] and watch.complaints(last=True) == []
+
+
+def test_a_part_that_is_always_zero_is_named_where_others_are_not() -> None:
+    """One pair of towers whose samples are all of one caption, say, beside one that learns."""
+    watch = SilenceWatch({"pairs": ("loss/a-b", "loss/a-c"), "dead": ("loss/a-b",)})
+    figures = {"pairs": 1.0, "pairs/loss/a-b": 0.0, "pairs/loss/a-c": 1.0, "dead": 0.0, "dead/loss/a-b": 0.0}
+    for _ in range(3):
+        watch.watch(Term(torch.zeros(()), {name: torch.tensor(x) for name, x in {**figures, "negatives": 3}.items()}))
+    said = [line.split(":")[0] for line in watch.complaints()]
+    assert said == ["objective pairs/loss/a-b teaches nothing", "objective dead teaches nothing"]
+    assert watch.complaints() == []

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 from loss_cases import close, golden, normed
-from support.exactness import TOWERS, make_batch, pick_rows
+from support.exactness import TOWERS, make_batch
 from support.view_methods import INTRA_MODAL, PERSISTENCY, make
 from torch import Tensor, nn
 
@@ -220,55 +220,6 @@ def test_groups_are_not_each_others_negatives() -> None:
         close(term.loss, total, 1e-9)
         free = bare(make(INTRA, method, {"temperature": 0.5, "mask_false_negatives": False}))
         assert abs(float(given(free, {0: A, 1: B}, groups).loss) - total) > 1e-3
-
-
-@every
-def test_order_of_rows_does_not_matter(name: str, method: str) -> None:
-    objective = make(name, method).double()
-    batch = batch_for(objective)
-    embeddings = embeddings_of(objective, batch)
-    order = torch.randperm(len(batch), generator=torch.Generator().manual_seed(1))
-    turned = Embeddings({key: x[order] for key, x in embeddings.values.items()}, pick_rows(batch, order))
-    torch.testing.assert_close(objective(turned, Comm()).loss, objective(embeddings, Comm()).loss)
-
-
-@every
-def test_a_saved_state_gives_the_same_next_loss(name: str, method: str) -> None:
-    """Bit for bit, in the middle of a run; and forward itself changes nothing that a loss depends on."""
-    torch.manual_seed(0)
-    objective, again = make(name, method), make(name, method)
-    for step in range(3):
-        batch = batch_for(objective, step)
-        objective.commit(objective(embeddings_of(objective, batch, torch.float32), Comm()).pending)
-    again.load_state_dict(objective.state_dict())
-    embeddings = embeddings_of(objective, batch_for(objective, 4), torch.float32)
-    first, second = objective(embeddings, Comm()), again(embeddings, Comm())
-    assert torch.equal(first.loss, second.loss)
-    assert torch.equal(objective(embeddings, Comm()).loss, first.loss)
-    assert abs(float(first.loss.detach())) > 1e-3
-
-
-@every
-@pytest.mark.parametrize("kind", ["mixed", "all_absent", "one"])
-def test_finite_in_half_precision(name: str, method: str, kind: str) -> None:
-    cold = {} if method in ("byol", "simsiam", "barlow", "vicreg") and name == INTRA else {"temperature": 0.01}
-    objective = make(name, method, cold)
-    batch = batch_for(objective, 0, "mixed" if kind == "one" else kind)
-    if kind == "one":
-        batch = pick_rows(batch, next(iter(batch.views.values())).present.nonzero()[:1, 0])
-    for _ in range(2):
-        values = embeddings_of(objective, batch, torch.float32).values
-        leaves = {key: x.clone().requires_grad_(key[3] == "online") for key, x in values.items()}
-        with torch.autocast("cpu", torch.bfloat16):
-            term = objective(Embeddings(leaves, batch), Comm())
-        assert term.loss.dtype == torch.float32
-        assert term.loss.isfinite()
-        term.loss.backward()
-        gradients = [x.grad for x in leaves.values() if x.grad is not None]
-        assert gradients and all(g.isfinite().all() for g in gradients)
-        if kind == "all_absent":
-            assert float(term.loss.detach()) == 0 and not any(g.any() for g in gradients)
-        objective.commit(term.pending)
 
 
 def test_tiles_change_nothing() -> None:

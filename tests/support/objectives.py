@@ -19,6 +19,9 @@ from support.exactness import TOWERS, make_batch
 FROZEN = {name: dataclasses.replace(tower, trainable=name == "video") for name, tower in TOWERS.items()}
 """a student of video and two teachers"""
 
+SHAPES = {"pooled": (10,), "joint": (6,), "joint_tokens": (4, 6), "tokens": (4, 10)}
+"""of one row"""
+
 
 def build_objective(name: str, infos: Mapping[str, TowerInfo] = FROZEN, /, **options: Any) -> Any:
     """A float64 objective with weights from a fixed seed."""
@@ -36,9 +39,7 @@ def embed(
     for need in objective.needs:
         for level in need.levels:
             present = batch.views[need.view].present
-            shapes = {"pooled": (10,), "joint": (6,), "joint_tokens": (4, 6)}
-            shape = (len(batch), *shapes.get(level, (4, 10)))
-            x = torch.randn(shape, generator=random, dtype=torch.float64)
+            x = torch.randn(len(batch), *SHAPES[level], generator=random, dtype=torch.float64)
             x = (given or {}).get(need.tower, x) * present.view(-1, *[1] * (x.ndim - 1))
             leaf = leaves.setdefault((need.tower, level), x.detach().requires_grad_())
             values[need.tower, need.view, level, need.kind] = leaf

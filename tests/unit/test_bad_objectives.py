@@ -5,12 +5,16 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+import torch
 from support.recipes import tiny_config
 from support.shards import read_shards, write_shards
 
 from mmcl.data.labels import look_for_labels
+from mmcl.model import MultimodalModel
+from mmcl.objectives.base import ObjectiveMix
 from mmcl.recipe import RunConfig, build_model
 from mmcl.shards import load_manifest
+from mmcl.training import trainer
 from mmcl.training.launch import describe
 from mmcl.training.trainer import Trainer, build_accelerator
 from mmcl.types import ConfigError
@@ -48,6 +52,39 @@ def test_an_unknown_modality(objective: str, place: str) -> None:
 def test_momentum_of_a_frozen_tower(objective: str, message: str) -> None:
     with pytest.raises(ConfigError, match=rf"objectives\.{message}"):
         build_model(tiny_config(f"objectives=[{{name: cross_modal}}, {{{objective}}}]", "model.frozen=[audio]"))
+
+
+def test_texts_to_be_masked_by_an_augmentation_without_a_mask() -> None:
+    def config(name: str, text: str = "{}") -> RunConfig:
+        objective = f"{{name: tcl, pairs: [[video, text]], mlm: {{augmentation: {name}}}}}"
+        return tiny_config(f"objectives=[{objective}]", f"data.augmentations={{noisy: {{text: {text}}}}}")
+
+    build_model(config("noisy", "{mask: 0.2}"))
+    place = r"^objectives\.0\.mlm\.augmentation: "
+    with pytest.raises(
+        ConfigError, match=place + r"'noisy' masks no token; give data\.augmentations\.noisy\.text a mask"
+    ):
+        build_model(config("noisy"))
+    with pytest.raises(ConfigError, match=place + "'none' masks no token; name one that does"):
+        build_model(config("none"))
+
+
+def test_micro_batches_of_a_tower_with_batch_norm(
+    shards_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """No tower of ours holds any, but somebody's may."""
+
+    def with_batch_norm(config: RunConfig) -> tuple[MultimodalModel, ObjectiveMix]:
+        model, mix = build_model(config)
+        model.towers["video"].add_module("theirs", torch.nn.BatchNorm2d(8))
+        return model, mix
+
+    monkeypatch.setattr(trainer, "build_model", with_batch_norm)
+    settings = {"shards": shards_folder / "train", "out": tmp_path / "run"}
+    whole, cached = (tiny_config("train.global_batch=4", *more, **settings) for more in ([], ["train.micro_batch=2"]))
+    Trainer(whole, build_accelerator(whole))
+    with pytest.raises(ConfigError, match=r"train\.micro_batch: tower 'video' holds batch statistics \(BatchNorm2d\)"):
+        Trainer(cached, build_accelerator(cached))
 
 
 def labelled(folder: Path, shards: Path, labels: dict[int, int]) -> Path:

@@ -34,15 +34,14 @@ without a ``text_augmentation``, a text's key is what its query was some steps a
 from __future__ import annotations
 
 from collections.abc import Mapping
-from itertools import combinations
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from mmcl.config import unknown_name
 from mmcl.distributed import Comm
 from mmcl.objectives.base import Objective, Term
+from mmcl.objectives.pairs import checked_pairs
 from mmcl.objectives.tcl.options import TCLOptions
 from mmcl.objectives.tcl.pair import PairTCL, Side
 from mmcl.types import ConfigError, Embeddings, TextSpec, TowerInfo, View
@@ -63,6 +62,9 @@ class TCL(Objective):
         self.register_buffer("seen", torch.zeros((), dtype=torch.int64))
         self.needs = tuple(dict.fromkeys(need for pair in pairs.values() for need in pair.needs))
         self.scales = tuple(name for name, pair in pairs.items() if pair.compares)
+        self.watched = tuple(f"loss/{term}/{name}" for name, pair in pairs.items() for term in pair.terms)
+        if options.mlm is not None:
+            self.masking = {"mlm.augmentation": options.mlm.augmentation}
 
     def forward(self, embeddings: Embeddings, comm: Comm) -> Term:
         ramp = (self.seen.float() / max(self.options.ramp_batches, 1)).clamp(max=1.0)
@@ -92,23 +94,19 @@ def build(options: TCLOptions, towers: Mapping[str, TowerInfo], path: str = "obj
     """The objective for these towers.
 
     Raises:
-        ConfigError: every term is off; a pair names an unknown or frozen tower, one tower twice, comes twice, or lies
-            in spaces of different width; masked tokens are asked for, but no pair has a text tower or its tokenizer
-            has no mask token or does not say its vocabulary.
+        ConfigError: every term is off; pairs that cannot be, see :func:`checked_pairs`; masked tokens are asked for,
+            but no pair has a text tower or its tokenizer has no mask token or does not say its vocabulary.
     """
     alike = {term: getattr(options, term) for term in ("cma", "imc", "lmi", "itm")}
     if options.mlm is None and all(term is None for term in alike.values()):
         raise ConfigError(f"{path}: every term is off; give one of {', '.join(alike)}, mlm")
-    if options.pairs is None and len(towers) < 2:
-        raise ConfigError(f"{path}.pairs: tcl needs two towers, the model has {', '.join(towers) or 'none'}")
     pairs: dict[str, PairTCL] = {}
-    for number, (a, b) in enumerate(combinations(towers, 2) if options.pairs is None else options.pairs):
-        _check_pair(a, b, towers, pairs, f"{path}.pairs.{number}")
+    for number, (a, b) in enumerate(checked_pairs(options.pairs, towers, path, options.name)):
         first, second = (_side(towers[name], options) for name in (a, b))
         reading, context = (first, second) if first.reads_text else (second, first)
         if options.mlm is not None and reading.reads_text:
             _check_tokenizer(reading.tower, path)
-        pair = PairTCL(f"{a}-{b}", reading, context, options, path)
+        pair = PairTCL(f"{a}-{b}", reading, context, options)
         if not pair.needs:
             raise ConfigError(
                 f"{path}.pairs.{number}: mlm, the one term that is on, needs a text tower; {a}-{b} has none"
@@ -117,19 +115,6 @@ def build(options: TCLOptions, towers: Mapping[str, TowerInfo], path: str = "obj
     if options.mlm is not None and not any(pair.mlm for pair in pairs.values()):
         raise ConfigError(f"{path}.mlm: no pair has a text tower ({', '.join(pairs)}); set it to null")
     return TCL(options, pairs)
-
-
-def _check_pair(a: str, b: str, towers: Mapping[str, TowerInfo], taken: Mapping[str, PairTCL], where: str) -> None:
-    for tower in (a, b):
-        if tower not in towers:
-            raise unknown_name(where, tower, towers)
-    if a == b:
-        raise ConfigError(f"{where}: a pair needs two towers, got {a!r} twice")
-    if f"{a}-{b}" in taken or f"{b}-{a}" in taken:
-        raise ConfigError(f"{where}: the pair {a!r}, {b!r} is already in the list")
-    widths = [towers[name].joint_width for name in (a, b)]
-    if widths[0] != widths[1]:
-        raise ConfigError(f"{where}: {a!r} and {b!r} lie in spaces of different width, {widths[0]} and {widths[1]}")
 
 
 def _check_tokenizer(tower: TowerInfo, path: str) -> None:

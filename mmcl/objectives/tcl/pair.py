@@ -17,7 +17,7 @@ from mmcl.objectives.tcl.masked import Reader, VocabularyHead, masked_tokens
 from mmcl.objectives.tcl.matching import Matching
 from mmcl.objectives.tcl.options import TCLOptions
 from mmcl.objectives.tcl.rows import PairQueue, Rows
-from mmcl.types import ConfigError, Embeddings, Kind, Level, Need, TextSpec, TowerInfo, View
+from mmcl.types import Embeddings, Kind, Level, Need, TextSpec, TowerInfo, View
 
 
 @dataclass(frozen=True)
@@ -40,9 +40,9 @@ class Side:
 class PairTCL(nn.Module):
     """The terms that are switched on, for two towers: the reading one (a text, where there is one) and the context."""
 
-    def __init__(self, name: str, reading: Side, context: Side, options: TCLOptions, path: str) -> None:
+    def __init__(self, name: str, reading: Side, context: Side, options: TCLOptions) -> None:
         super().__init__()
-        self.name, self.options, self.path = name, options, path
+        self.name, self.options = name, options
         self.sides = (reading, context)
         self.mlm = options.mlm if reading.masked is not None else None
         queued = (options.cma or options.imc) and options.queue
@@ -61,10 +61,16 @@ class PairTCL(nn.Module):
         self.momentum_head = copy.deepcopy(self.vocabulary_head).requires_grad_(False) if taught else None  # type: ignore[union-attr]
 
     @property
+    def terms(self) -> tuple[str, ...]:
+        """Names of those that are on here."""
+        options = self.options
+        on = {"cma": options.cma, "imc": options.imc, "lmi": options.lmi, "itm": options.itm, "mlm": self.mlm}
+        return tuple(name for name, term in on.items() if term is not None)
+
+    @property
     def compares(self) -> bool:
         """Whether a term takes the pair's temperature."""
-        options = self.options
-        return any(term is not None for term in (options.cma, options.imc, options.lmi, options.itm))
+        return any(term != "mlm" for term in self.terms)
 
     @property
     def needs(self) -> list[Need]:
@@ -168,12 +174,7 @@ class PairTCL(nn.Module):
     def _masked(self, embeddings: Embeddings, rows: Rows, alpha: Tensor) -> tuple[Tensor, Tensor]:
         reading, context = self.sides
         assert reading.masked is not None and self.fusion is not None and self.vocabulary_head is not None
-        targets = embeddings.batch.views[reading.masked].params.get("token_targets")
-        if targets is None:
-            raise ConfigError(
-                f"{self.path}.mlm.augmentation: {reading.masked.augmentation!r} masks no token; give "
-                f"data.augmentations.{reading.masked.augmentation}.text a mask"
-            )
+        targets = embeddings.batch.views[reading.masked].params["token_targets"]
 
         def reader(fusion: nn.Module, head: nn.Module, view: View, kind: Kind) -> Reader:
             assert reading.masked is not None

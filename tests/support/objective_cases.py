@@ -1,0 +1,219 @@
+"""One small configuration of every objective with every method: what all rules of objectives are tested on."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any, get_args
+
+import torch
+from torch import Tensor
+from torch.overrides import TorchFunctionMode
+
+from mmcl.config import Options
+from mmcl.config import build as build_options
+from mmcl.objectives import OBJECTIVES
+from mmcl.objectives.base import Objective, ObjectiveMix
+from mmcl.types import Batch, Embeddings, TowerInfo
+from support.exactness import TOWERS, Subject
+from support.objectives import FROZEN, SHAPES
+from support.tcl import SMALL as TCL
+from support.view_methods import EXTRAS, INTRA_MODAL, PERSISTENCY
+from support.view_methods import SMALL as HEAD
+
+SWITCHES = ("estimator", "method")
+"""options that say how: a word, or options of their own that bear one"""
+
+
+@dataclass(frozen=True)
+class Case:
+    """An objective and its options; the towers are three that learn, or a student of video and two teachers."""
+
+    objective: str
+    options: Mapping[str, Any]
+    taught: bool = False
+    cold: Mapping[str, Any] | None = None
+    """what makes its temperature 0.01; None: it has none, or takes the model's"""
+    smooth: Mapping[str, Any] | None = None
+    """what makes it differentiable where its own options are not; see ``detached_by``"""
+    detached_by: str = ""
+    """a method of the objective whose results are targets, without a gradient"""
+
+    def build(self, towers: Mapping[str, TowerInfo] | None = None, *, seed: int = 3, **changes: Any) -> Objective:
+        """A float32 objective with weights from this seed."""
+        infos = towers or (FROZEN if self.taught else TOWERS)
+        torch.manual_seed(seed)
+        entry = OBJECTIVES[self.objective]
+        options = build_options(entry.options, _merged({"name": self.objective, **self.options}, changes))
+        return entry.build(options, infos)
+
+
+def _merged(options: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]:
+    both = {**options, **changes}
+    if isinstance(changes.get("method"), dict):
+        both["method"] = {**options["method"], **changes["method"]}
+    return both
+
+
+def _view_method(objective: str, method: str, how: Mapping[str, Any] = {}, **more: Any) -> Case:
+    chosen = {"name": method, **HEAD, **EXTRAS.get(method, {}), **how}
+    cold = None if objective == "intra_modal" and method in ("byol", "simsiam", "barlow", "vicreg") else 0.01
+    return Case(
+        objective,
+        {"tower": "video", "method": chosen, **more},
+        cold=None if cold is None else {"method": {"temperature": cold}},
+        smooth={"method": {"detach_weight": False}} if method == "dclw" else None,
+        detached_by="_codes" if method == "swav" else "",
+    )
+
+
+def _zoo(method: str, **more: Any) -> Case:
+    return Case("distillation", {"method": method, "teacher": "audio", **more}, taught=True)
+
+
+_TOKENS = ("tokens", "tokens")
+_CCL, _CRD = "compositional_distillation", "contrastive_distillation"
+_COLD = {"temperature": 0.01}
+
+CASES: dict[str, Case] = {
+    "cross_modal": Case("cross_modal", {}),
+    "cross_modal: siglip": Case("cross_modal", {"estimator": "siglip", "hard_quantile": 0.5}),
+    "cross_modal: dcl": Case("cross_modal", {"estimator": "dcl", "captions": 2}),
+    "cross_modal: dclw": Case("cross_modal", {"estimator": "dclw"}, smooth={"detach_weight": False}),
+    "cross_modal: clip_label_smoothing": Case(
+        "cross_modal", {"estimator": "clip_label_smoothing", "unpaired_negatives": True, "shared_temperature": True}
+    ),
+    **{f"intra_modal: {method}": _view_method("intra_modal", method) for method in INTRA_MODAL},
+    "intra_modal: swav with a queue": _view_method(
+        "intra_modal", "swav", {"queue": 6, "frozen_batches": 0, "crops": 1}
+    ),
+    **{f"persistency: {method}": _view_method("persistency", method) for method in PERSISTENCY},
+    **{
+        f"persistency: {method} with sound": _view_method("persistency", method, other="audio")
+        for method in PERSISTENCY
+    },
+    "compositional_distillation": Case(
+        _CCL, {"teachers": ("audio",)}, taught=True, cold={"temperatures": {"audio": 0.01}}
+    ),
+    "compositional_distillation: labels": Case(
+        _CCL,
+        {"teachers": ("audio", "text"), "classes": 3},
+        taught=True,
+        cold={"temperatures": {"audio": 0.01, "text": 0.01}},
+    ),
+    "contrastive_distillation": Case(
+        _CRD, {"teacher": "audio", "slots": 64, "negatives": 32, "width": 6}, taught=True, cold=_COLD
+    ),
+    "knowledge_distillation": _zoo("knowledge_distillation", classes=3),
+    "hint": _zoo("hint"),
+    "hint: labels": _zoo("hint", classes=3, strength=1.0),
+    "variational_information": _zoo("variational_information"),
+    "activation_boundary": _zoo("activation_boundary", strength=1.0),
+    "similarity_preserving": _zoo("similarity_preserving"),
+    "relational": _zoo("relational"),
+    "probabilistic_transfer": _zoo("probabilistic_transfer"),
+    "correlation_congruence": _zoo("correlation_congruence", strength=1.0),
+    "attention_transfer": _zoo("attention_transfer"),
+    "factor_transfer": _zoo("factor_transfer"),
+    "neuron_selectivity": _zoo("neuron_selectivity"),
+    "flow": _zoo("flow", levels=(_TOKENS, _TOKENS)),
+    "kdsvd": _zoo("kdsvd", levels=(_TOKENS, _TOKENS)),
+    "mutual": Case("mutual", {"queue": 7, "temperature": 0.3}, cold=_COLD),
+    "mutual: in the batch": Case("mutual", {"queue": 0, "keys": "online", "temperature": 0.3}, cold=_COLD),
+    "mutual: labels": Case("mutual", {"queue": 7, "classes": 3, "temperature": 0.3, "ensemble": 0.5}, cold=_COLD),
+    "mutual: labels in the batch": Case("mutual", {"queue": 0, "classes": 3, "temperature": 0.3}, cold=_COLD),
+    "tcl": Case("tcl", {**TCL, "pairs": (("video", "text"),)}),
+    "tcl: sound": Case("tcl", {**TCL, "pairs": (("audio", "video"),), "mlm": None}),
+}
+
+
+def ways(options: type[Options]) -> set[tuple[str, str]]:
+    """(option, value) of every word that the options let one choose by ``SWITCHES``."""
+    found = set()
+    for switch in SWITCHES:
+        if switch not in options.model_fields:
+            continue
+        for kind in get_args(options.model_fields[switch].annotation):
+            found.add((switch, kind.model_fields["name"].default if isinstance(kind, type) else kind))
+    return found
+
+
+def without_a_case() -> set[tuple[str, str, str]]:
+    """(objective, option, value) that no case chooses; ("name", "", "") for an objective without any."""
+    there: set[tuple[str, str, str]] = set()
+    for case in CASES.values():
+        there.add((case.objective, "", ""))
+        options = OBJECTIVES[case.objective].options
+        for switch in {name for name, _ in ways(options)}:
+            chosen = case.options.get(switch, options.model_fields[switch].default)
+            there.add((case.objective, switch, chosen["name"] if isinstance(chosen, Mapping) else chosen))
+    wanted = {(name, *way) for name, entry in OBJECTIVES.items() for way in (ways(entry.options) | {("", "")})}
+    return wanted - there
+
+
+def rows_for(
+    objective: Objective, batch: Batch, seed: int = 8, dtype: torch.dtype = torch.float64, scale: float = 8.0
+) -> Embeddings:
+    """Random rows, other ones for each view and copy; those of online towers are leaves that ask for a gradient."""
+    random = torch.Generator().manual_seed(seed)
+    values = {}
+    for need in objective.needs:
+        present = batch.views[need.view].present
+        for level in need.levels:
+            x = torch.randn(len(batch), *SHAPES[level], generator=random, dtype=torch.float64).to(dtype)
+            x = x * present.view(-1, *[1] * (x.ndim - 1))
+            values[need.tower, need.view, level, need.kind] = x.requires_grad_(need.kind == "online")
+    scales = {name: torch.tensor(scale, dtype=dtype, requires_grad=True) for name in objective.scales}
+    return Embeddings(values, batch, scales)
+
+
+def leaves_of(embeddings: Embeddings) -> list[Tensor]:
+    """What asks for a gradient: online rows and temperatures."""
+    return [x for x in (*embeddings.values.values(), *embeddings.scales.values()) if x.requires_grad]
+
+
+def everything(taught: bool) -> Subject:
+    """All cases of one set of towers in one mix."""
+    objectives = {
+        name.replace(": ", "_").replace(" ", "_"): case.build() for name, case in CASES.items() if case.taught == taught
+    }
+    weights = {name: 0.5 + 0.25 * (i % 3) for i, name in enumerate(objectives)}
+    return Subject(ObjectiveMix(objectives, weights), FROZEN if taught else TOWERS)
+
+
+class Constants(TorchFunctionMode):
+    """What a first evaluation detaches stays what it was in later ones, so that finite differences see what gradients
+    see. Each evaluation runs under :meth:`again`.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.kept: list[Any] = []
+        self.place = 0
+
+    def again(self) -> Constants:
+        self.place = 0
+        return self
+
+    def keep(self, make: Callable[[], Any]) -> Any:
+        if self.place == len(self.kept):
+            value = make()
+            self.kept.append(value.clone() if isinstance(value, Tensor) else copy.deepcopy(value))
+        self.place += 1
+        return self.kept[self.place - 1]
+
+    def targets(self, function: Callable[..., Any]) -> Callable[..., Any]:
+        """The same of a function's results."""
+
+        def kept(*args: Any) -> Any:
+            with torch.no_grad():
+                return self.keep(lambda: function(*args))
+
+        return kept
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        # without gradients: the inside of an autograd.Function, which is its own affair
+        if func is Tensor.detach and torch.is_grad_enabled():
+            return self.keep(lambda: func(*args))
+        return func(*args, **(kwargs or {}))
