@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import tempfile
 from multiprocessing import forkserver
+from multiprocessing.util import get_temp_dir
 
 import pytest
 from hypothesis import HealthCheck, settings
@@ -25,6 +26,7 @@ pytest_plugins = ["support.gloo", "support.media", "support.shards"]
 @pytest.fixture(scope="session", autouse=True)
 def _warm_forkserver(tmp_path_factory: pytest.TempPathFactory) -> None:
     """Processes that tests start are forked from one that has torch loaded: they then start in milliseconds."""
+    get_temp_dir()  # of this process, which removes it at its end
     # what processes leave behind that are killed goes with the folders of the tests
     folder = str(tmp_path_factory.mktemp("tmp"))
     if len(folder) < 60:  # paths of sockets have a limit of a hundred characters
