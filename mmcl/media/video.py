@@ -9,7 +9,7 @@ from mmcl.media.frames import Fit, ScalingReader, VideoReader, has_index
 from mmcl.media.probe import MediaSource, read_head
 from mmcl.media.video_decord import DecordReader, DecordRefusedError
 from mmcl.media.video_pyav import PyAVReader
-from mmcl.media.video_torchcodec import TorchCodecReader
+from mmcl.media.video_torchcodec import TorchCodecReader, TorchCodecRefusedError
 from mmcl.types import DEFAULT_DECODER, ConfigError, Decoder
 
 
@@ -40,8 +40,10 @@ def open_video(
     if decoder == "pyav":
         return PyAVReader(data, size, fit, threads)
     if decoder == "torchcodec":  # where the container has no index, it seeks to wrong frames
-        indexed = has_index(read_head(data, 12))
-        return (TorchCodecReader if indexed else PyAVReader)(data, size, fit, threads)
+        try:
+            return TorchCodecReader(data, size, fit, threads) if has_index(read_head(data, 12)) else PyAVReader(data, size, fit, threads)
+        except TorchCodecRefusedError:
+            return PyAVReader(data, size, fit, threads)
     if decoder != "decord":
         raise ConfigError(f"decoder is {decoder!r}; allowed: 'decord', 'pyav', 'torchcodec'")
     try:
