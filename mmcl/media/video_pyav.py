@@ -170,10 +170,7 @@ class PyAVReader:
         height, width = scaled_size(*shown, size, fit)
         if size is None:  # frames may change their size in mid-stream; the first one decides
             height, width = self._shape = self._shape or (height, width)
-        if (height, width) != shown:
-            return centre_crop(scale_picture(frame, height, width, turns), size)
-        picture = self._reformatter.reformat(frame, format="rgb24", threads=1).to_ndarray()
-        return centre_crop(np.rot90(picture, turns) if turns else picture, size)
+        return centre_crop(scale_picture(frame, height, width, turns), size)
 
     @property
     def shared_container(self) -> Any:
