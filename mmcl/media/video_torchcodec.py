@@ -11,8 +11,8 @@ import av
 import numpy as np
 from av.video.format import VideoFormat
 
-from mmcl.media.frames import Fit
-from mmcl.media.probe import DECODE_ERRORS, MediaSource, quarter_turns, short_message
+from mmcl.media.frames import Fit, has_index
+from mmcl.media.probe import DECODE_ERRORS, MediaSource, quarter_turns, read_head, short_message
 from mmcl.media.video_pyav import PyAVReader
 from mmcl.types import ConfigError, SampleError
 
@@ -44,6 +44,8 @@ class TorchCodecReader(PyAVReader):
 
     def __init__(self, data: MediaSource, size: int | None, fit: Fit, threads: int) -> None:
         decoders = _decoders()
+        if not has_index(read_head(data, 12)):  # there it seeks to wrong frames
+            raise TorchCodecRefusedError
         super().__init__(data, size, fit, 1)
         self._skips = False
         try:
