@@ -44,6 +44,7 @@ FILES = {
     "hdr.mp4": {"pix_fmt": "yuv420p10le", "colours": (9, 16, 9)},
     "hd_colours.mp4": {"colours": (1, 1, 1)},
     "full_range.mp4": {"codec": "mjpeg"},
+    "full_range.webm": {"codec": "vp9", "full_range": True},
     "vp9.webm": {"codec": "vp9"},
     "large.mp4": {"size": (360, 640)},
     "ready.mp4": {"size": (64, 64)},
