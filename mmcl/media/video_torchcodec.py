@@ -51,15 +51,18 @@ class TorchCodecReader(PyAVReader):
         try:
             if not _has_planes(self.codec_context.format):
                 raise TorchCodecRefusedError
-            file = f"file:{Path(data).absolute()}" if isinstance(data, (str, Path)) else bytes(data)
-            self._demuxer = decoders.Demuxer(file, streams=self._stream.index)
-            self._decoder = self._demuxer.streams[0].make_decoder("cpu", num_ffmpeg_threads=threads)
+            self._connect(decoders, data, threads)
         except self._errors as error:
             self.close()
             raise SampleError("decode", short_message(error)) from error
         except TorchCodecRefusedError:
             self.close()
             raise
+
+    def _connect(self, decoders: Any, data: MediaSource, threads: int) -> None:
+        file = f"file:{Path(data).absolute()}" if isinstance(data, (str, Path)) else bytes(data)
+        self._demuxer = decoders.Demuxer(file, streams=self._stream.index)
+        self._decoder = self._demuxer.streams[0].make_decoder("cpu", num_ffmpeg_threads=threads)
 
     def _seek(self, pts: int) -> None:
         self._demuxer.seek(float(pts * self._stream.time_base))
