@@ -195,7 +195,7 @@ class MediaReader:
     def _open_for_both(self, specs: Sequence[VideoSpec]) -> None:
         """Opens a video whose reader can share the file with the reader of its sound, before that one opens it too."""
         scales = dict.fromkeys((spec.size, spec.fit) for spec in specs)
-        if self._video is None or self._audio is not self._video or (self._decoder != "pyav" and len(scales) < 2):
+        if self._video is None or self._audio is not self._video or (self._decoder == "decord" and len(scales) < 2):
             return
         try:
             self._open(scales)

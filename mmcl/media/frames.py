@@ -93,5 +93,10 @@ def channels_first(pictures: Sequence[np.ndarray], places: np.ndarray) -> np.nda
 def has_index(head: bytes) -> bool:
     """Whether a file begins like an MP4, Matroska or AVI: decord's old FFmpeg shall see nothing else."""
     return head[4:8] in (b"ftyp", b"moov", b"mdat", b"free", b"wide", b"skip") or (
-        head.startswith(b"\x1a\x45\xdf\xa3") or (head.startswith(b"RIFF") and head[8:12] == b"AVI ")
+        is_matroska(head) or (head.startswith(b"RIFF") and head[8:12] == b"AVI ")
     )
+
+
+def is_matroska(head: bytes) -> bool:
+    """Whether a file begins like an MKV or WebM."""
+    return head.startswith(b"\x1a\x45\xdf\xa3")

@@ -5,11 +5,11 @@ Open a reader in the process that reads it (never before a fork) and use it from
 
 from __future__ import annotations
 
-from mmcl.media.frames import Fit, ScalingReader, VideoReader, has_index
-from mmcl.media.probe import MediaSource, read_head
+from mmcl.media.frames import Fit, ScalingReader, VideoReader
+from mmcl.media.probe import MediaSource
 from mmcl.media.video_decord import DecordReader, DecordRefusedError
 from mmcl.media.video_pyav import PyAVReader
-from mmcl.media.video_torchcodec import TorchCodecReader
+from mmcl.media.video_torchcodec import TorchCodecReader, TorchCodecRefusedError
 from mmcl.types import DEFAULT_DECODER, ConfigError, Decoder
 
 
@@ -27,10 +27,11 @@ def open_video(
     ``size``: frames come out as ``size`` × ``size`` pixels (None: as they are displayed). ``fit="crop"`` scales the
     short side to ``size`` and cuts out the centre, ``"squash"`` scales both sides. ``source_size`` is the displayed
     (height, width) where the caller knows it, which saves decord a look at the file.
-    decord gives way to PyAV where it is not installed, where it refuses a file, and for files whose frame list it is
-    known to get wrong (edit lists, containers without an index; torchcodec for the latter). decord ends the process on
-    some damaged files; PyAV does not. Pictures are those of the stored levels: HDR tags are ignored (``probe`` names
-    them).
+    All decoders give the same frames. decord gives way to PyAV where it is not installed, where it refuses a file, and
+    for files that it is known to get wrong: edit lists, containers without an index, a rotation in MKV, and, where the
+    height is kept, 4:2:0 of more than 8 bits, of odd height or with another width. torchcodec gives way for containers
+    without an index and for samples that are not in planes (packed RGB, palettes). decord ends the process on some
+    damaged files; PyAV does not. Pictures are those of the stored levels: HDR tags are ignored (``probe`` names them).
 
     Raises ``SampleError``: ``missing_file``, ``unreadable``, ``empty``, ``not_media``, ``no_video_stream``,
     ``too_large``, ``truncated``, ``decode``; ``ConfigError`` for an unknown decoder or one that is not installed.
@@ -39,14 +40,13 @@ def open_video(
         raise ConfigError(f"fit is {fit!r}; allowed: 'crop', 'squash'")
     if decoder == "pyav":
         return PyAVReader(data, size, fit, threads)
-    if decoder == "torchcodec":  # where the container has no index, it seeks to wrong frames
-        indexed = has_index(read_head(data, 12))
-        return (TorchCodecReader if indexed else PyAVReader)(data, size, fit, threads)
-    if decoder != "decord":
+    if decoder not in ("decord", "torchcodec"):
         raise ConfigError(f"decoder is {decoder!r}; allowed: 'decord', 'pyav', 'torchcodec'")
     try:
+        if decoder == "torchcodec":
+            return TorchCodecReader(data, size, fit, threads)
         return DecordReader(data, size, fit, threads, source_size)
-    except DecordRefusedError:
+    except (DecordRefusedError, TorchCodecRefusedError):
         return PyAVReader(data, size, fit, threads)
 
 

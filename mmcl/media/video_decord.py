@@ -9,8 +9,8 @@ from pathlib import Path
 
 import numpy as np
 
-from mmcl.media.frames import Fit, centre_crop, checked, has_index, scaled_size
-from mmcl.media.probe import MediaSource, open_container, origin_seconds, probe, read_head
+from mmcl.media.frames import Fit, centre_crop, checked, has_index, is_matroska, scaled_size
+from mmcl.media.probe import MediaSource, VideoInfo, best_stream, open_container, origin_seconds, probe, read_head
 from mmcl.media.video_pyav import PyAVReader
 from mmcl.media.windows import frame_indices
 from mmcl.types import SampleError
@@ -26,7 +26,8 @@ class DecordReader:
     def __init__(
         self, data: MediaSource, size: int | None, fit: Fit, threads: int, source_size: tuple[int, int] | None
     ) -> None:
-        if not has_index(read_head(data, 12)):
+        head = read_head(data, 12)
+        if not has_index(head):
             raise DecordRefusedError
         try:
             decord = importlib.import_module("decord")
@@ -36,9 +37,15 @@ class DecordReader:
         self._data, self._size, self._fit, self._threads = data, size, fit, threads
         self._instead: PyAVReader | None = None
         decord.logging.set_level(decord.logging.FATAL)
-        height, width = -1, -1
-        if size is not None:
-            height, width = scaled_size(*(source_size or _displayed_size(data)), size, fit)
+        shown = source_size
+        if shown is None or is_matroska(head):
+            video = _video(data)
+            if is_matroska(head) and video.rotation_degrees:  # which decord reads from MP4 alone
+                raise DecordRefusedError
+            shown = video.displayed_size
+        height, width = scaled_size(*shown, size, fit)
+        if height == shown[0] and not _colours_as_others(data, (height, width), shown):
+            raise DecordRefusedError
         try:
             file = str(data) if isinstance(data, (str, Path)) else _BytesFile(data)
             self._reader = decord.VideoReader(file, width=width, height=height, num_threads=threads)
@@ -83,7 +90,7 @@ class _BytesFile:
         return self._data
 
 
-def _displayed_size(data: MediaSource) -> tuple[int, int]:
+def _video(data: MediaSource) -> VideoInfo:
     try:
         video = probe(data).video
     except SampleError as error:
@@ -92,4 +99,15 @@ def _displayed_size(data: MediaSource) -> tuple[int, int]:
         video = None
     if video is None:
         raise SampleError("no_video_stream", "the file has no video stream")
-    return video.displayed_size
+    return video
+
+
+def _colours_as_others(data: MediaSource, scaled: tuple[int, int], shown: tuple[int, int]) -> bool:
+    """Whether a picture that keeps its height comes out as from others: decord's old FFmpeg takes colours that have
+    fewer rows from the nearest of them, but for 8 bits, an even height and an unchanged width."""
+    with closing(open_container(data)) as container:
+        stream = best_stream(container, "video")
+        pixels = None if stream is None else stream.codec_context.format
+    if pixels is None or (pixels.chroma_height(4) == pixels.chroma_width(4) == 4):
+        return True
+    return pixels.name in ("yuv420p", "yuvj420p") and scaled == shown and scaled[0] % 2 == 0

@@ -28,6 +28,8 @@ from mmcl.types import SampleError
 class PyAVReader:
     """Frames through PyAV: any file that FFmpeg reads, several sizes in one pass; raises where others crash."""
 
+    _errors: tuple[type[Exception], ...] = DECODE_ERRORS
+
     def __init__(self, data: MediaSource, size: int | None, fit: Fit, threads: int) -> None:
         self._size, self._fit = size, fit
         self._container = open_container(data)
@@ -77,7 +79,7 @@ class PyAVReader:
         try:
             for key in np.unique(keys).tolist():
                 self._read_group(numbers[keys == key], key, take)
-        except DECODE_ERRORS as error:
+        except self._errors as error:
             raise SampleError("decode", short_message(error)) from error
         return [
             channels_first(list(found.values()), places) if found else np.zeros((0, 3, size or 0, size or 0), np.uint8)
@@ -91,9 +93,8 @@ class PyAVReader:
         # others, and some past what was asked for (no index, open GOP) or count other times after it (MPEG-PS): then
         # decode from the start of the file.
         starts = (int(table.key_pts[key]), int(table.key_seek[key]), int(min(table.pts[0], table.key_seek[0])))
-        read_only(self._container, self._stream)
         for attempt, target in enumerate(starts):
-            self._container.seek(target, stream=self._stream, backward=True)
+            self._seek(target)
             try:
                 if self._decode(wanted, take, skip=self._skips and attempt == 0):
                     return
@@ -101,6 +102,10 @@ class PyAVReader:
                 if attempt == len(starts) - 1:
                     raise
         raise SampleError("decode", f"frame {numbers[0]} cannot be reached")
+
+    def _seek(self, pts: int) -> None:
+        read_only(self._container, self._stream)
+        self._container.seek(pts, stream=self._stream, backward=True)
 
     def _decode(self, wanted_pts: list[int], take: Callable[[Any, int], None], *, skip: bool) -> bool:
         """Decodes forward until all are taken; False, to be tried otherwise, if the first frame that comes is too late.
@@ -158,15 +163,14 @@ class PyAVReader:
         """uint8 ``(H, W, C)``, scaled, turned and cropped."""
         if frame.is_corrupt:
             raise SampleError("decode", f"a damaged frame at {frame.time} s")
-        turns = quarter_turns(frame)
+        return self._scaled(frame, quarter_turns(frame), size, fit)
+
+    def _scaled(self, frame: Any, turns: int, size: int | None, fit: Fit) -> np.ndarray:
         shown = (frame.width, frame.height) if turns % 2 else (frame.height, frame.width)
         height, width = scaled_size(*shown, size, fit)
         if size is None:  # frames may change their size in mid-stream; the first one decides
             height, width = self._shape = self._shape or (height, width)
-        if (height, width) != shown:
-            return centre_crop(scale_picture(frame, height, width, turns), size)
-        picture = self._reformatter.reformat(frame, format="rgb24", threads=1).to_ndarray()
-        return centre_crop(np.rot90(picture, turns) if turns else picture, size)
+        return centre_crop(scale_picture(frame, height, width, turns), size)
 
     @property
     def shared_container(self) -> Any:

@@ -3,63 +3,113 @@
 from __future__ import annotations
 
 import importlib
-from collections.abc import Sequence
-from contextlib import closing
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
+import av
 import numpy as np
+from av.video.format import VideoFormat
 
-from mmcl.media.frames import Fit, centre_crop, checked, scaled_size
-from mmcl.media.probe import MediaSource, short_message
-from mmcl.media.scaling import RgbScaler
+from mmcl.media.frames import Fit, has_index
+from mmcl.media.probe import DECODE_ERRORS, MediaSource, quarter_turns, read_head, short_message
 from mmcl.media.video_pyav import PyAVReader
 from mmcl.types import ConfigError, SampleError
 
+_COLORSPACES = {"gbr": 0, "bt709": 1, "fcc": 4, "bt470bg": 5, "smpte170m": 6, "smpte240m": 7, "ycgco": 8}
+_COLORSPACES |= {"bt2020nc": 9, "bt2020c": 10, "smpte2085": 11, "ictcp": 14}
+"""FFmpeg's names and numbers; all others are as unspecified"""
+_UNSPECIFIED = 2
+_RANGES = {"tv": 1, "pc": 2}
 
-class TorchCodecReader:
-    """Frame times come from the packets, as for PyAV; where torchcodec counts other frames, it is asked by time."""
+
+class TorchCodecRefusedError(Exception):
+    """torchcodec does not give the stored samples of this file."""
+
+
+class _Decoded(NamedTuple):
+    """A frame that torchcodec has decoded; its samples are copied only where it is wanted."""
+
+    pts: int
+    raw: Any
+
+
+class TorchCodecReader(PyAVReader):
+    """Frames that torchcodec seeks and decodes; PyAV lists them before and scales their stored samples after.
+
+    torchcodec's own conversion to RGB happens before it scales: up to 15 levels away from scaling the stored samples.
+    """
+
+    _errors = (*DECODE_ERRORS, RuntimeError)
 
     def __init__(self, data: MediaSource, size: int | None, fit: Fit, threads: int) -> None:
+        decoders = _decoders()
+        if not has_index(read_head(data, 12)):  # there it seeks to wrong frames
+            raise TorchCodecRefusedError
+        super().__init__(data, size, fit, 1)
+        self._skips = False
         try:
-            decoders = importlib.import_module("torchcodec.decoders")
-        except (ImportError, RuntimeError, OSError) as error:  # the latter two: FFmpeg's libraries are missing
-            raise ConfigError(
-                f"decoder 'torchcodec' cannot be loaded ({short_message(error)}): "
-                "pip install 'mmcl[torchcodec]' and the system's FFmpeg libraries"
-            ) from error
-        self._size, self._fit = size, fit
-        with closing(PyAVReader(data, None, fit, 1)) as reader:
-            self._scaler = RgbScaler(reader.codec_context)
-            self.frame_times_seconds = reader.frame_times_seconds
-            self.duration_seconds = reader.duration_seconds
-            self._origin_seconds = reader.origin_seconds
-        options: dict[str, Any] = {"dimension_order": "NHWC", "num_ffmpeg_threads": threads, "seek_mode": "exact"}
-        file = str(data) if isinstance(data, (str, Path)) else bytes(data)
-        try:
-            self._decoder = decoders.VideoDecoder(file, **options)
-        except (RuntimeError, ValueError) as error:
+            if not _has_planes(self.codec_context.format):
+                raise TorchCodecRefusedError
+            self._connect(decoders, data, threads)
+        except self._errors as error:
+            self.close()
             raise SampleError("decode", short_message(error)) from error
+        except TorchCodecRefusedError:
+            self.close()
+            raise
 
-    def read(self, indices: Sequence[int] | np.ndarray) -> np.ndarray:
-        numbers, places = checked(indices, len(self.frame_times_seconds))
-        if not len(numbers):
-            return np.zeros((0, 3, self._size or 0, self._size or 0), np.uint8)
-        instants = self.frame_times_seconds[numbers] + self._origin_seconds + 1e-6
-        try:
-            if len(self._decoder) == len(self.frame_times_seconds):
-                frames = self._decoder.get_frames_at(numbers.tolist())
-            else:
-                frames = self._decoder.get_frames_played_at(instants.tolist())
-            pictures = frames.data.numpy()
-        except (RuntimeError, ValueError, IndexError) as error:
-            raise SampleError("decode", short_message(error)) from error
-        if len(pictures) and self._size is not None:
-            shown = pictures.shape[1], pictures.shape[2]
-            height, width = scaled_size(*shown, self._size, self._fit)
-            if (height, width) != shown:
-                pictures = np.stack([self._scaler.scale(picture, height, width) for picture in pictures])
-        return np.ascontiguousarray(centre_crop(pictures, self._size)[places].transpose(0, 3, 1, 2))
+    def _connect(self, decoders: Any, data: MediaSource, threads: int) -> None:
+        file = f"file:{Path(data).absolute()}" if isinstance(data, (str, Path)) else bytes(data)
+        self._demuxer = decoders.Demuxer(file, streams=self._stream.index)
+        self._decoder = self._demuxer.streams[0].make_decoder("cpu", num_ffmpeg_threads=threads)
+
+    def _seek(self, pts: int) -> None:
+        self._demuxer.seek(float(pts * self._stream.time_base))
+        self._decoder.reset()
+
+    def _frames(self, needed_pts: set[int] | None) -> Iterator[_Decoded]:
+        ticks = 1 / self._stream.time_base
+        for packet in self._demuxer:
+            for raw in self._decoder.decode(packet):
+                yield _Decoded(round(raw.pts_seconds * ticks), raw)
+        for raw in self._decoder.drain():
+            yield _Decoded(round(raw.pts_seconds * ticks), raw)
+
+    def _picture(self, frame: _Decoded, size: int | None, fit: Fit) -> np.ndarray:
+        return self._scaled(_as_pyav(frame.raw), quarter_turns(frame.raw), size, fit)
 
     def close(self) -> None:
-        self._decoder = None
+        self._demuxer = self._decoder = None
+        super().close()
+
+
+def _decoders() -> Any:
+    try:
+        decoders = importlib.import_module("torchcodec.decoders")
+    except (ImportError, RuntimeError, OSError) as error:  # the latter two: FFmpeg's libraries are missing
+        raise ConfigError(
+            f"decoder 'torchcodec' cannot be loaded ({short_message(error)}): "
+            "pip install 'mmcl[torchcodec]' and the system's FFmpeg libraries"
+        ) from error
+    if not hasattr(decoders, "Demuxer"):
+        raise ConfigError("decoder 'torchcodec' gives no stored samples before version 0.17: pip install -U torchcodec")
+    return decoders
+
+
+def _has_planes(pixels: VideoFormat | None) -> bool:
+    """Whether every component of a picture has a plane of its own, of whole bytes."""
+    if pixels is None or pixels.has_palette or pixels.is_bit_stream:
+        return False
+    return all(part.plane == i and 8 <= part.bits <= 16 for i, part in enumerate(pixels.components))
+
+
+def _as_pyav(raw: Any) -> av.VideoFrame:
+    frame = av.VideoFrame(raw.width, raw.height, raw.pixel_format)
+    for plane, samples in zip(frame.planes, raw.planes, strict=True):
+        rows = samples.numpy().view(np.uint8)
+        np.frombuffer(plane, np.uint8).reshape(-1, plane.line_size)[: len(rows), : rows.shape[1]] = rows
+    frame.pts = 0
+    frame.colorspace = _COLORSPACES.get(raw.color_space, _UNSPECIFIED)
+    frame.color_range = _RANGES.get(raw.color_range, 0)
+    return frame

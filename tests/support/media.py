@@ -76,10 +76,11 @@ def encode(
     container_options: dict[str, str] | None = None,
     pix_fmt: str | None = None,
     colours: tuple[int, int, int] | None = None,
+    full_range: bool = False,
 ) -> Path:
     """Writes pictures and / or a wave ``(S,)`` or ``(channels, S)``; ``times``: when each picture appears.
 
-    ``colours``: FFmpeg's numbers of primaries, transfer curve and matrix, as tags.
+    ``colours``: FFmpeg's numbers of primaries, transfer curve and matrix, as tags; so is ``full_range``.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     encoders = {"h264": "libx264", "vp9": "libvpx-vp9", "vp8": "libvpx"}
@@ -98,6 +99,8 @@ def encode(
             if colours is not None:
                 context = video.codec_context
                 context.color_primaries, context.color_trc, context.colorspace = colours
+            if full_range:
+                video.codec_context.color_range = 2
             if times is not None:
                 video.codec_context.time_base = Fraction(1, 90_000)
             if rotation:

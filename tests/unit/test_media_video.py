@@ -6,6 +6,7 @@ import importlib
 import struct
 import subprocess
 import sys
+import types
 from contextlib import closing
 
 import numpy as np
@@ -217,6 +218,13 @@ def test_unknown_names_are_refused(tmp_path):
 @pytest.mark.skipif(loads("torchcodec.decoders"), reason="torchcodec is installed")
 def test_a_decoder_that_is_not_installed_says_how_to_get_it(tmp_path):
     with pytest.raises(ConfigError, match="pip install"):
+        open_video(numbered(tmp_path / "a.mp4"), decoder="torchcodec")
+
+
+def test_an_old_torchcodec_says_which_is_needed(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "torchcodec", types.ModuleType("torchcodec"))
+    monkeypatch.setitem(sys.modules, "torchcodec.decoders", types.ModuleType("torchcodec.decoders"))
+    with pytest.raises(ConfigError, match=r"0\.17"):
         open_video(numbered(tmp_path / "a.mp4"), decoder="torchcodec")
 
 

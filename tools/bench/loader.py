@@ -36,10 +36,12 @@ from mmcl.shards import load_manifest
 from mmcl.shards.index import index_shards
 from mmcl.shards.make import MakeOptions, make_shards
 from mmcl.shards.reader import ShardReader
+from mmcl.types import Decoder
 
 PARTS = {"remote": "loader_remote", "make": "loader_make"}
 """name → module with ``measure(quick) -> dict``; a key that ends in ``ratio`` is printed with the others"""
 RESULTS = Path(__file__).parent / "results" / "loader.json"
+DECODERS: tuple[Decoder, ...] = ("pyav", "decord", "torchcodec")
 OTHERS = ("torchcodec", "torchcodec approximate", "spdl")
 
 
@@ -83,10 +85,10 @@ def measure_decode(work: Path, clips: list[bytes], samples: int, repeats: int) -
         "torchcodec approximate": sides.torchcodec("approximate"),
         "spdl": sides.spdl,
     }
-    calls = {f"mmcl {decoder}": of(sides.ours(decoder), folder, samples) for decoder in ("pyav", "decord")}
+    calls = {f"mmcl {decoder}": of(sides.ours(decoder), folder, samples) for decoder in DECODERS}
     calls |= {name: of(sides.through_webdataset(decode), folder, samples) for name, decode in loops.items()}
     report: dict[str, Any] = dict(take_turns(calls, repeats))
-    for decoder in ("pyav", "decord"):
+    for decoder in DECODERS:
         mine = report[f"mmcl {decoder}"]["cpu_ms"]
         report[f"{decoder}, plain ratio"] = report["plain"]["cpu_ms"] / mine
         report[f"{decoder}, plain as one tensor ratio"] = report["plain, resized as one tensor"]["cpu_ms"] / mine
@@ -105,12 +107,12 @@ def measure_source(work: Path, clips: list[bytes], samples: int, repeats: int) -
         Path(files, f"{number:04d}.mp4").write_bytes(clips[number % len(clips)])
         Path(files, f"{number:04d}.txt").write_text(f"clip {number}", encoding="utf-8")
     (made,) = make_shards(files, work / "made", MakeOptions(workers=2)).folders
-    calls = {f"mmcl {decoder}": of(sides.ours(decoder), made, samples) for decoder in ("pyav", "decord")}
+    calls = {f"mmcl {decoder}": of(sides.ours(decoder), made, samples) for decoder in DECODERS}
     plain = sides.through_webdataset(sides.plain(sides._resized_frames))
     tensor = sides.through_webdataset(sides.plain(sides._resized_clip))
     calls |= {"plain": of(plain, sources, samples), "plain, resized as one tensor": of(tensor, sources, samples)}
     report: dict[str, Any] = dict(take_turns(calls, repeats))
-    for decoder in ("pyav", "decord"):
+    for decoder in DECODERS:
         mine = report[f"mmcl {decoder}"]["cpu_ms"]
         report[f"{decoder}, plain ratio"] = report["plain"]["cpu_ms"] / mine
         report[f"{decoder}, plain as one tensor ratio"] = report["plain, resized as one tensor"]["cpu_ms"] / mine

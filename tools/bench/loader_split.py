@@ -16,7 +16,7 @@ from unittest.mock import patch
 import loader_sides
 
 from mmcl.data import loader
-from mmcl.media import audio, clip, frame_table, probe, video_decord, video_pyav
+from mmcl.media import audio, clip, frame_table, probe, video_decord, video_pyav, video_torchcodec
 
 DECODING = ("open", "video", "scale", "audio")
 """what a decoder does; decord and SPDL scale inside it, so scaling is counted with it everywhere, and shown alone"""
@@ -27,6 +27,8 @@ PARTS: tuple[tuple[str, Any, str], ...] = (
     ("video", video_decord.DecordReader, "__init__"),
     ("video", video_decord.DecordReader, "read"),
     ("scale", video_pyav.PyAVReader, "_picture"),
+    ("open", video_torchcodec.TorchCodecReader, "_connect"),
+    ("scale", video_torchcodec.TorchCodecReader, "_picture"),
     ("audio", audio.AudioReader, "_decode_from"),
     ("resample", audio, "_resample"),
     ("collate", loader, "collate"),
