@@ -288,7 +288,8 @@ class _Encoder:
             stream = best_stream(container, "video")
             rate = frame_rate(stream, self.options.fps)
             picture: Any = None
-            count, packets = 0, []
+            count = 0
+            packets: list[Any] = []
             pictures = Pictures(container, stream, self.options, self.start, self.end)
             for number, frame in constant_rate(pictures, rate):
                 if picture is None:
@@ -302,9 +303,9 @@ class _Encoder:
                 count, packets = number + 1, packets[-1:]
             if picture is None:
                 raise SampleError("truncated", "no picture could be read")
-            *packets, last = [*packets, *picture.encode(None)]
-            seconds = self._end_last(last, count, rate, pictures.reached)
-            out.mux([*packets, last])
+            packets += picture.encode(None)
+            seconds = self._end_last(packets[-1], count, rate, pictures.reached)
+            out.mux(packets)
         self._check_lengths(pictures)
         facts = {"width": picture.width, "height": picture.height, "fps": float(round(rate, 6)), "frames": count}
         return facts, seconds
