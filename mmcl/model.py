@@ -110,7 +110,10 @@ class MultimodalModel(Pretrained):
             path = f"model.weights.{name}"
             if name not in self.towers:
                 raise unknown_name("model.weights", name, self.towers)
-            source = MultimodalModel.from_pretrained(folder)
+            try:
+                source = MultimodalModel.from_pretrained(folder)
+            except ConfigError as error:
+                raise ConfigError(f"{path}: {error}") from None
             if name not in source.towers:
                 raise ConfigError(f"{path}: {folder} has no tower {name!r}; it has: {', '.join(source.towers)}")
             try:

@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from mmcl.progress import show_progress
-from mmcl.types import DEFAULT_DECODER
+from mmcl.types import DEFAULT_DECODER, ConfigError
 
 app = typer.Typer(
     help="Make, index, check, count, show and rewrite shards: plain tar files of training samples.",
@@ -51,9 +51,15 @@ def make(
         bool, typer.Option("--scenes", help="Cut every video at its scene changes: one sample per scene.")
     ] = False,
     scene_detector: Annotated[
-        str, typer.Option(help="pyav: hard cuts, by differences of frames; scenedetect: PySceneDetect (extra scenes).")
-    ] = "pyav",
-    min_scene: Annotated[float, typer.Option(help="Seconds; a shorter scene stays with its neighbour.")] = 0.5,
+        str | None,
+        typer.Option(
+            help="pyav: hard cuts, by differences of frames; scenedetect: PySceneDetect (extra scenes).  "
+            "[default: pyav]"
+        ),
+    ] = None,
+    min_scene: Annotated[
+        float | None, typer.Option(help="Seconds; a shorter scene stays with its neighbour.  [default: 0.5]")
+    ] = None,
     dedup: Annotated[
         bool,
         typer.Option(
@@ -104,6 +110,9 @@ def make(
     from mmcl.shards.make import MakeOptions, describe_plan, make_shards
     from mmcl.shards.transcode import MediaOptions, parse_crop
 
+    for name, given in (("--scene-detector", scene_detector), ("--min-scene", min_scene)):
+        if given is not None and not scenes:
+            raise ConfigError(f"{name} {given}: only with --scenes")
     options = MakeOptions(
         media=MediaOptions(
             short_side=short_side,
@@ -121,8 +130,8 @@ def make(
         subtitles=subtitles,
         merge_cues_seconds=merge_cues,
         windows=parse_windows(windows),
-        scenes=scene_detector if scenes else "",
-        min_scene_seconds=min_scene,
+        scenes=(scene_detector or "pyav") if scenes else "",
+        min_scene_seconds=0.5 if min_scene is None else min_scene,
         dedup=dedup,
         workers=workers,
         timeout_seconds=timeout,

@@ -29,15 +29,21 @@ _HARMLESS = ("folder", "WebDataset metadata")
 _MEDIA = {extension for extension, role in ROLES.items() if role in _ORDER}
 
 
-def find_tars(source: str | Path) -> list[Path]:
+def find_tars(source: str | Path, *, without: Path | None = None) -> list[Path]:
     """The tars that ``source`` names, sorted: a folder of them, one file, a pattern with ``*`` or ``{000..127}``.
+
+    ``without``: a folder, perhaps inside of it, that is not looked into: where the output goes.
 
     Empty where it names something else. Raises ``ConfigError`` where it names tars that are not there, and for a folder
     that holds both tars and media files.
     """
     path = Path(source).expanduser().absolute()
     if path.is_dir():
-        tars = sorted(tar for tar in path.rglob("*.tar") if not tar.name.startswith("."))
+        tars = sorted(
+            tar
+            for tar in path.rglob("*.tar")
+            if not tar.name.startswith(".") and (without is None or without not in tar.parents)
+        )
         loose = (file for file in path.rglob("*") if tars and file.suffix[1:].lower() in _MEDIA)
         medium = next(loose, None)
         if medium is not None:

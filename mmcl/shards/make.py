@@ -152,7 +152,7 @@ def make_shards(
     options, target = options or MakeOptions(), Path(out).expanduser().absolute()
     _check_settings(target, _settings(input, options))
     with open_engine(options.engine, options.address, options.workers, options.timeout_seconds) as crew:
-        rows = _read_rows(input, options, crew)
+        rows = _read_rows(input, target, options, crew)
         with _work_folder(target) as work:
             write_atomically(target / "settings.json", _json(_settings(input, options) | _made_with()))
             return _make(input, target, rows, options, work, crew, progress)
@@ -200,7 +200,7 @@ def describe_plan(input: str | Path, out: str | Path, options: MakeOptions | Non
     """What ``make_shards`` would do, in lines; reads the table, looks whether the files are there, writes nothing."""
     options, target = options or MakeOptions(), Path(out).expanduser().absolute()
     with open_engine(options.engine, options.address, options.workers, options.timeout_seconds) as crew:
-        rows = _read_rows(input, options, crew)
+        rows = _read_rows(input, target, options, crew)
     _check_settings(target, _settings(input, options))
     lines = [
         f"{len(rows)} {'stretches' if _cuts(options) else 'rows'} of {input}",
@@ -243,8 +243,10 @@ def _cuts(options: MakeOptions) -> bool:
     return options.windows is not None or options.subtitles or bool(options.scenes)
 
 
-def _read_rows(input: str | Path, options: MakeOptions, crew: Crew) -> list[Row]:
-    tars = find_tars(input)
+def _read_rows(input: str | Path, target: Path, options: MakeOptions, crew: Crew) -> list[Row]:
+    if target == Path(input).expanduser().absolute():
+        raise ConfigError(f"--out {target} is the input itself; choose another folder, inside of it if you like")
+    tars = find_tars(input, without=target)
     rows = read_tar_rows(tars) if tars else read_rows(input)
     if options.subtitles:
         rows = cut_by_subtitles(rows, merge_seconds=options.merge_cues_seconds)

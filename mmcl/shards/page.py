@@ -19,6 +19,7 @@ body { margin: 0 auto; max-width: 75rem; padding: 1.5rem 1rem 3rem; background: 
 h1 { font-size: 1.4rem; margin: 0 0 .2rem; overflow-wrap: anywhere; }
 p { margin: .2rem 0 1rem; color: var(--dim); }
 dl { display: grid; grid-template-columns: repeat(auto-fill, minmax(11rem, 1fr)); gap: .75rem; margin: 1rem 0 1.5rem; }
+dl .long { grid-column: 1 / -1; }
 dt { color: var(--dim); font-size: .85rem; } dd { margin: 0; font-size: 1.1rem; overflow-wrap: anywhere; }
 .grid { display: grid; grid-template-columns: repeat(auto-fill, minmax(20rem, 1fr)); gap: 1rem; }
 figure { margin: 0; border: 1px solid var(--line); border-radius: 6px; padding: .75rem; min-width: 0; }
@@ -32,11 +33,16 @@ ul { margin: .5rem 0 0; padding-left: 1.1rem; overflow-wrap: anywhere; }
 
 
 _FEW = 6
+_LONG = 60
+"""letters of a fact that gets a row of its own"""
 
 
 def render_page(title: str, about: str, facts: Mapping[str, str], cards: Sequence[str]) -> str:
     """A page of facts and cards; ``cards`` are HTML already, everything else is escaped here."""
-    listed = "".join(f"<div><dt>{escape(name)}</dt><dd>{escape(value)}</dd></div>" for name, value in facts.items())
+    listed = "".join(
+        f"<div{' class=long' if len(value) > _LONG else ''}><dt>{escape(name)}</dt><dd>{escape(value)}</dd></div>"
+        for name, value in facts.items()
+    )
     return (
         f'<!doctype html><html lang="en"><head><meta charset="utf-8"><title>{escape(title)}</title>'
         f'<meta http-equiv="Content-Security-Policy" content="{_POLICY}">'

@@ -257,7 +257,7 @@ def render_stats(stats: ShardStats, title: str) -> str:
         "unreadable": _named(document["unreadable"]),
         "HDR tags that readers ignore": _named(document["hdr_tags_ignored"]),
         "files that nothing reads": _named(document["ignored_files"]),
-        **({"mixing": " ".join(f"{remark}." for remark in stats.remarks)} if stats.remarks else {}),
+        **({"mixing": "; ".join(stats.remarks).removeprefix("mixing ")} if stats.remarks else {}),
     }
     cards = [bars(name, counts) for name, counts in stats.histograms.items()]
     return render_page(title, "What these shards hold.", facts, cards)

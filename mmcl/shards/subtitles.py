@@ -87,7 +87,8 @@ def cut_by_subtitles(rows: Sequence[Row], *, merge_seconds: float = 0.0) -> list
     """Every video or sound with a NAME.srt or NAME.vtt beside it as one row per cue, its text as the caption.
 
     A row with ``start_seconds`` or ``end_seconds`` keeps the cues that lie in its stretch. The group stays the file.
-    Rows without subtitles stay as they are; one whose subtitles cannot be read carries that as its problem.
+    Rows without subtitles stay as they are; one whose subtitles cannot be read, or of which none lies in its stretch,
+    carries that as its problem.
     """
     cut: list[Row] = []
     for row in rows:
@@ -104,10 +105,12 @@ def cut_by_subtitles(rows: Sequence[Row], *, merge_seconds: float = 0.0) -> list
             cut.append(replace(row, problem=("unreadable", f"{path.name}: {error.strerror or error}")))
             continue
         first, last = row.start_seconds or 0.0, row.end_seconds
+        inside = [cue for cue in cues if cue.start_seconds >= first and (last is None or cue.end_seconds <= last)]
+        if not inside:
+            cut.append(replace(row, problem=("no_cue", f"{path.name}: no cue lies in the row's stretch")))
         cut += [
             replace(row, start_seconds=cue.start_seconds, end_seconds=cue.end_seconds, captions=(cue.text,))
-            for cue in cues
-            if cue.start_seconds >= first and (last is None or cue.end_seconds <= last)
+            for cue in inside
         ]
     return cut
 

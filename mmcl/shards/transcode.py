@@ -41,6 +41,9 @@ _ESTIMATED_DURATION = frozenset(
 """containers that do not declare how long they are: FFmpeg guesses from the bit rate"""
 _SOUND_ALONE = {"aac": ("mp4", "m4a"), "opus": ("opus", "opus"), "flac": ("flac", "flac"), "wav": ("wav", "wav")}
 """codec -> FFmpeg's container, extension"""
+_NOTICEABLE_SECONDS = 0.1
+_TICKS = 1024
+"""of a frame that is not as long as the others"""
 _MJPEG_QUALITY = 3
 """2 (best) … 31"""
 
@@ -286,6 +289,7 @@ class _Encoder:
             rate = frame_rate(stream, self.options.fps)
             picture: Any = None
             count = 0
+            packets: list[Any] = []
             pictures = Pictures(container, stream, self.options, self.start, self.end)
             for number, frame in constant_rate(pictures, rate):
                 if picture is None:
@@ -294,14 +298,32 @@ class _Encoder:
                     sound.write(self.start + float(number / rate))
                 frame.pts, frame.time_base = number, 1 / rate
                 frame.pict_type = av.video.frame.PictureType.NONE
-                out.mux(picture.encode(frame))
-                count = number + 1
+                packets += picture.encode(frame)
+                out.mux(packets[:-1])
+                count, packets = number + 1, packets[-1:]
             if picture is None:
                 raise SampleError("truncated", "no picture could be read")
-            out.mux(picture.encode(None))
+            packets += picture.encode(None)
+            seconds = self._end_last(packets[-1], count, rate, pictures.reached)
+            out.mux(packets)
         self._check_lengths(pictures)
         facts = {"width": picture.width, "height": picture.height, "fps": float(round(rate, 6)), "frames": count}
-        return facts, count / float(rate)
+        return facts, seconds
+
+    def _end_last(self, packet: Any, count: int, rate: Any, reached: float) -> float:
+        """Lets the last picture end with the stretch, where whole frames miss its end noticeably; how long all last.
+
+        At few frames per second they do: one picture of a slide show would make a window of a second fifteen long.
+        """
+        seconds, stretch = count / float(rate), min(self.end, reached) - self.start
+        if abs(seconds - stretch) < _NOTICEABLE_SECONDS:
+            return seconds
+        before = (count - 1) / float(rate)
+        shown = max(stretch - before, 1e-3)
+        packet.time_base = 1 / rate / _TICKS
+        packet.pts, packet.dts = packet.pts * _TICKS, packet.dts * _TICKS
+        packet.duration = max(1, round(shown * float(rate) * _TICKS))
+        return before + shown
 
     def _add_picture(self, out: Any, frame: Any, rate: Any) -> Any:
         picture = out.add_stream("libx264" if self.options.codec == "h264" else "mjpeg", rate=rate)

@@ -90,7 +90,8 @@ def test_a_tower_starts_from_an_earlier_model(tmp_path: Path) -> None:
     assert all(torch.equal(p, q) for p, q in head), "also the head, where it is of the same shape"
     for override, message in {
         f"model.weights.sound={folder}": r"model\.weights: unknown name 'sound'",
-        f"model.weights.audio={tmp_path}": "neither a model",
+        f"model.weights.audio={tmp_path}": r"model\.weights\.audio: .*neither a model",
+        "model.weights.audio=gone": r"model\.weights\.audio: gone: no such folder",
     }.items():
         with pytest.raises(ConfigError, match=message):
             build_model(tiny_config(override))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import subprocess
 import sys
 
+from support.media import write_clip
 from typer.testing import CliRunner
 
 from mmcl.shards import load_manifest
@@ -31,6 +32,21 @@ def test_make_then_index(media_folder, tmp_path):
     indexed = run("index", tmp_path / "out/train")
     assert indexed.exit_code == 0 and "2 samples in 1 shards" in indexed.output
     assert load_manifest(tmp_path / "out/train").fingerprint == before
+
+
+def test_output_inside_the_input_is_no_input(tmp_path):
+    for name in ("a", "b"):
+        write_clip(tmp_path / f"{name}.mp4", colour="red", seconds=0.5, audio=False)
+    assert isinstance(run("make", tmp_path, "--out", tmp_path).exception, ConfigError)
+    for reused in (0, 2):
+        made = run("make", tmp_path, "--out", tmp_path / "out", "--workers", 1)
+        assert made.exit_code == 0 and f"2 samples ({reused} were there)" in made.output
+
+
+def test_options_of_scenes_need_scenes(tmp_path):
+    for option in (("--scene-detector", "pyav"), ("--min-scene", 0.5)):
+        refused = run("make", tmp_path, "--out", tmp_path / "out", *option).exception
+        assert isinstance(refused, ConfigError) and option[0] in str(refused) and "--scenes" in str(refused)
 
 
 def test_errors_are_raised_for_the_main_program_to_print(tmp_path):

@@ -115,6 +115,7 @@ def test_the_command_writes_json_and_one_page(various, tmp_path):
     assert document["histograms"]["frames per second"] == {"12": 2, "25": 1}
     text = (tmp_path / "s/stats.html").read_text()
     page = check_page(text)
+    assert "<div class=long><dt>mixing</dt><dd>(batch 7, 64 streams, block 256): " in text
     assert (
         "svg" in page.tags
         and "words per caption" in text

@@ -9,7 +9,7 @@ from support.media import write_clip
 
 from mmcl.shards import MakeOptions, ShardReader, load_manifest, make_shards, parse_sample
 from mmcl.shards.subtitles import MAX_BYTES, Cue, merge_cues, parse_subtitles
-from mmcl.types import ConfigError, SampleError
+from mmcl.types import ConfigError, RunError, SampleError
 
 SRT = """\ufeff1\r
 00:00:00,500 --> 00:00:01,500\r
@@ -97,6 +97,15 @@ def test_shards_from_subtitles(tmp_path):
     table.write_text(json.dumps({"path": "a.mp4", "start_seconds": 1.0}))
     part = make_shards(table, tmp_path.parent / f"{tmp_path.name}-part", options)
     assert part.samples == 1
+
+
+def test_a_stretch_without_a_cue_is_a_failure_with_its_reason(tmp_path):
+    write_clip(tmp_path / "a.mp4", colour="red", seconds=1.0, audio=False)
+    (tmp_path / "a.srt").write_bytes(SRT.encode())
+    table = tmp_path / "t.jsonl"
+    table.write_text(json.dumps({"path": "a.mp4", "start_seconds": 0.1, "end_seconds": 0.2}))
+    with pytest.raises(RunError, match=r"none of the 1 rows .* no_cue"):
+        make_shards(table, tmp_path / "out", MakeOptions(subtitles=True, workers=1))
 
 
 def test_merging_needs_subtitles():

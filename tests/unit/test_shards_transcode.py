@@ -38,6 +38,19 @@ def test_beep_at_the_flash(tmp_path, start, end, suffix):
     assert made.audio["samples"] == pytest.approx(made.duration_seconds * 32_000, abs=1024)
 
 
+@pytest.mark.parametrize(
+    ("options", "start", "end", "wanted"),
+    [(MediaOptions(), 1, 2, 1), (MediaOptions(fps=0.3), None, None, 4.98), (MediaOptions(codec="mjpeg"), 2, 3, 1)],
+)
+def test_a_frame_that_lasts_for_seconds_ends_with_the_stretch(tmp_path, options, start, end, wanted):
+    pictures = [numbered_picture(i) for i in range(3)]
+    path = encode(tmp_path / "slides.mp4", pictures, tone(440, 5.0, 16_000), times=[0.0, 2.5, 4.9])
+    made = transcode(path, options, start_seconds=start, end_seconds=end)
+    assert made.duration_seconds == pytest.approx(wanted, abs=0.01)
+    with closing(open_video(made.data, decoder="pyav")) as reader:
+        assert reader.duration_seconds == pytest.approx(wanted, abs=0.01)
+
+
 def test_frames_keep_their_order_and_count(tmp_path):
     path = encode(tmp_path / "n.mp4", [numbered_picture(i) for i in range(50)], None, fps=25, b_frames=2)
     made = transcode(path, MediaOptions())
