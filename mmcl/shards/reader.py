@@ -60,6 +60,8 @@ class ShardReader:
         self._opening: dict[int, threading.Lock] = {}
         self._open: OrderedDict[int, LocalShard | RemoteShard] = OrderedDict()
         self._failed: dict[int, tuple[float, SampleError]] = {}
+        self._versions: dict[int, str] = {}
+        """of remote shards that were closed: opened again, they must be the same"""
 
     def __getstate__(self) -> dict[str, Any]:
         names = ("manifest", "max_open", "max_sample_bytes", "remote")
@@ -132,14 +134,22 @@ class ShardReader:
                 self._open[shard] = opened
                 self._opening.pop(shard, None)
                 while len(self._open) > self.max_open:
-                    self._open.popitem(last=False)  # its map closes with the last view into it
+                    number, closed = self._open.popitem(last=False)  # its map closes with the last view into it
+                    if isinstance(closed, RemoteShard) and closed.version:
+                        self._versions[number] = closed.version
             return opened
 
     def _open_now(self, shard: int) -> LocalShard | RemoteShard:
         manifest, url = self.manifest, self.manifest.shard_url(shard)
         index = manifest.shard_index(shard, remote=self.remote)
         if is_remote(url):
-            remote = RemoteShard(url, index, checksum=manifest.checksums[shard].tobytes().hex(), options=self.remote)
+            remote = RemoteShard(
+                url,
+                index,
+                checksum=manifest.checksums[shard].tobytes().hex(),
+                version=self._versions.get(shard, ""),
+                options=self.remote,
+            )
             if not answers_tell(url):
                 remote.check_file()
             return remote

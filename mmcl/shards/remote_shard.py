@@ -14,7 +14,7 @@ from typing import Any, TypeAlias
 
 from mmcl.shards.cache import RangeCache
 from mmcl.shards.member_index import Member, ShardIndex
-from mmcl.shards.remote import ChangedError, RemoteOptions, fetch, stat
+from mmcl.shards.remote import ChangedError, RemoteOptions, answers_tell, fetch, stat
 from mmcl.types import SampleError
 
 Span: TypeAlias = tuple[int, int]
@@ -23,6 +23,8 @@ Span: TypeAlias = tuple[int, int]
 JOINED_GAP_BYTES = 256 << 10
 JOINED_BYTES = 8 << 20
 """of a request for several samples, at most: the first of them is not kept waiting for all"""
+RECHECK_SECONDS = 60.0
+"""after which a store whose answers do not tell the version of the file (gs, hf) is asked for it again"""
 _HEADER_BYTES = 512
 
 
@@ -64,11 +66,16 @@ def group_span(group: Sequence[Span]) -> Span:
 class RemoteShard:
     """A remote tar and its member index."""
 
-    def __init__(self, url: str, index: ShardIndex, *, checksum: str = "", options: RemoteOptions) -> None:
+    def __init__(
+        self, url: str, index: ShardIndex, *, checksum: str = "", version: str = "", options: RemoteOptions
+    ) -> None:
         self.index, self.url, self.options = index, url, options
+        self.version = version
+        """the ETag of the first answer; "": not told yet"""
         self._checksum = checksum
-        self._version = ""
         self._lock = threading.Lock()
+        self._checked_at = -RECHECK_SECONDS
+        self._tells = answers_tell(url)
 
     def spans(self, index: int) -> list[Span]:
         """Where a sample lies with its headers: one span, unless its files lie far apart."""
@@ -132,6 +139,8 @@ class RemoteShard:
         if first < last:
             try:
                 fetched = fetch(self.url, first, last, options=self.options, pause=pause)
+                if not self._tells and time.monotonic() - self._checked_at > RECHECK_SECONDS:
+                    self.check_file()
             except FileNotFoundError:
                 raise ChangedError(f"{self.url} is missing") from None
             except SampleError as error:
@@ -152,12 +161,13 @@ class RemoteShard:
                 f"{self.url} holds {total_bytes} bytes, it was indexed with {self.index.tar_bytes}: {hint}"
             )
         with self._lock:
-            self._version = self._version or version
-            if version and version != self._version:
-                raise ChangedError(f"{self.url} changed while it was read (ETag {self._version} → {version}): {hint}")
+            self.version = self.version or version
+            if version and version != self.version:
+                raise ChangedError(f"{self.url} changed while it was read (ETag {self.version} → {version}): {hint}")
 
     def check_file(self) -> None:
         """Asks for size and version alone. Raises ``ChangedError``, ``SampleError``."""
+        self._checked_at = time.monotonic()
         try:
             self._check(*stat(self.url, options=self.options))
         except FileNotFoundError:
