@@ -129,9 +129,7 @@ def _target(url: str) -> tuple[SplitResult, str]:
     return parts, path + (f"?{query}" if query else "")
 
 
-def _read(
-    connection: _Connection, head: _Head, url: str, start: int, stop: int, stall_seconds: float
-) -> Answer | None:
+def _read(connection: _Connection, head: _Head, url: str, start: int, stop: int, stall_seconds: float) -> Answer | None:
     size, headers = stop - start, head.headers
     if head.status == 401:
         return None  # fsspec looks into ~/.netrc

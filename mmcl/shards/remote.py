@@ -307,17 +307,14 @@ def transport_errors() -> tuple[type[BaseException], ...]:
 
 def _status(error: BaseException) -> int | None:
     """The HTTP status in an error, where there is one."""
-    for origin in (error, error.__cause__):
-        answer = getattr(origin, "response", None)
-        if isinstance(answer, dict):  # of botocore
-            answer = answer.get("ResponseMetadata", {})
-            if isinstance(status := answer.get("HTTPStatusCode"), int):
+    answer = getattr(error, "response", None)
+    for holder in (error, answer):
+        for name in ("status", "status_code", "code"):
+            if isinstance(status := getattr(holder, name, None), int):
                 return status
-        for holder in (origin, answer):
-            for name in ("status", "status_code", "code"):
-                if isinstance(status := getattr(holder, name, None), int):
-                    return status
-    return None
+    answer = answer or getattr(error.__cause__, "response", None)  # s3fs raises its own over that of botocore
+    status = answer.get("ResponseMetadata", {}).get("HTTPStatusCode") if isinstance(answer, dict) else None
+    return status if isinstance(status, int) else None
 
 
 def _describe(error: BaseException) -> str:
