@@ -7,7 +7,6 @@ import os
 import threading
 import time
 from collections import OrderedDict
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -86,16 +85,13 @@ class ShardReader:
         members = opened.index.members(index)
         if sum([member.num_bytes for member in members]) > self.max_sample_bytes:
             raise SampleError("too_large", f"{opened.index.key(index)} holds over {self.max_sample_bytes} bytes")
-        data: Sequence[bytes | memoryview]
+        files: dict[str, bytes | memoryview]
         if isinstance(opened, LocalShard):
             data = opened.read([(member.offset, member.offset + member.num_bytes) for member in members])
+            files = {member.extension: part for member, part in zip(members, data, strict=True)}
         else:
-            data = opened.read(index)
-        return RawSample(
-            opened.index.key(index),
-            {member.extension: part for member, part in zip(members, data, strict=True)},
-            Source(shard, index),
-        )
+            files = {**opened.read(index)}
+        return RawSample(opened.index.key(index), files, Source(shard, index))
 
     def key(self, shard: int, index: int) -> str:
         """The key of a sample, without reading it."""

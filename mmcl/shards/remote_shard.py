@@ -6,6 +6,7 @@ and sizes that the tar gives its files: a tar that was changed or shifted since 
 
 from __future__ import annotations
 
+import itertools
 import threading
 import time
 from collections.abc import Callable, Iterable, Sequence
@@ -77,16 +78,21 @@ class RemoteShard:
         self._checked_at = -RECHECK_SECONDS
         self._tells = answers_tell(url)
 
-    def spans(self, index: int) -> list[Span]:
+    def spans(self, index: int, members: Sequence[Member] | None = None) -> list[Span]:
         """Where a sample lies with its headers: one span, unless its files lie far apart."""
         spans = [
-            (max(0, member.offset - _HEADER_BYTES), member.offset + member.num_bytes)
-            for member in self.index.members(index)
+            (max(0, offset - _HEADER_BYTES), offset + num_bytes)
+            for _, offset, num_bytes in members or self.index.members(index)
         ]
+        # as tars are written: one file after the other, nothing between them but what fills the last block
+        if spans and all(0 <= after[0] - before[1] < _HEADER_BYTES for before, after in itertools.pairwise(spans)):
+            joined = (spans[0][0], spans[-1][1])
+            if joined[1] - joined[0] <= JOINED_BYTES:
+                return [joined]
         return [group_span(group) for group in join_spans(spans)]
 
-    def read(self, index: int) -> list[memoryview]:
-        """The files of a sample, fetched now."""
+    def read(self, index: int) -> dict[str, memoryview]:
+        """The files of a sample by their extensions, fetched now."""
         spans = self.spans(index)
         return self.unpack(index, spans, self.fetch(spans))
 
@@ -110,26 +116,31 @@ class RemoteShard:
             found.update(zip(group, pieces, strict=True))
         return [found[span] for span in spans]
 
-    def unpack(self, index: int, spans: Sequence[Span], pieces: Sequence[memoryview | SampleError]) -> list[memoryview]:
-        """The files of a sample out of its spans.
+    def unpack(
+        self, index: int, spans: Sequence[Span], pieces: Sequence[memoryview | SampleError]
+    ) -> dict[str, memoryview]:
+        """The files of a sample by their extensions, out of its spans.
 
         Raises ``SampleError`` where a span could not be had or holds something else, ``RunError`` where that is because
         the file is not the one that was indexed.
         """
-        files = []
+        files, key = {}, self.index.key(index)
         for member in self.index.members(index):
-            at = next(i for i, (start, stop) in enumerate(spans) if start < member.offset + 1 and _end(member) <= stop)
+            extension, offset, num_bytes = member
+            at = 0
+            while not (spans[at][0] <= offset and offset + num_bytes <= spans[at][1]):
+                at += 1
             piece = pieces[at]
             if isinstance(piece, SampleError):
                 raise SampleError(piece.reason, piece.detail)
-            where = member.offset - spans[at][0]
-            problem = _header_problem(
-                piece[max(0, where - _HEADER_BYTES) : where], f"{self.index.key(index)}.{member.extension}", member
-            )
+            where = offset - spans[at][0]
+            problem = _header_problem(piece[max(0, where - _HEADER_BYTES) : where], f"{key}.{extension}", member)
             if problem:
+                if self._cache is not None:  # it would be found there again, also once the file is right
+                    self._cache.drop(self._name(spans[at]))
                 self.check_file()
-                raise SampleError("changed", f"{self.url}: byte {member.offset}: {problem}")
-            files.append(piece[where : where + member.num_bytes])
+                raise SampleError("changed", f"{self.url}: byte {offset}: {problem}")
+            files[extension] = piece[where : where + num_bytes]
         return files
 
     def _try_group(self, group: Sequence[Span], pause: Callable[[float], Any]) -> Sequence[memoryview | SampleError]:
@@ -182,10 +193,6 @@ class RemoteShard:
         return f"{self.url} {self.index.tar_bytes} {self._checksum} {span[0]} {span[1]}"
 
 
-def _end(member: Member) -> int:
-    return member.offset + member.num_bytes
-
-
 def _header_problem(block: memoryview, name: str, member: Member) -> str:
     """What in a tar header does not fit to the member that the index has there; "": all does."""
     if len(block) < _HEADER_BYTES:
@@ -200,9 +207,12 @@ def _header_problem(block: memoryview, name: str, member: Member) -> str:
         return "no tar header"
     if size != member.num_bytes:
         return f"the tar has a file of {size} bytes there, the index one of {member.num_bytes}"
+    wanted = name.encode() if name.isascii() else b""
+    if raw.startswith(wanted + b"\0") and not raw[345] and wanted:
+        return ""
     prefix, base = (raw[a:b].split(b"\0")[0] for a, b in ((345, 500), (0, 100)))
     found = (prefix + b"/" + base if prefix and raw[257:262] == b"ustar" else base).removeprefix(b"./")
     # longer names, and those of other letters, are spelt out in a header before this one
-    if name.isascii() and len(name) < 98 and found.lower() != name.lower().encode():
+    if wanted and len(name) < 98 and found.lower() != wanted.lower():
         return f"the tar has {found.decode('utf-8', 'replace')!r} there, the index {name!r}"
     return ""
