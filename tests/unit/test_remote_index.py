@@ -21,6 +21,7 @@ from typer.testing import CliRunner
 from mmcl.cli import app
 from mmcl.shards import load_manifest, remote_file
 from mmcl.shards.index import index_shards
+from mmcl.shards.remote import ChangedError, fetch
 from mmcl.types import ConfigError, RunError
 
 
@@ -170,6 +171,8 @@ def test_an_object_that_changes_while_it_is_read_stops_the_run(bucket: str, tmp_
     filesystem = fsspec.filesystem("s3")
     for file in tmp_path.iterdir():
         filesystem.put_file(str(file), f"{bucket}/changing/{file.name}")
+    with pytest.raises(ChangedError, match="ends before byte"):
+        fetch(f"{bucket}/changing/shard-000000.tar", 10**9, 10**9 + 5)
     source = iter(stream(f"{bucket}/changing"))
     next(source)
     for tar in tmp_path.glob("*.tar"):
