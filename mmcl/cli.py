@@ -25,7 +25,7 @@ evaluate_app = typer.Typer(help="Measure a trained model.", no_args_is_help=True
 app.add_typer(shards_app, name="shards")
 app.add_typer(evaluate_app, name="evaluate")
 
-Shards = Annotated[str, typer.Argument(help="A folder of indexed shards.")]
+Shards = Annotated[str, typer.Argument(help="A folder of indexed shards, or its URL.")]
 Overrides = Annotated[list[str] | None, typer.Argument(help="Changes to the configuration: dotted.path=value …")]
 
 

@@ -8,6 +8,7 @@ Shape letters, used in every signature and name of the project:
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, Literal, Protocol, TypeAlias
@@ -31,10 +32,32 @@ DEFAULT_DECODER: Decoder = "pyav"
 """It raises on damaged files where decord ends the process, and takes less time (``tools/bench/loader.py``)."""
 
 
+_PASSWORD = re.compile(r"(?<=://)[^/?#\s]*@")
+_SIGNATURE = re.compile(
+    r"(?i)([?&](?:x-(?:amz|goog)-(?:signature|credential|security-token)|[a-z_-]*(?:token|key|secret|password)|"
+    r"sig|signature)=)[^&#\s'\"]+"
+)
+
+
+def redact(text: str) -> str:
+    """A text without the passwords and signatures of URLs in it.
+
+    >>> redact("https://me:secret@host/a.tar?sig=abc&x=1 is missing")
+    'https://…@host/a.tar?sig=…&x=1 is missing'
+    """
+    return _SIGNATURE.sub(r"\1…", _PASSWORD.sub("…@", text)) if "://" in text else text
+
+
 class MmclError(Exception):
-    """An error with a message for people; the command line prints it on one line and exits with ``exit_code``."""
+    """An error with a message for people; the command line prints it on one line and exits with ``exit_code``.
+
+    What URLs hold of passwords and signatures is left out of it.
+    """
 
     exit_code = 1
+
+    def __init__(self, *args: object) -> None:
+        super().__init__(*(redact(arg) if isinstance(arg, str) else arg for arg in args))
 
 
 class RunError(MmclError):
@@ -55,9 +78,8 @@ class SampleError(Exception):
     """
 
     def __init__(self, reason: str, detail: str = "") -> None:
-        super().__init__(reason, detail)
-        self.reason = reason
-        self.detail = detail
+        self.reason, self.detail = reason, redact(detail)
+        super().__init__(self.reason, self.detail)
 
     def __str__(self) -> str:
         return f"{self.reason}: {self.detail}" if self.detail else self.reason

@@ -75,7 +75,9 @@ class DataOptions(Options):
     """Where samples come from and how they are read."""
 
     shards: str | tuple[str, ...] | None = None
-    """folder or URL that holds ``index.json``; or tars without one (``https://host/{000..099}.tar``, or a list)"""
+    """folder or URL (http, https, s3, gs, hf) that holds ``index.json``; or tars without one
+    (``https://host/{000..099}.tar``, or a list). Logins belong in ``~/.netrc`` or the store's own settings, not in the
+    URL: a configuration is kept with its run. ``http_proxy``, ``https_proxy``, ``no_proxy``, ``SSL_CERT_FILE`` count"""
     allow_pipe: bool = False
     """let ``shards`` be ``pipe:COMMAND``, whose output is a tar: it runs the command"""
     sources: tuple[SourceOptions, ...] = ()
@@ -101,9 +103,11 @@ class DataOptions(Options):
     retries: Annotated[int, Field(ge=0)] = 5
     """further tries of a remote read that failed, each after twice the pause, with jitter"""
     retry_seconds: Annotated[float, Field(gt=0)] = 60.0
-    """after which a remote read that keeps failing is given up; half of ``timeout_seconds`` at most"""
+    """after which a remote read that keeps failing is given up, and its sample is a hole; half of
+    ``timeout_seconds`` at most"""
     stall_seconds: Annotated[float, Field(gt=0)] = 20.0
-    """without any byte, then a remote read counts as failed; a quarter of ``timeout_seconds`` at most"""
+    """without any byte, then a remote read counts as failed; so does one that, after as long, has come slower than
+    64 KiB per second as a whole; a quarter of ``timeout_seconds`` at most"""
     cache_dir: str | None = None
     """local folder that keeps what was read of remote shards; several ranks and runs may share it"""
     cache_bytes: PositiveInt = 64 << 30

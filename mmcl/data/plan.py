@@ -12,6 +12,7 @@ from mmcl.data.views import ViewMaker
 from mmcl.shards.manifest import Manifest
 from mmcl.shards.remote import RemoteOptions
 from mmcl.shards.sequential import TarList
+from mmcl.types import redact
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,7 +64,7 @@ class Plan:
     def place_of(self, draw: int) -> str:
         """Where the sample of a draw lies, as far as that can be told without reading."""
         if self.tars is not None:
-            return f"draw {draw} of {self.tars.urls[0]}"
+            return redact(f"draw {draw} of {self.tars.urls[0]}")
         source, _, shard, index = (int(part) for part in self.order().locate(np.array(draw)))
         return self.place(source, shard, index)
 
@@ -75,5 +76,5 @@ class Plan:
     def place(self, source: int, shard: int, index: int) -> str:
         """Where a sample lies, in words."""
         if self.tars is not None:
-            return f"{self.tars.urls[shard]}#{index}"
-        return f"{self.manifests[source].shard_url(shard)}#{index}"
+            return redact(f"{self.tars.urls[shard]}#{index}")
+        return redact(f"{self.manifests[source].shard_url(shard)}#{index}")

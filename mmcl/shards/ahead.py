@@ -68,13 +68,7 @@ class Stored:
         if not isinstance(self.opened, RemoteShard) or not self.spans:
             return self.reader.read(self.shard, self.index)
         pieces = [request.done.result()[span] for request, span in zip(self.requests, self.spans, strict=True)]
-        members = self.opened.index.members(self.index)
-        data = self.opened.unpack(self.index, self.spans, pieces)
-        return RawSample(
-            key,
-            {member.extension: part for member, part in zip(members, data, strict=True)},
-            Source(self.shard, self.index),
-        )
+        return RawSample(key, {**self.opened.unpack(self.index, self.spans, pieces)}, Source(self.shard, self.index))
 
 
 class ReadAhead:
@@ -266,9 +260,10 @@ class ReadAhead:
         opened = stored.opened
         if not isinstance(opened, RemoteShard) or not 0 <= index < opened.index.num_samples:
             return stored
-        size = sum(member.num_bytes for member in opened.index.members(index))
+        members = opened.index.members(index)
+        size = sum([member.num_bytes for member in members])
         if size <= stored.reader.max_sample_bytes and not self._skip(source, shard, index, opened.index.key(index)):
-            stored.spans = opened.spans(index)
+            stored.spans = opened.spans(index, members)
         return stored
 
     def _issue(self, admitted: list[Stored], *, spare_bytes: int) -> None:

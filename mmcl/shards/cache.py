@@ -73,6 +73,11 @@ class RangeCache:
                 with contextlib.suppress(OSError):
                     temporary.unlink(missing_ok=True)
 
+    def drop(self, name: str) -> None:
+        """Forgets what was kept under a name."""
+        with self._locked() as room:
+            self._delete(self._path(name), room)
+
     def _path(self, name: str) -> Path:
         digest = hashlib.sha256(name.encode("utf-8", "replace")).hexdigest()
         return self.folder / digest[:2] / digest[2:]

@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from mmcl.progress import show_progress
-from mmcl.types import DEFAULT_DECODER, ConfigError
+from mmcl.types import DEFAULT_DECODER, ConfigError, redact
 
 app = typer.Typer(
     help="Make, index, check, count, show and rewrite shards: plain tar files of training samples.",
@@ -19,7 +19,7 @@ app = typer.Typer(
 @app.command()
 def make(
     input: Annotated[
-        Path,
+        str,
         typer.Argument(
             help="A folder of media (captions from NAME.txt or NAME.json beside them), or a CSV, TSV, JSONL or Parquet "
             "table with a column 'path' and any of: caption, captions (a list), start_seconds, end_seconds, crop_x, "
@@ -182,10 +182,12 @@ def index(
         f"{len(report.problems)} problems"
     )
     if out is not None:
-        typer.echo(f"{out}: put its files beside the tars, {folder.rpartition('/')[0] if '{' in folder else folder}")
+        typer.echo(
+            redact(f"{out}: put its files beside the tars, {folder.rpartition('/')[0] if '{' in folder else folder}")
+        )
 
 
-Shards = Annotated[str, typer.Argument(help="A folder of indexed shards.")]
+Shards = Annotated[str, typer.Argument(help="A folder of indexed shards, or its URL.")]
 Workers = Annotated[int | None, typer.Option(min=1, help="Processes; default: one per core.")]
 Seed = Annotated[int, typer.Option(help="Seed of what is drawn at random.")]
 Timeout = Annotated[
@@ -264,7 +266,7 @@ def preview(
 
 @app.command()
 def reshard(
-    shards: Annotated[list[str], typer.Argument(help="Folders of indexed shards; several become one.")],
+    shards: Annotated[list[str], typer.Argument(help="Folders of indexed shards, or their URLs; several become one.")],
     out: Annotated[Path, typer.Option(help="A new folder; one folder below it per part.")],
     max_count: Annotated[int, typer.Option(min=1, help="Samples per shard at most.")] = 1_000,
     max_size: Annotated[int, typer.Option(min=1, help="Megabytes per shard at most.")] = 512,

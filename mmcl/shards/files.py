@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import errno
 import os
+import re
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -24,6 +25,12 @@ def is_remote(url: str) -> bool:
             f"{url}: shards are read from a local folder or {', '.join(f'{s}://' for s in REMOTE_SCHEMES)}"
         )
     return True
+
+
+def check_local(path: str | Path, what: str) -> None:
+    """Refuses a URL, also one that became a path and lost a slash. Raises ``ConfigError``."""
+    if re.match(r"[A-Za-z][A-Za-z0-9+.-]+:/", str(path)) or str(path).startswith("pipe:"):
+        raise ConfigError(f"{path}: {what}")
 
 
 def join_url(base: str, name: str) -> str:
@@ -63,6 +70,7 @@ def writing(path: Path) -> Iterator[None]:
 
 def new_folder(path: str | Path) -> Path:
     """A folder that was not there before, or is empty. Raises ``ConfigError`` on any other, ``RunError``."""
+    check_local(path, "shards are written into a local folder; copy them to the store afterwards")
     folder = Path(path).expanduser().absolute()
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise ConfigError(f"{path} is there already; shards are rewritten into a new folder only")

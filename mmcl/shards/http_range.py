@@ -8,23 +8,34 @@ from __future__ import annotations
 
 import http.client
 import os
+import re
 import socket
 import ssl
 import struct
 import sys
 import threading
 import time
+import urllib.request
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cache, lru_cache
 from urllib.parse import SplitResult, quote, urlsplit
 
 import numpy as np
 
+from mmcl.types import ConfigError, RunError
+
 SLOWEST_BYTES_PER_SECOND = 64 << 10
 """a transfer below this counts as one that stands still"""
 
 _HEAD_BYTES, _MAX_HEAD_BYTES = 4096, 64 << 10
+_FIELDS = re.compile(
+    rb"^(content-(?:length|range|encoding)|transfer-encoding|etag|connection)[ \t]*:[ \t]*(.*?)[ \t]*\r?$", re.I | re.M
+)
+_ODD_SECONDS = 60.0
+"""for which a host that answered oddly is left to fsspec: asking twice for every range would cost more"""
 _connections = threading.local()
+_odd_hosts: dict[tuple[str, str], float] = {}
 
 
 class StatusError(OSError):
@@ -46,13 +57,16 @@ class Answer:
 
 
 def get_range(url: str, start: int, stop: int, *, stall_seconds: float) -> Answer | None:
-    """Bytes ``start … stop − 1``; None where this is a case for fsspec: a redirect, a password, a transfer in chunks.
+    """Bytes ``start … stop − 1``; None where this is a case for fsspec: a redirect, a password, a proxy, chunks.
 
-    Raises ``StatusError``, ``OSError`` (a ``TimeoutError`` after ``stall_seconds`` without a byte),
-    ``http.client.HTTPException`` on what is no HTTP.
+    Raises ``StatusError``, ``OSError`` (a ``TimeoutError`` after ``stall_seconds`` without a byte, or where all comes
+    too slowly), ``http.client.HTTPException`` on what is no HTTP, ``ConfigError`` on an impossible port.
     """
     parts, target = _target(url)
     if parts.username is not None or parts.hostname is None or not parts.netloc.isascii():
+        return None
+    host = parts.scheme, parts.netloc
+    if uses_proxy(*host) or _odd_hosts.get(host, 0.0) > time.monotonic():
         return None
     request = (
         f"GET {target} HTTP/1.1\r\nHost: {parts.netloc}\r\nRange: bytes={start}-{stop - 1}\r\n"
@@ -69,13 +83,41 @@ def get_range(url: str, start: int, stop: int, *, stall_seconds: float) -> Answe
         connection = _Connection(parts, stall_seconds)
         head = connection.ask(request, stall_seconds)
     try:
-        answer = _read(connection, head, start, stop, stall_seconds)
+        answer = _read(connection, head, url, start, stop, stall_seconds)
     finally:
         if connection.is_free:
-            _connections.by_host[parts.scheme, parts.netloc] = connection
+            _connections.by_host[host] = connection
         else:
             connection.close()
+    if answer is None:
+        _odd_hosts[host] = time.monotonic() + _ODD_SECONDS
     return answer
+
+
+@lru_cache(maxsize=256)
+def uses_proxy(scheme: str, netloc: str) -> bool:
+    """Whether the environment (``http_proxy``, ``https_proxy``, ``all_proxy``, ``no_proxy``) has one for this host."""
+    proxies = urllib.request.getproxies()
+    return bool(proxies.get(scheme) or proxies.get("all")) and not urllib.request.proxy_bypass(netloc)
+
+
+def check_place(url: str, start: int, told: str) -> None:
+    """Refuses what a 206 says of itself, where that is another place than was asked for, or nothing."""
+    found = re.match(r"bytes +(\d+)-", told, re.I)
+    if found is None:
+        raise http.client.HTTPException("a part of the file without Content-Range, it may be any")
+    if int(found[1]) != start:
+        raise http.client.HTTPException(f"bytes from {int(found[1])} on came, {start} was asked for")
+
+
+def check_encoding(url: str, headers: Mapping[str, str]) -> None:
+    """Refuses a range of something packed. Raises ``RunError``."""
+    encoding = next((value for name, value in headers.items() if name.lower() == "content-encoding"), "identity")
+    if encoding.lower() not in ("", "identity"):
+        raise RunError(
+            f"{url}: the server packs what it sends (Content-Encoding: {encoding[:40]}) though asked not to: ranges of "
+            "that are not ranges of the file"
+        )
 
 
 @lru_cache(maxsize=4096)
@@ -87,23 +129,29 @@ def _target(url: str) -> tuple[SplitResult, str]:
     return parts, path + (f"?{query}" if query else "")
 
 
-def _read(connection: _Connection, head: _Head, start: int, stop: int, stall_seconds: float) -> Answer | None:
+def _read(connection: _Connection, head: _Head, url: str, start: int, stop: int, stall_seconds: float) -> Answer | None:
     size, headers = stop - start, head.headers
+    if head.status == 401:
+        return None  # fsspec looks into ~/.netrc
     if head.status >= 400:
         raise StatusError(head.status, head.reason)
     length = headers.get("content-length", "")
-    odd = "transfer-encoding" in headers or headers.get("content-encoding", "identity") != "identity"
-    if head.status not in (200, 206) or odd or not length.isdecimal():
+    if head.status not in (200, 206) or "transfer-encoding" in headers or not length.isdecimal():
         return None
+    check_encoding(url, headers)
     version = headers.get("etag", "")
-    told = headers.get("content-range", "").rpartition("/")[2]
-    total = int(told) if head.status == 206 and told.isdecimal() else None
+    total: int | None
     if head.status == 200:
         total = int(length)
         if start or total > size:
             return Answer(None, total, version)
+    else:
+        told = headers.get("content-range", "")
+        check_place(url, start, told)
+        told = told.rpartition("/")[2]
+        total = int(told) if told.isdecimal() else None
     if int(length) > size:
-        return None
+        raise http.client.HTTPException(f"{int(length)} bytes are announced, {size} were asked for")
     # not yet touched: what is received is the first that is written there
     content = memoryview(np.empty(int(length), np.uint8))  # type: ignore[arg-type]
     connection.read_into(content, stall_seconds)
@@ -117,7 +165,7 @@ class _Head:
     status: int
     reason: str
     headers: dict[str, str]
-    """by name, in lower case"""
+    """those that matter, by name, in lower case"""
 
 
 class _Connection:
@@ -125,13 +173,22 @@ class _Connection:
 
     def __init__(self, parts: SplitResult, stall_seconds: float) -> None:
         secure = parts.scheme == "https"
-        address = (parts.hostname or "", parts.port or (443 if secure else 80))
+        try:
+            port = parts.port
+        except ValueError as error:
+            raise ConfigError(f"{parts.scheme}://{parts.netloc}: {error}") from None
+        address = (parts.hostname or "", (443 if secure else 80) if port is None else port)
         self._socket = socket.create_connection(address, timeout=stall_seconds)
-        self._socket.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-        if secure:
-            self._socket = _tls().wrap_socket(self._socket, server_hostname=parts.hostname)
+        try:
+            self._socket.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+            if secure:
+                self._socket = _tls().wrap_socket(self._socket, server_hostname=parts.hostname)
+        except BaseException:
+            self._socket.close()
+            raise
         # the kernel itself waits for all of a range, or until nothing more comes: one call, without Python in between
         self._waits_for_all = not secure and sys.platform == "linux"
+        self._stall_seconds = -1.0
         self._rest = b""
         self.is_free = False
         """nothing of an answer is left, the next may be asked for"""
@@ -139,6 +196,7 @@ class _Connection:
     def ask(self, request: bytes, stall_seconds: float) -> _Head:
         """Sends a request; the head of the answer."""
         self.is_free = False
+        latest = time.monotonic() + 2 * stall_seconds
         try:
             self._limit(stall_seconds)
             self._socket.sendall(request)
@@ -146,19 +204,14 @@ class _Connection:
             while (end := content.find(b"\r\n\r\n")) < 0:
                 if len(content) > _MAX_HEAD_BYTES:
                     raise http.client.HTTPException(f"over {_MAX_HEAD_BYTES} bytes of headers")
+                if content and time.monotonic() > latest:
+                    raise TimeoutError(f"headers without an end in {2 * stall_seconds:g} s")
                 received = self._socket.recv(_HEAD_BYTES)
                 if not received:
                     raise ConnectionResetError("closed without an answer")
                 content += received
             self._rest = content[end + 4 :]
-            first, *lines = content[:end].decode("latin-1").split("\r\n")
-            version, status, reason = (first + "  ").split(" ", 2)
-            if not version.startswith("HTTP/") or not status.isdecimal():
-                raise http.client.BadStatusLine(first[:100])
-            pairs = (line.partition(":") for line in lines)
-            return _Head(
-                version, int(status), reason.strip(), {name.lower(): value.strip() for name, _, value in pairs}
-            )
+            return _parse_head(content[:end])
         except BlockingIOError:
             self.close()
             raise TimeoutError(f"no byte in {stall_seconds:g} s") from None
@@ -193,6 +246,9 @@ class _Connection:
         self._socket.close()
 
     def _limit(self, stall_seconds: float) -> None:
+        if stall_seconds == self._stall_seconds:
+            return
+        self._stall_seconds = stall_seconds
         if not self._waits_for_all:
             self._socket.settimeout(stall_seconds)
             return
@@ -200,6 +256,15 @@ class _Connection:
         self._socket.settimeout(None)
         self._socket.setsockopt(socket.SOL_SOCKET, socket.SO_RCVTIMEO, limit)
         self._socket.setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, limit)
+
+
+def _parse_head(content: bytes) -> _Head:
+    first, _, fields = content.partition(b"\r\n")
+    version, status, reason = (first.decode("latin-1") + "  ").split(" ", 2)
+    if not version.startswith("HTTP/") or not status.isdecimal():
+        raise http.client.BadStatusLine(first[:100].decode("latin-1"))
+    headers = {name.lower().decode(): value.decode("latin-1") for name, value in _FIELDS.findall(fields)}
+    return _Head(version, int(status), reason.strip(), headers)
 
 
 def _kept(parts: SplitResult) -> _Connection | None:

@@ -16,7 +16,7 @@ import numpy as np
 
 from mmcl.hashing import text_hash
 from mmcl.progress import Progress, failures
-from mmcl.shards.files import check_writable, is_remote, join_url, list_files, write_file
+from mmcl.shards.files import check_local, check_writable, is_remote, join_url, list_files, write_file
 from mmcl.shards.manifest import Manifest, ShardEntry, index_url, write_manifest
 from mmcl.shards.member_index import Member, pack_index
 from mmcl.shards.remote_file import RemoteFile
@@ -59,6 +59,8 @@ def index_shards(
     ``RunError`` where one cannot be read, the folder cannot be written or no shard holds a sample.
     """
     root, names = find_tars(str(folder))
+    if out is not None:
+        check_local(out, "the files of the index are written into a local folder")
     target = root if out is None else str(Path(out).expanduser().absolute())
     check_writable(target)
     entries: list[ShardEntry] = []
@@ -122,18 +124,8 @@ def _named_tars(pattern: str) -> tuple[str, list[str]]:
 
 def _index_one(root: str, target: str, name: str) -> tuple[ShardEntry, TarContents]:
     path = join_url(root, name)
-    digest = hashlib.sha256()
     try:
-        if is_remote(path):
-            with RemoteFile(path, watch=digest.update) as remote:
-                contents, num_bytes = read_tar(path, remote), remote.num_bytes
-                remote.drain()
-        else:
-            contents, num_bytes = read_tar(path), 0
-            with Path(path).open("rb") as file:
-                while block := file.read(1 << 20):
-                    digest.update(block)
-                    num_bytes += len(block)
+        contents, num_bytes, digest = read_whole(path)
     except FileNotFoundError:
         raise RunError(f"{path} is missing") from None
     except SampleError as error:
@@ -141,7 +133,26 @@ def _index_one(root: str, target: str, name: str) -> tuple[ShardEntry, TarConten
     except OSError as error:
         raise RunError(f"cannot read {path}: {error.strerror or error}") from None
     write_file(index_url(join_url(target, name)), pack_index(contents.keys, contents.members, num_bytes))
-    return ShardEntry(name, len(contents.keys), num_bytes, digest.hexdigest()), contents
+    return ShardEntry(name, len(contents.keys), num_bytes, digest.hex()), contents
+
+
+def read_whole(path: str) -> tuple[TarContents, int, bytes]:
+    """The samples of a tar, local or not, its bytes and its sha256.
+
+    Raises ``RunError``, ``FileNotFoundError``, ``SampleError``, ``OSError`` where it cannot be read.
+    """
+    digest = hashlib.sha256()
+    if is_remote(path):
+        with RemoteFile(path, watch=digest.update) as remote:
+            contents = read_tar(path, remote)
+            remote.drain()
+            return contents, remote.num_bytes, digest.digest()
+    contents, num_bytes = read_tar(path), 0
+    with Path(path).open("rb") as file:
+        while block := file.read(1 << 20):
+            digest.update(block)
+            num_bytes += len(block)
+    return contents, num_bytes, digest.digest()
 
 
 def read_tar(path: str | Path, file: RemoteFile | None = None) -> TarContents:

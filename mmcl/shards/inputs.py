@@ -21,6 +21,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+from mmcl.shards.files import check_local
 from mmcl.shards.member_index import Member
 from mmcl.shards.members import ROLES, clean_captions, decode_text, parse_json, read_captions
 from mmcl.types import ConfigError, SampleError
@@ -62,6 +63,14 @@ class Row:
     """extensions of its other members, which nothing reads"""
     part: int | None = None
     """number of the scene in its stretch"""
+
+
+def check_places(input: str | Path, out: str | Path) -> None:
+    """Refuses URLs. Raises ``ConfigError``."""
+    check_local(
+        input, "shards are made of local files; copy them here first (`mmcl shards reshard` reads indexed tars by URL)"
+    )
+    check_local(out, "shards are written into a local folder; copy them to the store afterwards")
 
 
 def read_rows(source: str | Path) -> list[Row]:
@@ -215,6 +224,8 @@ def _table_row(folder: Path, record: Mapping[str, Any], problem: str = "") -> Ro
         return replace(row, problem=("bad_row", problem))
     if not name or "\0" in name:
         return replace(row, problem=("bad_row", "no path"))
+    if re.match(r"[A-Za-z][A-Za-z0-9+.-]+://", name):
+        return replace(row, problem=("bad_row", "the path is a URL; media are read from local files: copy them"))
     try:
         start, end = (_seconds(record, column) for column in ("start_seconds", "end_seconds"))
         if end is not None and end <= (start or 0.0):

@@ -28,7 +28,7 @@ from mmcl.shards.duplicates import duplicates_of, find_duplicates, json_lines, n
 from mmcl.shards.engine import Crew, check_engine, open_engine
 from mmcl.shards.files import write_atomically, writing
 from mmcl.shards.input_tars import find_tars, read_tar_rows
-from mmcl.shards.inputs import Row, class_numbers, read_rows, with_keys
+from mmcl.shards.inputs import Row, check_places, class_numbers, read_rows, with_keys
 from mmcl.shards.manifest import WORK_FOLDER, ShardEntry, write_manifest
 from mmcl.shards.pool import Lost
 from mmcl.shards.prepare import Job, Prepared, prepare
@@ -149,6 +149,7 @@ def make_shards(
     ``ConfigError`` on wrong input or on settings other than those of the folder, ``RunError`` where the folder cannot
     be written or no row could be used.
     """
+    check_places(input, out)
     options, target = options or MakeOptions(), Path(out).expanduser().absolute()
     _check_settings(target, _settings(input, options))
     with open_engine(options.engine, options.address, options.workers, options.timeout_seconds) as crew:
@@ -198,6 +199,7 @@ def _make(
 
 def describe_plan(input: str | Path, out: str | Path, options: MakeOptions | None = None) -> list[str]:
     """What ``make_shards`` would do, in lines; reads the table, looks whether the files are there, writes nothing."""
+    check_places(input, out)
     options, target = options or MakeOptions(), Path(out).expanduser().absolute()
     with open_engine(options.engine, options.address, options.workers, options.timeout_seconds) as crew:
         rows = _read_rows(input, target, options, crew)

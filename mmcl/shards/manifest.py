@@ -26,7 +26,7 @@ import numpy.typing as npt
 from mmcl.shards.files import is_remote, join_url, read_bytes, write_file
 from mmcl.shards.member_index import ShardIndex
 from mmcl.shards.remote import RemoteOptions, fetch
-from mmcl.types import ConfigError, RunError
+from mmcl.types import ConfigError, RunError, redact
 
 KIND = "wids-shard-index-v1"
 MAX_JSON_SHARDS = 10_000
@@ -120,7 +120,7 @@ class Manifest:
         return self.num_shards
 
     def __repr__(self) -> str:
-        return f"Manifest({self.url!r}, {self.num_shards} shards, {self.num_samples} samples)"
+        return f"Manifest({redact(self.url)!r}, {self.num_shards} shards, {self.num_samples} samples)"
 
     def __reduce__(self) -> tuple[Any, ...]:
         return _reopen, (self.url, self.fingerprint)

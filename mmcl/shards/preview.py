@@ -25,7 +25,7 @@ from mmcl.shards.page import cut, data_uri, render_page
 from mmcl.shards.pool import Lost
 from mmcl.shards.reader import ShardReader
 from mmcl.shards.scan import choose_places, scan
-from mmcl.types import SampleError
+from mmcl.types import SampleError, redact
 
 FRAMES = 4
 """of each video, evenly spaced"""
@@ -79,7 +79,7 @@ def preview_shards(
         if progress is not None:
             progress(len(cards), len(places), failures(bad))
     about = f"{len(cards)} of {manifest.num_samples} samples in {manifest.num_shards} shards, drawn with seed {seed}."
-    page = render_page(str(folder), about, {}, [render_card(card) for card in cards])
+    page = render_page(redact(str(folder)), about, {}, [render_card(card) for card in cards])
     target = Path(out).expanduser()
     with writing(target):
         target.parent.mkdir(parents=True, exist_ok=True)

@@ -7,7 +7,6 @@ import os
 import threading
 import time
 from collections import OrderedDict
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -60,6 +59,8 @@ class ShardReader:
         self._opening: dict[int, threading.Lock] = {}
         self._open: OrderedDict[int, LocalShard | RemoteShard] = OrderedDict()
         self._failed: dict[int, tuple[float, SampleError]] = {}
+        self._versions: dict[int, str] = {}
+        """of remote shards that were closed: opened again, they must be the same"""
 
     def __getstate__(self) -> dict[str, Any]:
         names = ("manifest", "max_open", "max_sample_bytes", "remote")
@@ -84,16 +85,13 @@ class ShardReader:
         members = opened.index.members(index)
         if sum([member.num_bytes for member in members]) > self.max_sample_bytes:
             raise SampleError("too_large", f"{opened.index.key(index)} holds over {self.max_sample_bytes} bytes")
-        data: Sequence[bytes | memoryview]
+        files: dict[str, bytes | memoryview]
         if isinstance(opened, LocalShard):
             data = opened.read([(member.offset, member.offset + member.num_bytes) for member in members])
+            files = {member.extension: part for member, part in zip(members, data, strict=True)}
         else:
-            data = opened.read(index)
-        return RawSample(
-            opened.index.key(index),
-            {member.extension: part for member, part in zip(members, data, strict=True)},
-            Source(shard, index),
-        )
+            files = {**opened.read(index)}
+        return RawSample(opened.index.key(index), files, Source(shard, index))
 
     def key(self, shard: int, index: int) -> str:
         """The key of a sample, without reading it."""
@@ -132,14 +130,22 @@ class ShardReader:
                 self._open[shard] = opened
                 self._opening.pop(shard, None)
                 while len(self._open) > self.max_open:
-                    self._open.popitem(last=False)  # its map closes with the last view into it
+                    number, closed = self._open.popitem(last=False)  # its map closes with the last view into it
+                    if isinstance(closed, RemoteShard) and closed.version:
+                        self._versions[number] = closed.version
             return opened
 
     def _open_now(self, shard: int) -> LocalShard | RemoteShard:
         manifest, url = self.manifest, self.manifest.shard_url(shard)
         index = manifest.shard_index(shard, remote=self.remote)
         if is_remote(url):
-            remote = RemoteShard(url, index, checksum=manifest.checksums[shard].tobytes().hex(), options=self.remote)
+            remote = RemoteShard(
+                url,
+                index,
+                checksum=manifest.checksums[shard].tobytes().hex(),
+                version=self._versions.get(shard, ""),
+                options=self.remote,
+            )
             if not answers_tell(url):
                 remote.check_file()
             return remote

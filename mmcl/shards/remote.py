@@ -6,6 +6,7 @@ import asyncio
 import http.client
 import os
 import random
+import ssl
 import sys
 import threading
 import time
@@ -15,8 +16,14 @@ from functools import cache
 from typing import Any, NoReturn
 from urllib.parse import urlsplit
 
-from mmcl.shards.http_range import SLOWEST_BYTES_PER_SECOND, Answer, get_range
-from mmcl.types import ConfigError, RunError, SampleError
+from mmcl.shards.http_range import (
+    SLOWEST_BYTES_PER_SECOND,
+    Answer,
+    check_encoding,
+    check_place,
+    get_range,
+)
+from mmcl.types import ConfigError, RunError, SampleError, redact
 
 FIRST_PAUSE_SECONDS = 0.1
 MAX_PAUSE_SECONDS = 10.0
@@ -60,7 +67,7 @@ class Fetched:
     """the ETag; "": not told"""
 
 
-def open_filesystem(url: str, *, connections: int = 64) -> Any:
+def open_filesystem(url: str, *, connections: int = 64, stall_seconds: float = 20.0) -> Any:
     """The fsspec file system of a remote URL, of this process: none is taken through a fork.
 
     Raises ``ConfigError`` with the line that installs what is missing.
@@ -68,8 +75,13 @@ def open_filesystem(url: str, *, connections: int = 64) -> Any:
     import fsspec
 
     scheme = urlsplit(url).scheme
-    # botocore keeps ten connections unless told otherwise
-    options = {"config_kwargs": {"max_pool_connections": max(64, connections)}} if scheme == "s3" else {}
+    options: dict[str, Any] = {}
+    if scheme == "s3":
+        # botocore keeps ten connections unless told otherwise, and waits a minute for each byte
+        limits = {"read_timeout": stall_seconds, "connect_timeout": stall_seconds}
+        options["config_kwargs"] = {"max_pool_connections": max(64, connections), **limits}
+    elif scheme in ("http", "https"):  # proxies of the environment, passwords of ~/.netrc
+        options["client_kwargs"] = {"trust_env": True, **fsspec.config.conf.get(scheme, {}).get("client_kwargs", {})}
     try:
         return fsspec.filesystem(scheme, **options)
     except ImportError as error:
@@ -107,8 +119,9 @@ def fetch(
             seconds = time.monotonic() - began
             # half of the pause is drawn: workers that failed together do not come back together
             waiting = min(FIRST_PAUSE_SECONDS * 2 ** (attempt - 1), MAX_PAUSE_SECONDS) * random.uniform(0.5, 1.0)
-            hopeless = isinstance(error, PermissionError) or (
-                status is not None and 400 <= status < 500 and status not in (408, 425, 429)
+            hopeless = isinstance(error, (PermissionError, ssl.SSLCertVerificationError)) or (
+                isinstance(getattr(error, "certificate_error", None), ssl.SSLCertVerificationError)
+                or (status is not None and 400 <= status < 500 and status not in (408, 425, 429))
             )
             if hopeless or attempt > options.retries or seconds + waiting > options.retry_seconds:
                 what = f"bytes {start}–{stop}" if stop is not None else "the file"
@@ -130,21 +143,24 @@ class ShortAnswerError(OSError):
 
 
 def _fetch_once(url: str, start: int, stop: int | None, max_bytes: int | None, options: RemoteOptions) -> Fetched:
-    is_http = answers_tell(url)
-    if is_http and stop is not None and _is_plain(os.getpid(), urlsplit(url).scheme):
+    scheme = urlsplit(url).scheme
+    is_http = scheme in ("http", "https")
+    if is_http and stop is not None and _is_plain(os.getpid(), scheme):
         answer = get_range(url, start, stop, stall_seconds=options.stall_seconds)
         if answer is not None:
             return _whole(url, start, stop, _checked(url, stop, answer))
-    filesystem = open_filesystem(url, connections=options.connections)
+    filesystem = open_filesystem(url, connections=options.connections, stall_seconds=options.stall_seconds)
+    end = stop if max_bytes is None else max_bytes + 1
     fetched: Fetched
     if is_http:
         fetched = _run(filesystem, _get_http(filesystem, url, start, stop, max_bytes, options), start, stop, options)
+    elif scheme == "s3":
+        fetched = _run(filesystem, _get_s3(filesystem, url, start, end), start, stop, options)
     elif filesystem.async_impl:
-        end = stop if max_bytes is None else max_bytes + 1
         limits = {} if end is None and start == 0 else {"start": start, "end": end}
         fetched = Fetched(_run(filesystem, filesystem._cat_file(url, **limits), start, stop, options))
     else:
-        fetched = Fetched(filesystem.cat_file(url, start=start, end=stop if max_bytes is None else max_bytes + 1))
+        fetched = Fetched(filesystem.cat_file(url, start=start, end=end))
     return _whole(url, start, stop, fetched)
 
 
@@ -162,7 +178,7 @@ def _whole(url: str, start: int, stop: int | None, fetched: Fetched) -> Fetched:
 def _is_plain(pid: int, scheme: str) -> bool:
     """Whether fsspec is configured with nothing (headers, proxies, …) that its own client would have to send."""
     filesystem = open_filesystem(f"{scheme}://")
-    return not filesystem.kwargs and not filesystem.client_kwargs
+    return not filesystem.kwargs and filesystem.client_kwargs == {"trust_env": True}
 
 
 def _checked(url: str, stop: int | None, answer: Answer) -> Fetched:
@@ -193,29 +209,55 @@ async def _get_http(
     import aiohttp
 
     headers = {"Accept-Encoding": "identity"}
-    if start or stop is not None:
+    is_range = bool(start) or stop is not None
+    if is_range:
         headers["Range"] = f"bytes={start}-{'' if stop is None else stop - 1}"
-    timeout = aiohttp.ClientTimeout(total=None, sock_connect=options.stall_seconds, sock_read=options.stall_seconds)
+    stall = options.stall_seconds
+    timeout = aiohttp.ClientTimeout(total=None, sock_connect=stall, sock_read=stall)
     session = await filesystem.set_session()
-    limit = None if stop is None else stop - start
-    async with session.get(
+    size = None if stop is None else stop - start
+    limit = size if max_bytes is None else max_bytes
+    request = session.get(
         filesystem.encode_url(url), headers=headers, timeout=timeout, read_bufsize=1 << 20, **filesystem.kwargs
-    ) as answer:
+    )
+    # redirects and their handshakes have their time, headers that never end have not
+    async with await asyncio.wait_for(request, 4 * stall) as answer:
         answer.raise_for_status()
         total = _total_bytes(answer.headers, answer.status)
-        if limit is not None and answer.status == 200 and (start or (total is None or total > limit)):
+        if size is not None and answer.status == 200 and (start or (total is None or total > size)):
             answer.close()
             _refuse_whole(url, stop, total)
-        content = await (answer.read() if max_bytes is None else _read_up_to(answer.content, max_bytes + 1))
+        if is_range:
+            check_encoding(url, answer.headers)
+        if answer.status == 206:
+            check_place(url, start, answer.headers.get("Content-Range", ""))
+        content = await _read_up_to(answer.content, None if limit is None else limit + 1, stall)
         return Fetched(content, total, answer.headers.get("ETag", ""))
 
 
-async def _read_up_to(stream: Any, max_bytes: int) -> bytes:
-    pieces, size = [], 0
-    while size < max_bytes and (piece := await stream.read(max_bytes - size)):
+async def _read_up_to(stream: Any, max_bytes: int | None, stall_seconds: float) -> bytes:
+    """What comes, if it does not come too slowly as a whole."""
+    pieces, size, began = [], 0, time.monotonic()
+    while piece := await stream.read(1 << 20 if max_bytes is None else min(1 << 20, max_bytes - size)):
         pieces.append(piece)
         size += len(piece)
+        seconds = time.monotonic() - began
+        if seconds > stall_seconds + size / SLOWEST_BYTES_PER_SECOND:
+            raise TimeoutError(f"{size} bytes in {seconds:.1f} s")
     return b"".join(pieces)
+
+
+async def _get_s3(filesystem: Any, url: str, start: int, end: int | None) -> Fetched:
+    """As s3fs itself reads it, but with the ETag and the size that come with each answer."""
+    bucket, key, version = filesystem.split_path(url)
+    limits = {"Range": f"bytes={start}-{'' if end is None else end - 1}"} if start or end is not None else {}
+    if version:
+        limits["VersionId"] = version
+    answer = await filesystem._call_s3("get_object", Bucket=bucket, Key=key, **limits)
+    async with answer["Body"] as body:
+        content = await body.read()
+    told = answer.get("ContentRange", "").rpartition("/")[2] if limits else str(answer.get("ContentLength", ""))
+    return Fetched(content, int(told) if told.isdecimal() else None, answer.get("ETag", ""))
 
 
 def _total_bytes(headers: Any, status: int) -> int | None:
@@ -226,7 +268,7 @@ def _total_bytes(headers: Any, status: int) -> int | None:
 
 def answers_tell(url: str) -> bool:
     """Whether every answer says how large the file is, and which version of it."""
-    return urlsplit(url).scheme in ("http", "https")
+    return urlsplit(url).scheme in ("http", "https", "s3")
 
 
 def stat(url: str, *, options: RemoteOptions | None = None) -> tuple[int | None, str]:
@@ -265,16 +307,18 @@ def transport_errors() -> tuple[type[BaseException], ...]:
 
 def _status(error: BaseException) -> int | None:
     """The HTTP status in an error, where there is one."""
-    for holder in (error, getattr(error, "response", None)):
+    answer = getattr(error, "response", None)
+    for holder in (error, answer):
         for name in ("status", "status_code", "code"):
-            status = getattr(holder, name, None)
-            if isinstance(status, int):
+            if isinstance(status := getattr(holder, name, None), int):
                 return status
-    return None
+    answer = answer or getattr(error.__cause__, "response", None)  # s3fs raises its own over that of botocore
+    status = answer.get("ResponseMetadata", {}).get("HTTPStatusCode") if isinstance(answer, dict) else None
+    return status if isinstance(status, int) else None
 
 
 def _describe(error: BaseException) -> str:
-    return f"{type(error).__name__} {error}".strip()[:300]
+    return redact(f"{type(error).__name__} {error}".strip())[:300]
 
 
 class Stopwatch:

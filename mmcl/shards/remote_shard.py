@@ -6,6 +6,7 @@ and sizes that the tar gives its files: a tar that was changed or shifted since 
 
 from __future__ import annotations
 
+import itertools
 import threading
 import time
 from collections.abc import Callable, Iterable, Sequence
@@ -14,7 +15,7 @@ from typing import Any, TypeAlias
 
 from mmcl.shards.cache import RangeCache
 from mmcl.shards.member_index import Member, ShardIndex
-from mmcl.shards.remote import ChangedError, RemoteOptions, fetch, stat
+from mmcl.shards.remote import ChangedError, RemoteOptions, answers_tell, fetch, stat
 from mmcl.types import SampleError
 
 Span: TypeAlias = tuple[int, int]
@@ -23,6 +24,8 @@ Span: TypeAlias = tuple[int, int]
 JOINED_GAP_BYTES = 256 << 10
 JOINED_BYTES = 8 << 20
 """of a request for several samples, at most: the first of them is not kept waiting for all"""
+RECHECK_SECONDS = 60.0
+"""after which a store whose answers do not tell the version of the file (gs, hf) is asked for it again"""
 _HEADER_BYTES = 512
 
 
@@ -64,22 +67,32 @@ def group_span(group: Sequence[Span]) -> Span:
 class RemoteShard:
     """A remote tar and its member index."""
 
-    def __init__(self, url: str, index: ShardIndex, *, checksum: str = "", options: RemoteOptions) -> None:
+    def __init__(
+        self, url: str, index: ShardIndex, *, checksum: str = "", version: str = "", options: RemoteOptions
+    ) -> None:
         self.index, self.url, self.options = index, url, options
+        self.version = version
+        """the ETag of the first answer; "": not told yet"""
         self._checksum = checksum
-        self._version = ""
         self._lock = threading.Lock()
+        self._checked_at = -RECHECK_SECONDS
+        self._tells = answers_tell(url)
 
-    def spans(self, index: int) -> list[Span]:
+    def spans(self, index: int, members: Sequence[Member] | None = None) -> list[Span]:
         """Where a sample lies with its headers: one span, unless its files lie far apart."""
         spans = [
-            (max(0, member.offset - _HEADER_BYTES), member.offset + member.num_bytes)
-            for member in self.index.members(index)
+            (max(0, offset - _HEADER_BYTES), offset + num_bytes)
+            for _, offset, num_bytes in members or self.index.members(index)
         ]
+        # as tars are written: one file after the other, nothing between them but what fills the last block
+        if spans and all(0 <= after[0] - before[1] < _HEADER_BYTES for before, after in itertools.pairwise(spans)):
+            joined = (spans[0][0], spans[-1][1])
+            if joined[1] - joined[0] <= JOINED_BYTES:
+                return [joined]
         return [group_span(group) for group in join_spans(spans)]
 
-    def read(self, index: int) -> list[memoryview]:
-        """The files of a sample, fetched now."""
+    def read(self, index: int) -> dict[str, memoryview]:
+        """The files of a sample by their extensions, fetched now."""
         spans = self.spans(index)
         return self.unpack(index, spans, self.fetch(spans))
 
@@ -103,26 +116,31 @@ class RemoteShard:
             found.update(zip(group, pieces, strict=True))
         return [found[span] for span in spans]
 
-    def unpack(self, index: int, spans: Sequence[Span], pieces: Sequence[memoryview | SampleError]) -> list[memoryview]:
-        """The files of a sample out of its spans.
+    def unpack(
+        self, index: int, spans: Sequence[Span], pieces: Sequence[memoryview | SampleError]
+    ) -> dict[str, memoryview]:
+        """The files of a sample by their extensions, out of its spans.
 
         Raises ``SampleError`` where a span could not be had or holds something else, ``RunError`` where that is because
         the file is not the one that was indexed.
         """
-        files = []
+        files, key = {}, self.index.key(index)
         for member in self.index.members(index):
-            at = next(i for i, (start, stop) in enumerate(spans) if start < member.offset + 1 and _end(member) <= stop)
+            extension, offset, num_bytes = member
+            at = 0
+            while not (spans[at][0] <= offset and offset + num_bytes <= spans[at][1]):
+                at += 1
             piece = pieces[at]
             if isinstance(piece, SampleError):
                 raise SampleError(piece.reason, piece.detail)
-            where = member.offset - spans[at][0]
-            problem = _header_problem(
-                piece[max(0, where - _HEADER_BYTES) : where], f"{self.index.key(index)}.{member.extension}", member
-            )
+            where = offset - spans[at][0]
+            problem = _header_problem(piece[max(0, where - _HEADER_BYTES) : where], f"{key}.{extension}", member)
             if problem:
+                if self._cache is not None:  # it would be found there again, also once the file is right
+                    self._cache.drop(self._name(spans[at]))
                 self.check_file()
-                raise SampleError("changed", f"{self.url}: byte {member.offset}: {problem}")
-            files.append(piece[where : where + member.num_bytes])
+                raise SampleError("changed", f"{self.url}: byte {offset}: {problem}")
+            files[extension] = piece[where : where + num_bytes]
         return files
 
     def _try_group(self, group: Sequence[Span], pause: Callable[[float], Any]) -> Sequence[memoryview | SampleError]:
@@ -132,6 +150,8 @@ class RemoteShard:
         if first < last:
             try:
                 fetched = fetch(self.url, first, last, options=self.options, pause=pause)
+                if not self._tells and time.monotonic() - self._checked_at > RECHECK_SECONDS:
+                    self.check_file()
             except FileNotFoundError:
                 raise ChangedError(f"{self.url} is missing") from None
             except SampleError as error:
@@ -152,12 +172,13 @@ class RemoteShard:
                 f"{self.url} holds {total_bytes} bytes, it was indexed with {self.index.tar_bytes}: {hint}"
             )
         with self._lock:
-            self._version = self._version or version
-            if version and version != self._version:
-                raise ChangedError(f"{self.url} changed while it was read (ETag {self._version} → {version}): {hint}")
+            self.version = self.version or version
+            if version and version != self.version:
+                raise ChangedError(f"{self.url} changed while it was read (ETag {self.version} → {version}): {hint}")
 
     def check_file(self) -> None:
         """Asks for size and version alone. Raises ``ChangedError``, ``SampleError``."""
+        self._checked_at = time.monotonic()
         try:
             self._check(*stat(self.url, options=self.options))
         except FileNotFoundError:
@@ -170,10 +191,6 @@ class RemoteShard:
 
     def _name(self, span: Span) -> str:
         return f"{self.url} {self.index.tar_bytes} {self._checksum} {span[0]} {span[1]}"
-
-
-def _end(member: Member) -> int:
-    return member.offset + member.num_bytes
 
 
 def _header_problem(block: memoryview, name: str, member: Member) -> str:
@@ -190,9 +207,12 @@ def _header_problem(block: memoryview, name: str, member: Member) -> str:
         return "no tar header"
     if size != member.num_bytes:
         return f"the tar has a file of {size} bytes there, the index one of {member.num_bytes}"
+    wanted = name.encode() if name.isascii() else b""
+    if raw.startswith(wanted + b"\0") and not raw[345] and wanted:
+        return ""
     prefix, base = (raw[a:b].split(b"\0")[0] for a, b in ((345, 500), (0, 100)))
     found = (prefix + b"/" + base if prefix and raw[257:262] == b"ustar" else base).removeprefix(b"./")
     # longer names, and those of other letters, are spelt out in a header before this one
-    if name.isascii() and len(name) < 98 and found.lower() != name.lower().encode():
+    if wanted and len(name) < 98 and found.lower() != wanted.lower():
         return f"the tar has {found.decode('utf-8', 'replace')!r} there, the index {name!r}"
     return ""

@@ -25,7 +25,7 @@ from mmcl.shards.manifest import Manifest, load_manifest
 from mmcl.shards.reader import MAX_SAMPLE_BYTES, RawSample
 from mmcl.shards.remote import ChangedError, RemoteOptions
 from mmcl.shards.remote_file import RemoteFile
-from mmcl.types import ConfigError, RunError, SampleError, Source
+from mmcl.types import ConfigError, RunError, SampleError, Source, redact
 
 PIPE = "pipe:"
 _BLOCK_BYTES = 512
@@ -153,7 +153,7 @@ def describe_order(tars: TarList) -> str:
         if tars.urls[0].startswith(PIPE)
         else f"`mmcl shards index {folder}` makes an index"
     )
-    return (
+    return redact(
         f"{len(tars.urls)} tars without an index are read one after the other: the order depends on the number of "
         f"workers, nothing is shuffled, and a resumed run reads again what it skips; {how}"
     )
@@ -162,6 +162,7 @@ def describe_order(tars: TarList) -> str:
 def read_items(url: str, number: int, remote: RemoteOptions) -> Iterator[Item]:
     """The samples of one tar in their order, and a problem for each thing that cannot be used."""
     last: tuple[str, dict[str, bytes | memoryview]] | None = None
+    name = redact(url)
     seen: set[str] = set()
     count = 0
     try:
@@ -175,17 +176,17 @@ def read_items(url: str, number: int, remote: RemoteOptions) -> Iterator[Item]:
                     file.allowance = MAX_SAMPLE_BYTES
                 last[1].setdefault(extension, content)
     except SampleError as error:
-        yield Problem(f"{url}#{count}" + (f" ({last[0]})" if last else ""), error)
+        yield Problem(f"{name}#{count}" + (f" ({last[0]})" if last else ""), error)
         return
     except (tarfile.TarError, EOFError, ValueError, OverflowError) as error:
         detail = str(error).partition(" @ ")[0] + "; "  # webdataset adds the name of the stream
         detail += f"the sample {last[0]} before it may be half" if last else "no sample before it"
-        yield Problem(last[0] if last else f"{url}#{count}", SampleError("truncated_tar", f"{url}: {detail}"))
+        yield Problem(last[0] if last else f"{name}#{count}", SampleError("truncated_tar", f"{url}: {detail}"))
         return
     except FileNotFoundError:
         raise RunError(f"{url} is missing") from None
     except OSError as error:
-        yield Problem(f"{url}#{count}", SampleError("unreadable", f"{url}: {error}"))
+        yield Problem(f"{name}#{count}", SampleError("unreadable", f"{url}: {error}"))
         return
     if last is not None:
         yield _finish(url, number, count, *last, seen)

@@ -20,7 +20,7 @@ from mmcl.shards.page import bars, histogram, render_page
 from mmcl.shards.pool import Lost
 from mmcl.shards.reader import ShardReader
 from mmcl.shards.scan import Place, choose_places, scan
-from mmcl.types import SampleError
+from mmcl.types import SampleError, redact
 
 _MOST_NAMED = 12
 _MOST_EXAMPLES = 20
@@ -237,7 +237,7 @@ def write_stats(stats: ShardStats, out: str | Path, title: str) -> tuple[Path, P
         folder.mkdir(parents=True, exist_ok=True)
     text = json.dumps({**stats.document, "histograms": stats.histograms}, indent=1, ensure_ascii=False)
     write_atomically(folder / "stats.json", (text + "\n").encode("utf-8", "replace"))
-    write_atomically(folder / "stats.html", render_stats(stats, title).encode("utf-8", "replace"))
+    write_atomically(folder / "stats.html", render_stats(stats, redact(title)).encode("utf-8", "replace"))
     return folder / "stats.json", folder / "stats.html"
 
 

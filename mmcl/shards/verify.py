@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import hashlib
 import json
 from collections import Counter
 from collections.abc import Iterator
@@ -14,18 +13,16 @@ from typing import Any
 from mmcl.progress import Progress, failures
 from mmcl.shards.check import Problem, check_files
 from mmcl.shards.files import is_remote, new_folder, write_atomically, writing
-from mmcl.shards.index import read_tar
+from mmcl.shards.index import read_whole
 from mmcl.shards.manifest import Manifest, ShardEntry, load_manifest, write_manifest
 from mmcl.shards.members import role_of
 from mmcl.shards.pool import Lost
 from mmcl.shards.reader import ShardReader
-from mmcl.shards.remote import open_filesystem
 from mmcl.shards.scan import check_positive, choose_places, scan
 from mmcl.shards.writer import TarShard
 from mmcl.types import DEFAULT_DECODER, ConfigError, Decoder, RunError, SampleError
 
 _SHARD_SECONDS = 3600.0
-_BLOCK = 1 << 20
 
 
 @dataclass(frozen=True, slots=True)
@@ -197,39 +194,27 @@ def _check_shard(reader: ShardReader, shard: int, _: int, *, whole: bool) -> tup
     manifest, url = reader.manifest, reader.manifest.shard_url(shard)
     try:
         index = reader.open_index(shard)
-    except (RunError, ConfigError) as error:
+    except (RunError, ConfigError, SampleError) as error:
         return [Problem("", "unreadable_shard", str(error))], {}
     stated = int(manifest.shard_bytes[shard])
     if 0 <= stated != index.tar_bytes:
         return [Problem("", "wrong_size", f"{index.tar_bytes} bytes, the manifest states {stated}")], {}
     if not whole:
         return [], {}
+    try:
+        contents, _, found = read_whole(url)
+    except (OSError, RunError, SampleError) as error:
+        return [Problem("", "unreadable_shard", str(error))], {}
     problems: list[Problem] = []
     known = bytes(manifest.checksums[shard])
-    if any(known):
-        try:
-            found = _sha256(url)
-        except OSError as error:
-            return [Problem("", "unreadable_shard", str(error))], {}
-        if found != known:
-            problems.append(Problem("", "checksum", f"sha256 {found.hex()}, the manifest states {known.hex()}"))
-    if is_remote(url):
-        return problems, {}
-    contents = read_tar(Path(url))
+    if any(known) and found != known:
+        problems.append(Problem("", "checksum", f"sha256 {found.hex()}, the manifest states {known.hex()}"))
     problems += [Problem("", "tar", problem) for problem in contents.problems]
     keys = [key.encode("utf-8", "replace").decode() for key in contents.keys]  # as the index keeps them
     there = [(key, sorted(files)) for key, files in zip(keys, contents.members, strict=True)]
     if there != [(index.key(i), sorted(index.members(i))) for i in range(index.num_samples)]:
         problems.append(Problem("", "index_differs", "the tar holds other files; `mmcl shards index` reads it again"))
     return problems, dict(contents.ignored)
-
-
-def _sha256(url: str) -> bytes:
-    digest = hashlib.sha256()
-    with open_filesystem(url).open(url, "rb") if is_remote(url) else Path(url).open("rb") as file:
-        while block := file.read(_BLOCK):
-            digest.update(block)
-    return digest.digest()
 
 
 def write_quarantine(path: str | Path, report: VerifyReport) -> int:

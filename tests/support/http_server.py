@@ -52,7 +52,7 @@ def _handler(server: FileServer) -> type[BaseHTTPRequestHandler]:
             pass
 
         def do_HEAD(self) -> None:
-            self.do_GET()
+            self._send(501, b"", {})  # nobody needs it
 
         def do_GET(self) -> None:
             path = unquote(self.path.partition("?")[0]).lstrip("/")

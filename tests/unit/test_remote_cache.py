@@ -12,8 +12,9 @@ import pytest
 from support.http_server import serve
 from test_remote_stream import FAST, rows_of, stream, take, write_samples
 
+from mmcl.shards import ShardReader, load_manifest
 from mmcl.shards.cache import RangeCache
-from mmcl.types import ConfigError
+from mmcl.types import ConfigError, SampleError
 
 
 def used(folder: Path) -> int:
@@ -65,6 +66,20 @@ def test_a_killed_writer_leaves_nothing_that_counts(tmp_path: Path) -> None:
     half.write_bytes(bytes(50_000))
     cache.put("b", bytes(3_000))
     assert not half.exists() and cache.get("a") == bytes(3_000) and cache.get("b") == bytes(3_000)
+
+
+def test_what_does_not_fit_its_index_is_not_kept(tmp_path: Path) -> None:
+    write_samples(tmp_path / "shards", 4, 500)
+    tar = next((tmp_path / "shards").glob("*.tar"))
+    content = tar.read_bytes()
+    with serve(tmp_path / "shards") as server:
+        server.with_etag = False
+        reader = ShardReader(load_manifest(server.url), remote=replace(FAST, cache_dir=str(tmp_path / "cache")))
+        tar.write_bytes(bytes(len(content)))
+        with pytest.raises(SampleError, match="changed"):
+            reader.read(0, 0)
+        tar.write_bytes(content)
+        assert reader.read(0, 0).members["txt"] == b"caption 0"
 
 
 def test_a_cache_that_cannot_be_made_is_one_line(tmp_path: Path) -> None:

@@ -14,13 +14,14 @@ from pathlib import Path
 
 import pytest
 from support.http_server import serve
-from test_remote_stream import FAST, rows_of, stream, take, write_samples
+from test_remote_stream import FAST, change, rows_of, stream, take, write_samples
 from test_unindexed import names_of, write_tar
 from typer.testing import CliRunner
 
 from mmcl.cli import app
 from mmcl.shards import load_manifest, remote_file
 from mmcl.shards.index import index_shards
+from mmcl.shards.remote import ChangedError, fetch
 from mmcl.types import ConfigError, RunError
 
 
@@ -157,6 +158,33 @@ def test_an_s3_bucket_is_indexed_and_read_as_a_folder_is(bucket: str, tmp_path: 
     with pytest.raises(RunError, match=r"shard-00000\d.tar holds"):
         take(stream(f"{bucket}/train"), 6)
     batches.close()  # type: ignore[attr-defined]
+
+
+@pytest.mark.slow
+def test_an_object_that_changes_while_it_is_read_stops_the_run(bucket: str, tmp_path: Path) -> None:
+    """Other bytes in the same layout, known by the ETag that comes with each answer; also without an index."""
+    import fsspec
+    from test_unindexed import expand
+    from test_unindexed import stream as sequential
+
+    write_samples(tmp_path)
+    filesystem = fsspec.filesystem("s3")
+    for file in tmp_path.iterdir():
+        filesystem.put_file(str(file), f"{bucket}/changing/{file.name}")
+    with pytest.raises(ChangedError, match="ends before byte"):
+        fetch(f"{bucket}/changing/shard-000000.tar", 10**9, 10**9 + 5)
+    source = iter(stream(f"{bucket}/changing"))
+    next(source)
+    for tar in tmp_path.glob("*.tar"):
+        change(tar, "other bytes")
+        filesystem.pipe_file(f"{bucket}/changing/{tar.name}", tar.read_bytes())
+    with pytest.raises(RunError, match=r"shard-00000\d.tar changed while it was read \(ETag"):
+        take(source, 12)  # type: ignore[arg-type]
+    filesystem.rm(f"{bucket}/changing/shard-000000.tar")
+    with pytest.raises(RunError, match=r"shard-000000.tar is missing"):
+        take(stream(f"{bucket}/changing"), 6)
+    with pytest.raises(RunError, match=r"gone.tar is missing"):
+        take(sequential(expand(f"{bucket}/changing/gone.tar")), 1)
 
 
 @pytest.mark.slow
