@@ -14,8 +14,9 @@ from typing import Any
 import numpy as np
 from torch import Tensor
 
+from mmcl.evaluation.bootstrap import bootstrap_ci
 from mmcl.evaluation.gallery import GalleryItem
-from mmcl.evaluation.ranking import Integers, RankResult, bootstrap_ci, ranks
+from mmcl.evaluation.ranking import Integers, RankResult, ranks
 from mmcl.types import ConfigError, Modality, RunError
 
 COLUMNS = ("R@1", "R@5", "R@10", "MedR", "MnR", "mAP@10", "nDCG@10", "queries", "gallery", "ties")
