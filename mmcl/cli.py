@@ -165,6 +165,14 @@ def evaluate_retrieval(
         str | None, typer.Option(help="A metadata column: one list per value, each searched on its own.")
     ] = None,
     headline: Annotated[str | None, typer.Option(help="The value of --by that comes first.")] = None,
+    per: Annotated[
+        str | None, typer.Option(help="A metadata column, or `label`: also figures of each value, whole gallery.")
+    ] = None,
+    against: Annotated[Path | None, typer.Option(help="An older report: what got better or worse.")] = None,
+    transductive: Annotated[
+        bool, typer.Option(help="Also dual and inverted softmax, apart from plain figures.")
+    ] = False,
+    bank: Annotated[str | None, typer.Option(help="Training shards: also QB-norm, apart from plain figures.")] = None,
     clips: Clips = None,
     workers: Workers = 2,
 ) -> None:
@@ -173,7 +181,19 @@ def evaluate_retrieval(
     from mmcl.evaluation.show import print_evaluation
 
     print_evaluation(
-        evaluate_checkpoint(checkpoint, shards, out, by=by, headline=headline, clips=clips, workers=workers)
+        evaluate_checkpoint(
+            checkpoint,
+            shards,
+            out,
+            by=by,
+            headline=headline,
+            clips=clips,
+            workers=workers,
+            per=per,
+            against=against,
+            transductive=transductive,
+            bank=bank,
+        )
     )
 
 

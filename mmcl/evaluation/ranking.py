@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, fields, replace
 from typing import Any, TypeAlias
 
 import numpy as np
@@ -16,12 +16,11 @@ import torch
 from torch import Tensor
 
 from mmcl.distributed import Comm
-from mmcl.evaluation.streaming import Standing, first_best, stream
+from mmcl.evaluation.distinct import Distinct, Floats, Integers
+from mmcl.evaluation.streaming import Standing, Transform, stream
 from mmcl.types import ConfigError
 
 Rows: TypeAlias = "Tensor | npt.NDArray[Any]"
-Floats: TypeAlias = npt.NDArray[np.float64]
-Integers: TypeAlias = npt.NDArray[np.int64]
 Relevant: TypeAlias = "Sequence[Sequence[int]] | Sequence[Integers]"
 
 HIT_RANKS = (1, 5, 10, 50)
@@ -30,7 +29,6 @@ CUTOFF = 10
 """of nDCG, and length of the top lists"""
 
 _BLOCK_QUERIES = 1024
-_HASHED_ROWS = 4096
 
 
 @dataclass(frozen=True, eq=False)
@@ -64,6 +62,15 @@ class RankResult:
     def answerable(self) -> npt.NDArray[np.bool_]:
         """``(Q,)``: queries that have something to find."""
         return self.relevant > 0
+
+    def of(self, queries: Integers) -> RankResult:
+        """These queries alone, in the whole gallery."""
+        columns = {each.name: getattr(self, each.name) for each in fields(self)}
+        cut: dict[str, Any] = {
+            name: column[queries] for name, column in columns.items() if isinstance(column, np.ndarray)
+        }
+        per_query = {name: column[queries] for name, column in self.per_query.items()}
+        return replace(self, **cut, per_query=per_query)
 
     def metrics(self) -> dict[str, float]:
         """The figures of one direction: see :func:`retrieval_metrics`."""
@@ -138,87 +145,56 @@ def ranks_both(
     return forward, backward
 
 
-@torch.no_grad()
 def _ranks(
     queries: Rows, gallery: Rows, relevant: Relevant | None, top: int, *, both: bool, comm: Comm
 ) -> tuple[RankResult, RankResult | None]:
-    queries, gallery = _check_rows(queries, gallery)
-    starts, right = _check_relevant(relevant, len(queries), len(gallery))
-    left, other = _Distinct(queries), _Distinct(gallery)
-    asked = np.repeat(np.arange(len(queries)), np.diff(starts))
-    code, pair = np.unique(left.place[asked] * len(other.rows) + other.place[right], return_inverse=True)
-    line, column = (torch.from_numpy(each).to(gallery.device) for each in np.divmod(code, len(other.rows)))
-    with _full_precision(gallery.device.type):
-        weights = (left.weights, other.weights)
-        found = stream(left.rows, other.rows, (line, column), weights, top=top, both=both, comm=comm)
-    scores = found.scores.cpu().numpy().astype(np.float64)
-    forward = _result(found.rows, scores, (starts, right, pair), (left, other), min(top, len(gallery)))
-    if found.columns is None:
-        return forward, None
-    order = np.argsort(right, kind="stable")
-    back = np.searchsorted(right[order], np.arange(len(gallery) + 1))
-    triple = (back, asked[order], pair[order])
-    return forward, _result(found.columns, scores, triple, (other, left), min(top, len(queries)))
+    return Task(queries, gallery, relevant).rank(top, both=both, comm=comm)
 
 
-class _Distinct:
-    """The different rows of a side, in the order of their first appearance: equal rows are scored once, and so alike.
+class Task:
+    """Queries, a gallery and what is right, checked, with equal rows found."""
 
-    A matrix product may round equal rows differently, depending on where they lie in it.
-    """
+    def __init__(self, queries: Rows, gallery: Rows, relevant: Relevant | None) -> None:
+        queries, gallery = _check_rows(queries, gallery)
+        self._starts, self._right = _check_relevant(relevant, len(queries), len(gallery))
+        self.queries, self.gallery = Distinct(queries), Distinct(gallery)
 
-    def __init__(self, rows: Tensor) -> None:
-        first, place = distinct_rows(rows)
-        self.rows = rows if len(first) == len(rows) else rows[first]
-        self.weights = torch.bincount(place, minlength=len(first))
-        self.place: Integers = place.cpu().numpy()
-        self._size = len(rows)
-
-    def expand(self, indices: Integers, scores: Floats, top: int) -> tuple[Integers, Floats]:
-        """The best of all rows from the best ``(n, K)`` of the different ones; of equal scores the lowest numbers."""
-        if len(self.rows) == self._size:
-            return indices, scores
-        order = np.argsort(self.place, kind="stable")
-        counts = np.bincount(self.place)
-        copies = np.arange(min(top, counts.max()))
-        index = (np.cumsum(counts) - counts)[indices][:, :, None] + copies
-        real = copies < counts[indices][:, :, None]
-        all_indices = np.where(real, order[np.minimum(index, self._size - 1)], self._size)
-        all_scores = np.where(real, scores[:, :, None], -np.inf)
-        tensors = [torch.from_numpy(x.reshape(len(indices), -1)) for x in (all_indices, all_scores)]
-        best_indices, best_scores = first_best(tensors[0], tensors[1], top)
-        return best_indices.numpy(), best_scores.numpy()
-
-
-def distinct_rows(rows: Tensor) -> tuple[Tensor, Tensor]:
-    """Of rows ``(n, D)`` the first of each kind ``(u,)``, rising, and for each row ``(n,)`` its kind; int64 both.
-
-    Found by a hash of the bits, and confirmed; zeros of both signs are equal.
-    """
-    whole = torch.int64 if rows.dtype == torch.float64 else torch.int32
-    random = torch.Generator().manual_seed(0)
-    factors = torch.randint(-(2**62), 2**62, (rows.shape[1],), generator=random).to(rows.device) | 1
-    hashes = torch.cat([((part + 0.0).view(whole).long() * factors).sum(1) for part in torch.split(rows, _HASHED_ROWS)])
-    _, place = torch.unique(hashes, return_inverse=True)
-    number = torch.arange(len(rows), device=rows.device)
-    first = torch.full((int(place.max()) + 1,), len(rows), device=rows.device)
-    first = first.scatter_reduce(0, place, number, "amin")
-    copies = (first[place] != number).nonzero().flatten()
-    for part in torch.split(copies, _HASHED_ROWS):
-        if not torch.equal(rows[part], rows[first[place[part]]]):  # two rows with one hash
-            _, place = torch.unique(rows, dim=0, return_inverse=True)
-            first = torch.full_like(first[:1], len(rows)).repeat(int(place.max()) + 1)
-            first = first.scatter_reduce(0, place, number, "amin")
-            break
-    order = first.argsort()
-    return first[order], order.argsort()[place]
+    @torch.no_grad()
+    def rank(
+        self, top: int, *, both: bool, comm: Comm, transform: Transform | None = None
+    ) -> tuple[RankResult, RankResult | None]:
+        """Forward, and with ``both`` backward; ``transform`` as of :func:`stream`, on the different rows."""
+        left, other, starts, right = self.queries, self.gallery, self._starts, self._right
+        device = other.rows.device
+        asked = np.repeat(np.arange(len(left.place)), np.diff(starts))
+        code, pair = np.unique(left.place[asked] * len(other.rows) + other.place[right], return_inverse=True)
+        line, column = (torch.from_numpy(each).to(device) for each in np.divmod(code, len(other.rows)))
+        with full_precision(device.type):
+            found = stream(
+                left.rows,
+                other.rows,
+                (line, column),
+                (left.weights, other.weights),
+                top=top,
+                both=both,
+                comm=comm,
+                transform=transform,
+            )
+        scores = found.scores.cpu().numpy().astype(np.float64)
+        forward = _result(found.rows, scores, (starts, right, pair), (left, other), min(top, len(other.place)))
+        if found.columns is None:
+            return forward, None
+        order = np.argsort(right, kind="stable")
+        back = np.searchsorted(right[order], np.arange(len(other.place) + 1))
+        reverse = (back, asked[order], pair[order])
+        return forward, _result(found.columns, scores, reverse, (other, left), min(top, len(left.place)))
 
 
 def _result(
     found: Standing,
     scores: Floats,
     right: tuple[Integers, Integers, Integers],
-    sides: tuple[_Distinct, _Distinct],
+    sides: tuple[Distinct, Distinct],
     top: int,
 ) -> RankResult:
     """``right``: where each query's relevant rows begin, ``(Q + 1,)``; these rows, and the pair of each."""
@@ -367,7 +343,7 @@ def _check_relevant(relevant: Relevant | None, queries: int, gallery: int) -> tu
 
 
 @contextmanager
-def _full_precision(device: str) -> Iterator[None]:
+def full_precision(device: str) -> Iterator[None]:
     """Float32 products in float32, whatever training set for its own (TF32, autocast)."""
     before = torch.get_float32_matmul_precision()
     torch.set_float32_matmul_precision("highest")

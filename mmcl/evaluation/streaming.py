@@ -10,8 +10,9 @@ same number on any number of processes.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from typing import TypeAlias
 
 import numpy as np
 import torch
@@ -19,6 +20,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from mmcl.distributed import Comm
+from mmcl.evaluation.distinct import first_best
+
+Transform: TypeAlias = Callable[[Tensor, int, int], None]
 
 TILE_ROWS, TILE_COLUMNS = 960, 1920
 """columns: at most 8 × 255, a count of a row's words stays within a byte"""
@@ -64,6 +68,7 @@ def stream(
     top: int,
     both: bool,
     comm: Comm,
+    transform: Transform | None = None,
 ) -> Streamed:
     """Counts and top lists of ``queries (n, D)`` against ``gallery (m, D)``; with ``both`` also of the columns.
 
@@ -73,8 +78,9 @@ def stream(
         pairs: int64 ``(P,)`` each, no pair twice: the row and the column of every right answer.
         weights: int64 ``(n,)`` and ``(m,)``: how often a row counts where it is the answer.
         comm: all its processes call this with the same arguments; each does its share, all return everything.
+        transform: changes a tile in place before it is used; told its first row and column.
     """
-    grid = _Grid(queries, gallery, comm)
+    grid = _Grid(queries, gallery, comm, transform)
     scores = _pair_scores(grid, pairs)
     rows = _Sides(pairs[0], scores, len(queries), TILE_ROWS, min(top, len(gallery)))
     columns = _Sides(pairs[1], scores, len(gallery), TILE_COLUMNS, min(top, len(queries))) if both else None
@@ -96,11 +102,24 @@ def stream(
     return Streamed(scores, rows.standing(comm, shared=False), columns.standing(comm, shared=True) if columns else None)
 
 
+def column_logsumexp(queries: Tensor, gallery: Tensor, weights: Tensor, beta: float) -> Tensor:
+    """float64 ``(m,)``: of each gallery row log Σ over queries, counted by weights ``(n,)``, of exp(β · score)."""
+    grid = _Grid(queries, gallery, Comm())
+    total = torch.full((len(gallery),), -torch.inf, dtype=torch.float64, device=gallery.device)
+    for i in grid.stripes:
+        more = weights[i * TILE_ROWS : (i + 1) * TILE_ROWS, None].to(queries.dtype).log()
+        for j in range(grid.columns):
+            part = total[j * TILE_COLUMNS : (j + 1) * TILE_COLUMNS]
+            logits = grid.tile(i, j)[:, : len(part)].mul_(beta).add_(more)
+            part.copy_(torch.logaddexp(part, logits.logsumexp(0).double()))
+    return total
+
+
 class _Grid:
     """The tiles of the scores, each made in the same memory by the same product."""
 
-    def __init__(self, queries: Tensor, gallery: Tensor, comm: Comm) -> None:
-        self.queries, self.gallery, self.comm = queries, gallery, comm
+    def __init__(self, queries: Tensor, gallery: Tensor, comm: Comm, transform: Transform | None = None) -> None:
+        self.queries, self.gallery, self.comm, self.transform = queries, gallery, comm, transform
         self.columns = -(-len(gallery) // TILE_COLUMNS)
         self.stripes = range(comm.rank, -(-len(queries) // TILE_ROWS), comm.world_size)
         self._last = gallery[(self.columns - 1) * TILE_COLUMNS :]
@@ -119,6 +138,8 @@ class _Grid:
         right = self._last if last else self.gallery[j * TILE_COLUMNS : (j + 1) * TILE_COLUMNS]
         out = self._memory[: len(left) * len(right)].view(len(left), len(right))
         torch.mm(left, right.T, out=out)
+        if self.transform is not None:
+            self.transform(out[:, : out.shape[1] - last * self._unused], i * TILE_ROWS, j * TILE_COLUMNS)
         if last and self._unused:
             out[:, -self._unused :] = -torch.inf
         if keep and len(self._kept) < _KEPT_TILES:
@@ -371,10 +392,3 @@ def _pass_on(
     if len(which):
         rows, columns = line[which], 8 * word[which] + byte
         best.add(rows if by_row else columns, (columns if by_row else rows) + start, scores[which, byte])
-
-
-def first_best(indices: Tensor, scores: Tensor, top: int) -> tuple[Tensor, Tensor]:
-    """The first ``top`` of each row of ``(n, k)`` entries, by falling score, equal ones by rising number."""
-    indices, order = indices.sort(dim=1)
-    scores, again = scores.gather(1, order).sort(dim=1, descending=True, stable=True)
-    return indices.gather(1, again)[:, :top], scores[:, :top]
