@@ -15,7 +15,7 @@ from support.recipes import tiny_config
 
 from mmcl.distributed import Comm
 from mmcl.evaluation.embed import EmbeddedShards, embed_shards, embed_to_folder
-from mmcl.evaluation.run import caption_labels, evaluate_checkpoint, split_lists
+from mmcl.evaluation.run import caption_labels, evaluate_checkpoint, group_names, split_lists
 from mmcl.model import MultimodalModel
 from mmcl.recipe import build_model
 from mmcl.types import ConfigError, RunError
@@ -65,6 +65,14 @@ def test_lists_by_a_column_with_the_headline_first(embedded: EmbeddedShards) -> 
         split_lists(embedded, "group", "mauve")
 
 
+def test_groups_by_a_column_or_the_label(embedded: EmbeddedShards) -> None:
+    assert group_names(embedded.items, "group") == [str(item.metadata["group"]) for item in embedded.items]
+    labels = group_names(embedded.items, "label")
+    assert [int(name) if name is not None else -1 for name in labels] == [item.label for item in embedded.items]
+    with pytest.raises(ConfigError, match=r"--per colour.*there are: .*group, label"):
+        group_names(embedded.items, "colour")
+
+
 def test_items_with_the_same_caption_are_right_answers_of_each_other(embedded: EmbeddedShards) -> None:
     labels = caption_labels(embedded.items)
     captions = [item.captions[0] for item in embedded.items]
@@ -103,6 +111,7 @@ def test_embeddings_are_written(folder: Path, shards_folder: Path, tmp_path: Pat
     [
         (["evaluate", "retrieval", "none", "SHARDS", "--out", "OUT"], "none: no such folder"),
         (["evaluate", "retrieval", "MODEL", "none", "--out", "OUT"], "none"),
+        (["evaluate", "retrieval", "MODEL", "SHARDS", "--out", "OUT", "--against", "none"], "--against none"),
         (["embed", "MODEL", "none", "--out", "OUT"], "none"),
         (["export", "none", "--out", "OUT"], "none: no such folder"),
         (["train", "none.yaml"], "none.yaml: no such file"),

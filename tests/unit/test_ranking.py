@@ -156,22 +156,6 @@ def test_properties(seed: int, ties: bool) -> None:
     assert retrieval_metrics(*as_rows(3 * scores + 1), relevant) == pytest.approx(found, abs=1e-9)
 
 
-def test_equals_torchmetrics_without_ties() -> None:
-    retrieval = pytest.importorskip("torchmetrics.retrieval")
-    random = torch.Generator().manual_seed(5)
-    scores = torch.rand(20, 30, generator=random)
-    relevant = torch.rand(20, 30, generator=random) < 0.15
-    relevant[:, 0] |= ~relevant.any(1)
-    found = retrieval_metrics(*as_rows(scores.numpy()), [row.nonzero().flatten().tolist() for row in relevant])
-    index = torch.arange(20)[:, None].expand(20, 30)
-    theirs = {f"R@{k}": retrieval.RetrievalHitRate(top_k=k) for k in (1, 5, 10)}
-    theirs |= {f"recall@{k}": retrieval.RetrievalRecall(top_k=k) for k in (1, 5, 10)}
-    theirs["nDCG@10"] = retrieval.RetrievalNormalizedDCG(top_k=10)
-    for name, metric in theirs.items():
-        value = 100 * metric(scores.flatten(), relevant.flatten(), indexes=index.flatten()).item()
-        assert found[name] == pytest.approx(value, abs=1e-3), name
-
-
 def test_known_ranks() -> None:
     """Four pairs whose ranks, counted from 0, are 0, 0, 2, 2; the median is the mean of the middle two."""
     number = np.arange(1.0, 5.0)
