@@ -137,10 +137,11 @@ def group_names(items: Sequence[EmbeddedItem], per: str) -> list[str | None]:
     Raises:
         ConfigError: no item has any.
     """
-    if per == "label":
-        names = [None if item.label < 0 else str(item.label) for item in items]
-    else:
-        names = [str(item.metadata[per]) if per in item.metadata else None for item in items]
+    names: list[str | None] = []
+    for item in items:
+        given = item.label if per == "label" and item.label >= 0 else None
+        value = item.metadata.get(per, given)
+        names.append(None if value is None else str(value))
     if not any(name is not None for name in names):
         known = sorted({"label", *(name for item in items for name in item.metadata)})
         raise ConfigError(f"--per {per}: no sample has it; there are: {', '.join(known)}")
