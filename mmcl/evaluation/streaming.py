@@ -31,7 +31,7 @@ _STRIP = 240
 _SORT_ABOVE = 8
 """with more right answers per row than this, sorting a row costs less than comparing it with each of them"""
 _KEPT_TILES = 16
-"""of the tiles that hold a right answer so many are kept, 118 MB, the others are made a second time"""
+"""tiles that hold a right answer are kept where there are no more, 118 MB, else made a second time"""
 _SEED = 256
 """entries that give the first threshold of a top list"""
 
@@ -72,7 +72,7 @@ def stream(
 ) -> Streamed:
     """Counts and top lists of ``queries (n, D)`` against ``gallery (m, D)``; with ``both`` also of the columns.
 
-    Tiles that hold a pair come first, for the scores of the pairs, which are the thresholds; most are made again later.
+    Tiles that hold a pair come first, for the scores of the pairs, which are the thresholds; many are made again later.
 
     Args:
         pairs: int64 ``(P,)`` each, no pair twice: the row and the column of every right answer.
@@ -142,7 +142,7 @@ class _Grid:
             self.transform(out[:, : out.shape[1] - last * self._unused], i * TILE_ROWS, j * TILE_COLUMNS)
         if last and self._unused:
             out[:, -self._unused :] = -torch.inf
-        if keep and len(self._kept) < _KEPT_TILES:
+        if keep:
             self._kept[i, j] = out.clone()
         return out
 
@@ -157,7 +157,9 @@ def _pair_scores(grid: _Grid, pairs: tuple[Tensor, Tensor]) -> Tensor:
     for tile, ids in zip(tiles.tolist(), torch.split(order, counts.tolist()), strict=True):
         i, j = divmod(tile, grid.columns)
         if i in grid.stripes:
-            scores[ids] = grid.tile(i, j, keep=True)[rows[ids] - i * TILE_ROWS, columns[ids] - j * TILE_COLUMNS]
+            scores[ids] = grid.tile(i, j, keep=len(counts) <= _KEPT_TILES)[
+                rows[ids] - i * TILE_ROWS, columns[ids] - j * TILE_COLUMNS
+            ]
     return _shared(scores, grid.comm)
 
 
