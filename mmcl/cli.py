@@ -146,15 +146,17 @@ Clips = Annotated[
 Workers = Annotated[int, typer.Option(min=0, help="Decoding processes.")]
 
 
-def _check_places(checkpoint: Path, shards: str | None, out: Path) -> None:
+def _check_places(checkpoint: Path, shards: str | None, out: Path, against: Path | None = None) -> None:
     """Says what is wrong with a path before torch is imported, which takes seconds."""
-    from mmcl.folders import check_writable, model_folder
+    from mmcl.folders import check_writable, model_folder, read_report
     from mmcl.shards.manifest import load_manifest
 
     check_writable(out)
     model_folder(checkpoint)
     if shards is not None:
         load_manifest(shards)
+    if against is not None:
+        read_report(against)
 
 
 @app.command()
@@ -183,17 +185,37 @@ def evaluate_retrieval(
         str | None, typer.Option(help="A metadata column: one list per value, each searched on its own.")
     ] = None,
     headline: Annotated[str | None, typer.Option(help="The value of --by that comes first.")] = None,
+    per: Annotated[
+        str | None, typer.Option(help="A metadata column, or `label`: also figures of each value, whole gallery.")
+    ] = None,
+    against: Annotated[Path | None, typer.Option(help="An older report: what got better or worse.")] = None,
+    transductive: Annotated[
+        bool, typer.Option(help="Also dual and inverted softmax, apart from plain figures.")
+    ] = False,
+    bank: Annotated[str | None, typer.Option(help="Training shards: also QB-norm, apart from plain figures.")] = None,
     clips: Clips = None,
     workers: Workers = 2,
 ) -> None:
     """Retrieval between every two modalities, in both directions, with a report to look at."""
-    _check_places(checkpoint, shards, out)
+    _check_places(checkpoint, shards, out, against)
 
     from mmcl.evaluation.run import evaluate_checkpoint
     from mmcl.evaluation.show import print_evaluation
 
     print_evaluation(
-        evaluate_checkpoint(checkpoint, shards, out, by=by, headline=headline, clips=clips, workers=workers)
+        evaluate_checkpoint(
+            checkpoint,
+            shards,
+            out,
+            by=by,
+            headline=headline,
+            clips=clips,
+            workers=workers,
+            per=per,
+            against=against,
+            transductive=transductive,
+            bank=bank,
+        )
     )
 
 

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import os
 from pathlib import Path
+from typing import Any
 
 from mmcl.types import ConfigError, RunError
 
@@ -40,3 +42,21 @@ def check_writable(folder: Path) -> None:
         raise RunError(f"cannot write to {folder}: {there} is not a folder")
     if not os.access(there, os.W_OK):
         raise RunError(f"cannot write to {folder}: permission denied")
+
+
+def read_report(path: Path) -> dict[str, Any]:
+    """``report.json`` of a folder, or the file itself.
+
+    Raises:
+        ConfigError: there is none, or not one that names its queries.
+    """
+    path = path / "report.json" if path.is_dir() else path
+    try:
+        report: Any = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        reason = getattr(error, "strerror", None) or "not JSON"
+        raise ConfigError(f"--against {path}: cannot be read: {reason}") from None
+    lists = report.get("lists") if isinstance(report, dict) else None
+    if not isinstance(lists, dict) or not all(isinstance(each, dict) and "queries" in each for each in lists.values()):
+        raise ConfigError(f"--against {path}: not a report that names its queries; make it again with this version")
+    return dict(report)

@@ -1,15 +1,13 @@
-"""Exact retrieval ranks: streamed in blocks, ties counted, every metric an expectation over random order inside ties.
+"""Exact retrieval ranks: streamed in tiles, ties counted, every metric an expectation over random order inside ties.
 
-The scores of a block of queries against the whole gallery are one matrix product, and every comparison is made on that
-product, so a relevant item's own score is the very number its rivals are compared with. Equal gallery rows are scored
-once: a matrix product may round equal columns differently, depending on where they lie in it.
+A relevant item's own score is the very number that its rivals are compared with, from the same tile of scores.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, fields, replace
 from typing import Any, TypeAlias
 
 import numpy as np
@@ -17,22 +15,20 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from mmcl.distributed import Comm
+from mmcl.evaluation.distinct import Distinct, Floats, Integers
+from mmcl.evaluation.streaming import Standing, Transform, stream
 from mmcl.types import ConfigError
 
 Rows: TypeAlias = "Tensor | npt.NDArray[Any]"
-Floats: TypeAlias = npt.NDArray[np.float64]
-Integers: TypeAlias = npt.NDArray[np.int64]
 Relevant: TypeAlias = "Sequence[Sequence[int]] | Sequence[Integers]"
 
-HIT_RANKS = (1, 5, 10)
+HIT_RANKS = (1, 5, 10, 50)
+MAP_RANKS = (5, 10, 50)
 CUTOFF = 10
-"""of mAP and nDCG"""
+"""of nDCG, and length of the top lists"""
 
-_BLOCK_SCORES = 1 << 24
-"""scores that are held at once: 64 MiB in float32"""
 _BLOCK_QUERIES = 1024
-_SORT_ABOVE = 8
-"""with more relevant items per query than this, sorting a row costs less than comparing it with each of them"""
 
 
 @dataclass(frozen=True, eq=False)
@@ -60,26 +56,35 @@ class RankResult:
     top_scores: Floats
     """``(Q, K)``"""
     per_query: Mapping[str, Floats]
-    """``(Q,)`` each: the expected ``R@k``, ``recall@k``, ``mAP@10``, ``nDCG@10`` of every query, in percent"""
+    """``(Q,)`` each: the expected ``R@k``, ``recall@k``, ``mAP@k``, ``nDCG@10`` of every query, in percent"""
 
     @property
     def answerable(self) -> npt.NDArray[np.bool_]:
         """``(Q,)``: queries that have something to find."""
         return self.relevant > 0
 
+    def of(self, queries: Integers) -> RankResult:
+        """These queries alone, in the whole gallery."""
+        columns = {each.name: getattr(self, each.name) for each in fields(self)}
+        cut: dict[str, Any] = {
+            name: column[queries] for name, column in columns.items() if isinstance(column, np.ndarray)
+        }
+        per_query = {name: column[queries] for name, column in self.per_query.items()}
+        return replace(self, **cut, per_query=per_query)
+
     def metrics(self) -> dict[str, float]:
         """The figures of one direction: see :func:`retrieval_metrics`."""
         counted = self.answerable
         ranks = self.expected_rank[counted]
-        recalls = {name: _mean(values[counted]) for name, values in self.per_query.items() if "recall" in name.lower()}
-        hits = {f"R@{k}": _mean(self.per_query[f"R@{k}"][counted]) for k in HIT_RANKS}
+        means = {name: _mean(values[counted]) for name, values in self.per_query.items()}
+        hits = {name: means.pop(name) for name in [f"R@{k}" for k in HIT_RANKS]}
+        recalls = {name: means.pop(name) for name in [f"recall@{k}" for k in HIT_RANKS]}
         return {
             **hits,
             **recalls,
             "MedR": float(np.median(ranks)),
             "MnR": _mean(ranks),
-            "mAP@10": _mean(self.per_query["mAP@10"][counted]),
-            "nDCG@10": _mean(self.per_query["nDCG@10"][counted]),
+            **means,
             "queries": int(counted.sum()),
             "gallery": self.gallery,
             "ties": int((self.tied[counted] > self.tied_relevant[counted]).sum()),
@@ -98,11 +103,11 @@ def retrieval_metrics(queries: Rows, gallery: Rows, relevant: Relevant | None = 
         relevant: for each query the gallery rows that are right; default: row i for query i.
 
     Returns:
-        ``R@1/5/10`` (something right among the first k) and ``recall@1/5/10`` (share of what is right found there),
-        ``mAP@10`` (÷ min(10, number relevant)), ``nDCG@10`` (binary gain, log2), in percent; ``MedR`` and ``MnR``, the
-        median and mean 1-based expected rank of the best relevant row; ``queries`` (counted ones), ``gallery``,
-        ``ties`` (queries whose best relevant row shares its score with an irrelevant one), ``unanswerable`` (queries
-        with nothing relevant: left out of everything else).
+        ``R@1/5/10/50`` (hit: something right among the first k), ``recall@1/5/10/50`` (share of what is right found
+        there), ``mAP@5/10/50`` (÷ min(k, number relevant)), ``nDCG@10`` (binary gain, log2), in percent; ``MedR`` and
+        ``MnR``, the median and mean 1-based expected rank of the best relevant row; ``queries`` (counted ones),
+        ``gallery``, ``ties`` (queries whose best relevant row shares its score with an irrelevant one),
+        ``unanswerable`` (queries with nothing relevant: left out of everything else).
 
     Raises:
         ConfigError: an empty side, rows that are not finite or do not fit, a relevant row that does not exist, or no
@@ -118,81 +123,118 @@ def retrieval_metrics(queries: Rows, gallery: Rows, relevant: Relevant | None = 
     return result.metrics()
 
 
-@torch.no_grad()
 def ranks(queries: Rows, gallery: Rows, relevant: Relevant | None = None, *, top: int = CUTOFF) -> RankResult:
-    """Ranks of every query's relevant rows and its ``top`` gallery rows, in one pass over blocks of queries.
+    """Ranks of every query's relevant rows and its ``top`` gallery rows, in one pass over tiles of scores.
 
     Arguments and errors as :func:`retrieval_metrics`, except that all queries may be unanswerable. Runs on the device
-    of ``gallery``; holds one block of scores at a time, never all of them.
+    of ``gallery``; holds one tile of scores at a time, never all of them.
     """
-    queries, gallery = _check_rows(queries, gallery)
-    starts, right = _check_relevant(relevant, len(queries), len(gallery))
-    distinct, place = torch.unique(gallery, dim=0, return_inverse=True)
-    if len(distinct) == len(gallery):
-        distinct, place = gallery, None
-    rows = max(1, min(_BLOCK_QUERIES, _BLOCK_SCORES // len(gallery)))
+    return _ranks(queries, gallery, relevant, top, both=False, comm=Comm())[0]
+
+
+def ranks_both(
+    queries: Rows, gallery: Rows, relevant: Relevant | None = None, *, top: int = CUTOFF, comm: Comm | None = None
+) -> tuple[RankResult, RankResult]:
+    """:func:`ranks` of ``queries`` in ``gallery`` and of ``gallery`` in ``queries``, every score computed once.
+
+    A query is right for a gallery row where that is right for the query. With a ``comm`` of several processes all call
+    this with the same arguments, each does its share, and all return the same.
+    """
+    forward, backward = _ranks(queries, gallery, relevant, top, both=True, comm=comm or Comm())
+    assert backward is not None
+    return forward, backward
+
+
+def _ranks(
+    queries: Rows, gallery: Rows, relevant: Relevant | None, top: int, *, both: bool, comm: Comm
+) -> tuple[RankResult, RankResult | None]:
+    return Task(queries, gallery, relevant).rank(top, both=both, comm=comm)
+
+
+class Task:
+    """Queries, a gallery and what is right, checked, with equal rows found."""
+
+    def __init__(self, queries: Rows, gallery: Rows, relevant: Relevant | None) -> None:
+        queries, gallery = _check_rows(queries, gallery)
+        self._starts, self._right = _check_relevant(relevant, len(queries), len(gallery))
+        self.queries, self.gallery = Distinct(queries), Distinct(gallery)
+
+    @torch.no_grad()
+    def rank(
+        self, top: int, *, both: bool, comm: Comm, transform: Transform | None = None
+    ) -> tuple[RankResult, RankResult | None]:
+        """Forward, and with ``both`` backward; ``transform`` as of :func:`stream`, on the different rows."""
+        left, other, starts, right = self.queries, self.gallery, self._starts, self._right
+        device = other.rows.device
+        asked = np.repeat(np.arange(len(left.place)), np.diff(starts))
+        code, pair = np.unique(left.place[asked] * len(other.rows) + other.place[right], return_inverse=True)
+        line, column = (torch.from_numpy(each).to(device) for each in np.divmod(code, len(other.rows)))
+        with full_precision(device.type):
+            found = stream(
+                left.rows,
+                other.rows,
+                (line, column),
+                (left.weights, other.weights),
+                top=top,
+                both=both,
+                comm=comm,
+                transform=transform,
+            )
+        scores = found.scores.cpu().numpy().astype(np.float64)
+        forward = _result(found.rows, scores, (starts, right, pair), (left, other), min(top, len(other.place)))
+        if found.columns is None:
+            return forward, None
+        order = np.argsort(right, kind="stable")
+        back = np.searchsorted(right[order], np.arange(len(other.place) + 1))
+        reverse = (back, asked[order], pair[order])
+        return forward, _result(found.columns, scores, reverse, (other, left), min(top, len(left.place)))
+
+
+def _result(
+    found: Standing,
+    scores: Floats,
+    right: tuple[Integers, Integers, Integers],
+    sides: tuple[Distinct, Distinct],
+    top: int,
+) -> RankResult:
+    """``right``: where each query's relevant rows begin, ``(Q + 1,)``; these rows, and the pair of each."""
+    starts, rows, pair = right
+    better, tied = found.better.cpu().numpy(), found.tied.cpu().numpy()
+    asked, gallery = sides
     parts = []
-    with _full_precision(gallery.device.type):
-        for first in range(0, len(queries), rows):
-            last = min(first + rows, len(queries))
-            scores = queries[first:last] @ distinct.T
-            if place is not None:
-                scores = scores[:, place]
-            block_starts = starts[first : last + 1]
-            block_right = right[block_starts[0] : block_starts[-1]]
-            parts.append(_rank_block(scores, block_starts - block_starts[0], block_right, min(top, len(gallery))))
+    for first in range(0, len(starts) - 1, _BLOCK_QUERIES):
+        bounds = starts[first : first + _BLOCK_QUERIES + 1]
+        inside = slice(bounds[0], bounds[-1])
+        ids = pair[inside]
+        parts.append(_figures(bounds - bounds[0], rows[inside], scores[ids], better[ids], tied[ids]))
     columns = {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
     names = [name for name in columns if "@" in name]
+    top_indices, top_scores = gallery.expand(
+        found.top_indices.cpu().numpy(), found.top_scores.cpu().numpy().astype(np.float64), top
+    )
     return RankResult(
-        gallery=len(gallery),
+        gallery=len(gallery.place),
         per_query={name: columns[name] for name in names},
+        top_indices=top_indices[asked.place],
+        top_scores=top_scores[asked.place],
         **{name: column for name, column in columns.items() if name not in names},
     )
 
 
-def bootstrap_ci(
-    result: RankResult, *, seed: int = 0, samples: int = 1000, level: float = 0.95
-) -> dict[str, tuple[float, float]]:
-    """Percentile bootstrap intervals of ``R@k``, ``MedR``, ``MnR``, ``mAP@10``, ``nDCG@10``, resampling queries.
-
-    The gallery stays as it is: the interval says how the figures vary with the choice of queries. Equal seeds give
-    equal intervals. Raises ConfigError where no query is answerable.
-    """
-    counted = result.answerable
-    count = int(counted.sum())
-    if not count:
-        raise ConfigError("no query is answerable: there is nothing to resample")
-    names = [*(f"R@{k}" for k in HIT_RANKS), "mAP@10", "nDCG@10"]
-    table = np.stack([*(result.per_query[name][counted] for name in names), result.expected_rank[counted]])
-    random = np.random.default_rng(seed)
-    chunk = max(1, (1 << 20) // count)
-    means, medians = [], []
-    for first in range(0, samples, chunk):
-        drawn = random.integers(0, count, size=(min(chunk, samples - first), count))
-        means.append(np.stack([column[drawn].mean(1) for column in table]))
-        medians.append(np.median(table[-1][drawn], axis=1))
-    values = dict(zip([*names, "MnR"], np.concatenate(means, 1), strict=True), MedR=np.concatenate(medians))
-    tails = [(1 - level) / 2, (1 + level) / 2]
-    bounds = {name: np.quantile(column, tails) for name, column in values.items()}
-    order = [*(f"R@{k}" for k in HIT_RANKS), "MedR", "MnR", "mAP@10", "nDCG@10"]
-    return {name: (float(bounds[name][0]), float(bounds[name][1])) for name in order}
-
-
-def _rank_block(scores: Tensor, starts: Integers, right: Integers, top: int) -> dict[str, npt.NDArray[Any]]:
-    """The columns of RankResult for the rows of ``scores (b, M)``: row i has ``right[starts[i] : starts[i + 1]]``."""
+def _figures(
+    starts: Integers, right: Integers, scores: Floats, better_of: Integers, tied_of: Integers
+) -> dict[str, npt.NDArray[Any]]:
+    """Columns of RankResult: query i has the relevant rows ``right[starts[i] : starts[i + 1]]``, which stand so."""
     count = np.diff(starts)
     filled = np.arange(max(1, count.max())) < count[:, None]
-    index = np.zeros(filled.shape, np.int64)
-    index[filled] = right
-    own = scores.gather(1, torch.from_numpy(index).to(scores.device))
-    own = own.masked_fill(torch.from_numpy(~filled).to(scores.device), -torch.inf)
-    better, tied = _count(scores, own)
-    relevant_better, relevant_tied = _count(own, own)
-    own_scores = own.cpu().numpy().astype(np.float64)
-    top_scores, top_indices = _top(scores, top)
+    index, better, tied = (np.zeros(filled.shape, np.int64) for _ in range(3))
+    own = np.full(filled.shape, -np.inf)
+    for table, values in ((index, right), (better, better_of), (tied, tied_of), (own, scores)):
+        table[filled] = values
+    relevant_better, relevant_tied = _count(own)
 
     some = count > 0
-    best = (np.arange(len(count)), own_scores.argmax(1))
+    best = (np.arange(len(count)), own.argmax(1))
     g, m, r = better[best], np.maximum(tied[best], 1), relevant_tied[best]
     columns: dict[str, npt.NDArray[Any]] = {
         "relevant": count,
@@ -201,49 +243,24 @@ def _rank_block(scores: Tensor, starts: Integers, right: Integers, top: int) -> 
         "tied_relevant": np.where(some, r, -1),
         "expected_rank": np.where(some, g + (m + 1) / (r + 1), np.nan),
         "best_index": np.where(some, index[best], -1),
-        "best_score": np.where(some, own_scores[best], np.nan),
-        "top_indices": top_indices.cpu().numpy(),
-        "top_scores": top_scores.cpu().numpy().astype(np.float64),
+        "best_score": np.where(some, own[best], np.nan),
     }
     for k in HIT_RANKS:
         found = np.clip((k - better) / np.maximum(tied, 1), 0, 1) * filled
         columns[f"R@{k}"] = np.where(some, _hit_percent(k, g, m, r), np.nan)
         columns[f"recall@{k}"] = np.where(some, 100 * found.sum(1) / np.maximum(count, 1), np.nan)
-    precision, gain = _precision_and_gain(better, tied, relevant_better, relevant_tied, count)
-    columns["mAP@10"] = np.where(some, 100 * precision, np.nan)
+    precision, gain = _precision_and_gain((better, tied), (relevant_better, relevant_tied), count)
+    columns |= {f"mAP@{k}": np.where(some, 100 * values, np.nan) for k, values in precision.items()}
     columns["nDCG@10"] = np.where(some, 100 * gain, np.nan)
     return columns
 
 
-def _count(scores: Tensor, values: Tensor) -> tuple[Integers, Integers]:
-    """How many of a row's ``scores (b, M)`` lie above each of its ``values (b, R)``, and how many equal it."""
-    if values.shape[1] > _SORT_ABOVE:
-        ordered = scores.sort(dim=1).values
-        below = torch.searchsorted(ordered, values)
-        upto = torch.searchsorted(ordered, values, right=True)
-        better, tied = scores.shape[1] - upto, upto - below
-    else:
-        columns = [values[:, place : place + 1] for place in range(values.shape[1])]
-        better = torch.stack([(scores > column).sum(1) for column in columns], 1)
-        tied = torch.stack([(scores == column).sum(1) for column in columns], 1)
-    return better.cpu().numpy(), tied.cpu().numpy()
-
-
-def _top(scores: Tensor, top: int) -> tuple[Tensor, Tensor]:
-    """Scores and columns of the first ``top`` of each row; equal scores by rising column, which torch leaves open."""
-    values, columns = scores.topk(top, dim=1)
-    last = values[:, -1:]
-    equal = (scores == last).sum(1)
-    cut = (equal > (values == last).sum(1)).nonzero().flatten()
-    if len(cut):  # the last place is tied with a row that was left out: take the first of the equal ones
-        rows, bound = scores[cut], last[cut]
-        room = top - (rows > bound).sum(1, keepdim=True)
-        level = rows == bound
-        chosen = (rows > bound) | (level & (level.cumsum(1) <= room))
-        columns[cut] = chosen.nonzero()[:, 1].view(len(cut), top)
-    columns = columns.sort(dim=1).values
-    values, order = scores.gather(1, columns).sort(dim=1, descending=True, stable=True)
-    return values, columns.gather(1, order)
+def _count(own: Floats) -> tuple[Integers, Integers]:
+    """How many of a row's own scores ``(b, R)`` lie above each of them, and how many equal it."""
+    values = torch.from_numpy(own)
+    ordered = values.sort(dim=1).values
+    below, upto = torch.searchsorted(ordered, values), torch.searchsorted(ordered, values, right=True)
+    return (own.shape[1] - upto).numpy(), (upto - below).numpy()
 
 
 def _hit_percent(k: int, g: Integers, m: Integers, r: Integers) -> Floats:
@@ -258,24 +275,27 @@ def _hit_percent(k: int, g: Integers, m: Integers, r: Integers) -> Floats:
 
 
 def _precision_and_gain(
-    better: Integers, tied: Integers, relevant_better: Integers, relevant_tied: Integers, count: Integers
-) -> tuple[Floats, Floats]:
-    """Expected average precision and nDCG at 10 of each query, from the standing ``(b, R)`` of its relevant rows.
+    standing: tuple[Integers, Integers], among_relevant: tuple[Integers, Integers], count: Integers
+) -> tuple[dict[int, Floats], Floats]:
+    """Expected average precision at each of MAP_RANKS, and nDCG at 10, from the ``(b, R)`` standing of relevant rows.
 
     A relevant row among n tied ones, c of them relevant, is at each of their n places with chance 1/n; then each of the
     i − 1 tied places before it holds another relevant row with chance (c − 1) / (n − 1).
     """
-    precision = np.zeros(better.shape)
-    gain = np.zeros(better.shape)
+    (better, tied), (relevant_better, relevant_tied) = standing, among_relevant
+    total, gain = np.zeros(better.shape), np.zeros(better.shape)
+    precision = {}
     others = (relevant_tied - 1) / np.maximum(tied - 1, 1)
-    for place in range(1, CUTOFF + 1):
+    for place in range(1, max(MAP_RANKS) + 1):
         within = place - better
         chance = ((within >= 1) & (within <= tied)) / np.maximum(tied, 1)
-        precision += chance * (relevant_better + 1 + (within - 1) * others) / place
-        gain += chance / np.log2(place + 1)
+        total += chance * (relevant_better + 1 + (within - 1) * others) / place
+        if place <= CUTOFF:
+            gain += chance / np.log2(place + 1)
+        if place in MAP_RANKS:
+            precision[place] = total.sum(1) / np.clip(count, 1, place)
     ideal = np.cumsum(1 / np.log2(np.arange(2, CUTOFF + 2)))
-    found = np.clip(count, 1, CUTOFF)
-    return precision.sum(1) / found, gain.sum(1) / ideal[found - 1]
+    return precision, gain.sum(1) / ideal[np.clip(count, 1, CUTOFF) - 1]
 
 
 def _mean(values: Floats) -> float:
@@ -323,7 +343,7 @@ def _check_relevant(relevant: Relevant | None, queries: int, gallery: int) -> tu
 
 
 @contextmanager
-def _full_precision(device: str) -> Iterator[None]:
+def full_precision(device: str) -> Iterator[None]:
     """Float32 products in float32, whatever training set for its own (TF32, autocast)."""
     before = torch.get_float32_matmul_precision()
     torch.set_float32_matmul_precision("highest")

@@ -14,12 +14,17 @@ from typing import Any
 import numpy as np
 from torch import Tensor
 
+from mmcl.distributed import Comm
+from mmcl.evaluation.bootstrap import bootstrap_ci
+from mmcl.evaluation.diagnostics import hubness, modality_figures, pair_figures
+from mmcl.evaluation.distinct import Floats, Integers, distinct_rows
 from mmcl.evaluation.gallery import GalleryItem
-from mmcl.evaluation.ranking import Integers, RankResult, bootstrap_ci, ranks
+from mmcl.evaluation.ranking import RankResult, ranks_both
+from mmcl.evaluation.transductive import Method, transductive_ranks
 from mmcl.types import ConfigError, Modality, RunError
 
-COLUMNS = ("R@1", "R@5", "R@10", "MedR", "MnR", "mAP@10", "nDCG@10", "queries", "gallery", "ties")
-COUNTS = ("queries", "gallery", "ties", "unanswerable")
+COMPARED = ("R@1", "R@5", "R@10", "R@50", "mAP@10", "nDCG@10")
+"""figures that a report keeps query by query"""
 
 
 @dataclass(frozen=True, eq=False)
@@ -54,13 +59,22 @@ class DirectionResult:
     """as ``retrieval_metrics``"""
     ci95: Mapping[str, tuple[float, float]]
     ranks: RankResult
+    groups: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
+    """the same figures of the queries of each group, in the whole gallery"""
+    transductive: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
+    """by method: figures of scores that other queries changed, see ``transductive_ranks``"""
 
     @property
     def name(self) -> str:
         return f"{self.query}->{self.gallery}"
 
     def as_json(self) -> dict[str, Any]:
-        return {**self.metrics, "ci95": {name: list(bounds) for name, bounds in self.ci95.items()}}
+        further = {"groups": self.groups, "transductive": self.transductive}
+        return {
+            **self.metrics,
+            "ci95": {name: list(bounds) for name, bounds in self.ci95.items()},
+            **{name: {key: dict(value) for key, value in each.items()} for name, each in further.items() if each},
+        }
 
 
 @dataclass(frozen=True, eq=False)
@@ -77,6 +91,10 @@ class ListResult:
     """one per item of the report: a gallery row is right where its label is the query's; None: the item itself"""
     title: str = ""
     """for people; default: the name"""
+    diagnostics: Mapping[str, Mapping[str, Mapping[str, Any]]] = field(default_factory=dict)
+    """``modalities``, ``pairs`` and ``directions``: by name, their figures"""
+    duplicates: Mapping[Modality, int] = field(default_factory=dict)
+    """how many items have a row that equals one of another item, by modality; those without any are left out"""
 
     def is_right(self, direction: DirectionResult, query_row: int, gallery_row: int) -> bool:
         """Whether the gallery row is a right answer to the query row."""
@@ -97,6 +115,10 @@ class RetrievalReport:
     """one or two sentences about the data, shown at the top"""
     facts: Mapping[str, str] = field(default_factory=dict)
     """further lines for people, e.g. the checkpoint: name → value"""
+    keys: Sequence[str] = ()
+    """of the items, by which a later report finds its queries again"""
+    against: Mapping[str, Any] = field(default_factory=dict)
+    """the outcome of :func:`~mmcl.evaluation.against.compare` with an older report, by list and direction"""
     right: str = ""
     """what counts as a right answer, as the end of a sentence; default: the query's own clip, or one of its label"""
 
@@ -118,8 +140,14 @@ class RetrievalReport:
                 "directions": {name: direction.as_json() for name, direction in result.directions.items()},
                 "items": result.items,
                 "missing": dict(result.missing),
+                "duplicates": dict(result.duplicates),
+                "diagnostics": {name: dict(each) for name, each in result.diagnostics.items()},
+                **({"queries": self._query_names(result)} if self.keys else {}),
                 "ranks": {
-                    name: [None if np.isnan(rank) else float(rank) for rank in direction.ranks.expected_rank]
+                    name: _or_null(direction.ranks.expected_rank) for name, direction in result.directions.items()
+                },
+                "per_query": {
+                    name: {figure: _or_null(direction.ranks.per_query[figure]) for figure in COMPARED}
                     for name, direction in result.directions.items()
                 },
             }
@@ -132,7 +160,19 @@ class RetrievalReport:
             "facts": dict(self.facts),
             "directions": lists[self.headline.name]["directions"],
             "lists": lists,
+            **({"against": dict(self.against)} if self.against else {}),
         }
+
+    def _query_names(self, result: ListResult) -> dict[Modality, list[str]]:
+        """The key of each row, and which caption it is."""
+        return {
+            modality: [f"{self.keys[int(item)]}#{rows.caption(row)}" for row, item in enumerate(rows.items)]
+            for modality, rows in result.rows.items()
+        }
+
+
+def _or_null(values: Floats) -> list[float | None]:
+    return [None if np.isnan(value) else round(float(value), 6) for value in values]
 
 
 def fingerprint(protocol: Mapping[str, Any], keys: Sequence[str]) -> str:
@@ -149,6 +189,10 @@ def evaluate_list(
     items: Sequence[int] | Integers | None = None,
     title: str = "",
     seed: int = 0,
+    groups: Sequence[str | None] | None = None,
+    transductive: bool = False,
+    banks: Mapping[Modality, Tensor] | None = None,
+    comm: Comm | None = None,
 ) -> ListResult:
     """Retrieval in every ordered pair of the modalities of ``rows``, in their order.
 
@@ -160,6 +204,10 @@ def evaluate_list(
     Args:
         items: all items of the list, where some may have no row at all; default: those that have one.
         seed: of the bootstrap.
+        groups: a name per item of the report: the figures of the queries of each, besides; None: of no group.
+        transductive: also dual and inverted softmax.
+        banks: rows of training queries by modality: also QB-norm, in directions that these ask.
+        comm: all its processes call this with the same arguments, share the work and return the same.
 
     Raises:
         ConfigError: nothing to rank in any direction, or rows that do not fit each other.
@@ -167,18 +215,86 @@ def evaluate_list(
     present = {modality: np.unique(values.items) for modality, values in rows.items()}
     union = np.unique(np.concatenate([*present.values(), np.asarray([] if items is None else items, np.int64)]))
     directions: dict[str, DirectionResult] = {}
+    pairs: dict[str, Any] = {}
     for first, second in itertools.combinations(rows, 2):
-        for query, gallery in ((first, second), (second, first)):
-            if not len(rows[query].items) or not len(rows[gallery].items):
+        if not len(rows[first].items) or not len(rows[second].items):
+            continue
+        right = _same(rows[first], rows[second], labels)
+        both = ranks_both(rows[first].embeddings, rows[second].embeddings, right, comm=comm)
+        if any(len(each) for each in right):
+            pairs[f"{first}-{second}"] = pair_figures(rows[first].embeddings, rows[second].embeddings, right)
+        for query, gallery, result in ((first, second, both[0]), (second, first, both[1])):
+            if not result.answerable.any():
                 continue
-            result = ranks(rows[query].embeddings, rows[gallery].embeddings, _same(rows[query], rows[gallery], labels))
-            if result.answerable.any():
-                direction = DirectionResult(query, gallery, result.metrics(), bootstrap_ci(result, seed=seed), result)
-                directions[direction.name] = direction
+            direction = DirectionResult(
+                query,
+                gallery,
+                result.metrics(),
+                bootstrap_ci(result, seed=seed),
+                result,
+                _by_group(result, rows[query], groups),
+                _corrected(rows[query], rows[gallery], labels, transductive, (banks or {}).get(query), comm),
+            )
+            directions[direction.name] = direction
     if not directions:
         raise ConfigError(f"list {name}: no two modalities share an item, there is nothing to retrieve")
     missing = {modality: len(union) - len(have) for modality, have in present.items() if len(have) < len(union)}
-    return ListResult(name, dict(rows), directions, len(union), missing, labels, title or name.replace("_", "-"))
+    filled = {modality: values for modality, values in rows.items() if len(values.items)}
+    diagnostics = {
+        "modalities": {
+            modality: modality_figures(values.embeddings, values.items if labels is None else labels[values.items])
+            for modality, values in filled.items()
+        },
+        "pairs": pairs,
+        "directions": {each.name: {"hubness": hubness(each.ranks)} for each in directions.values()},
+    }
+    twice = {modality: count for modality, values in filled.items() if (count := _duplicates(values))}
+    title = title or name.replace("_", "-")
+    return ListResult(name, dict(rows), directions, len(union), missing, labels, title, diagnostics, twice)
+
+
+def _by_group(
+    result: RankResult, rows: ModalityRows, groups: Sequence[str | None] | None
+) -> dict[str, dict[str, float]]:
+    members: dict[str, list[int]] = {}
+    for row in np.flatnonzero(result.answerable) if groups is not None else ():
+        group = groups[int(rows.items[row])] if groups is not None else None
+        if group is not None:
+            members.setdefault(group, []).append(int(row))
+    return {group: result.of(np.array(members[group])).metrics() for group in sorted(members)}
+
+
+def _corrected(
+    queries: ModalityRows,
+    gallery: ModalityRows,
+    labels: Integers | None,
+    wanted: bool,
+    bank: Tensor | None,
+    comm: Comm | None,
+) -> dict[str, dict[str, float]]:
+    """The figures of each transductive method that was asked for."""
+    methods: list[Method] = ["dual_softmax", "inverted_softmax"] if wanted else []
+    methods += ["qb_norm"] if bank is not None else []
+    right = _same(queries, gallery, labels) if methods else []
+    return {
+        method: transductive_ranks(
+            queries.embeddings,
+            gallery.embeddings,
+            right,
+            method=method,
+            bank=bank if method == "qb_norm" else None,
+            comm=comm,
+        ).metrics()
+        for method in methods
+    }
+
+
+def _duplicates(rows: ModalityRows) -> int:
+    """Items with a row that equals a row of another item, bit for bit."""
+    kinds = distinct_rows(rows.embeddings)[1].cpu().numpy()
+    shown = np.unique(np.stack([kinds, np.asarray(rows.items)], 1), axis=0)
+    _, place, counts = np.unique(shown[:, 0], return_inverse=True, return_counts=True)
+    return len(np.unique(shown[counts[place] > 1, 1]))
 
 
 def _same(queries: ModalityRows, gallery: ModalityRows, labels: Integers | None) -> list[Integers]:
@@ -191,55 +307,6 @@ def _same(queries: ModalityRows, gallery: ModalityRows, labels: Integers | None)
     return [order[start:stop] for start, stop in zip(starts, stops, strict=True)]
 
 
-def table(result: ListResult) -> list[list[str]]:
-    """The figures of a list for people: a row per direction, its name first, then :data:`COLUMNS`."""
-    return [
-        [direction.name, *(_cell(direction, column) for column in COLUMNS)] for direction in result.directions.values()
-    ]
-
-
-def _cell(direction: DirectionResult, column: str) -> str:
-    value = direction.metrics[column]
-    if column in COUNTS:
-        return str(int(value))
-    if column == "R@1":
-        low, high = direction.ci95[column]
-        return f"{value:.1f} ({low:.1f}–{high:.1f})"
-    return f"{value:.1f}" if value < 1e5 else f"{value:.3g}"
-
-
-def missing_lines(result: ListResult) -> list[str]:
-    """A sentence for each modality that some items lack."""
-    words = {"audio": "sound", "video": "picture", "text": "caption"}
-    return [
-        f"{count} of {result.items} clips {'has' if count == 1 else 'have'} no {words.get(modality, modality)}: "
-        f"left out of {modality} directions."
-        for modality, count in result.missing.items()
-    ]
-
-
-def markdown(report: RetrievalReport) -> str:
-    """The report for a pull request: a table per list."""
-    lines = [f"# Retrieval report: {_plain(report.protocol)}", ""]
-    if report.note:
-        lines += [_plain(report.note), ""]
-    for result in report.lists:
-        lines += [f"## {_plain(result.title)}", "", "| " + " | ".join(["direction", *COLUMNS]) + " |"]
-        lines.append("| --- |" + " ---: |" * len(COLUMNS))
-        lines += ["| " + " | ".join(_plain(cell) for cell in row) + " |" for row in table(result)]
-        lines += ["", f"{result.items} clips. " + " ".join(missing_lines(result)), ""]
-    facts = {"fingerprint": report.fingerprint, **report.facts}
-    lines += [f"- {_plain(name)}: {_plain(value)}" for name, value in facts.items()]
-    lines += ["", "R@k, mAP@10, nDCG@10 in percent; R@1 with its 95 % bootstrap interval. Ties: expected values.", ""]
-    return "\n".join(lines)
-
-
-def _plain(text: str) -> str:
-    """One line of Markdown that means nothing but itself."""
-    line = " ".join(text.split()).replace("&", "&amp;").replace("<", "&lt;")
-    return "".join("\\" + letter if letter in "\\|`*_[]" else letter for letter in line)
-
-
 def write_report(report: RetrievalReport, items: Sequence[GalleryItem], out_folder: str | Path) -> Path:
     """Writes ``report.html``, ``report.md`` and, last, ``report.json``; returns the path of the HTML file.
 
@@ -249,6 +316,7 @@ def write_report(report: RetrievalReport, items: Sequence[GalleryItem], out_fold
         RunError: the folder cannot be written.
         ConfigError: a row names an item that does not exist.
     """
+    from mmcl.evaluation.tables import markdown
     from mmcl.evaluation.template import render_html
 
     for result in report.lists:

@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import overload
 
 import numpy as np
+from torch import Tensor
 
+from mmcl.distributed import Comm
+from mmcl.evaluation.against import compare
 from mmcl.evaluation.embed import EmbeddedItem, EmbeddedShards, default_clips, embed_shards
 from mmcl.evaluation.gallery import GalleryItem, poster_jpeg, waveform_svg
 from mmcl.evaluation.report import ListResult, ModalityRows, RetrievalReport, evaluate_list, fingerprint, write_report
-from mmcl.folders import check_writable
+from mmcl.folders import check_writable, read_report
 from mmcl.media.clip import MediaReader
 from mmcl.media.image import decode_image
 from mmcl.media.video import open_video
@@ -22,7 +25,7 @@ from mmcl.shards import load_manifest
 from mmcl.shards.manifest import Manifest
 from mmcl.shards.members import Sample, parse_sample
 from mmcl.shards.reader import ShardReader
-from mmcl.types import DEFAULT_DECODER, AudioSpec, ConfigError, Decoder, SampleError
+from mmcl.types import DEFAULT_DECODER, AudioSpec, ConfigError, Decoder, Modality, SampleError
 
 PROTOCOL = "paired"
 WAVE_RATE_HZ = 4000
@@ -50,6 +53,10 @@ def evaluate_checkpoint(
     decoder: Decoder = DEFAULT_DECODER,
     note: str = "",
     titles: dict[str, str] | None = None,
+    per: str | None = None,
+    transductive: bool = False,
+    bank: str | None = None,
+    against: Path | None = None,
 ) -> Evaluation:
     """Embeds ``shards``, ranks every ordered pair of modalities and writes the report into ``out``.
 
@@ -62,19 +69,35 @@ def evaluate_checkpoint(
         clips: evenly spaced windows per sample whose embeddings are averaged; default: as the checkpoint's run says.
         note: a sentence about the data, for the page.
         titles: for people, by list.
+        per: a metadata column, or ``label``: also the figures of the queries of each value, in the whole gallery.
+        transductive: also dual and inverted softmax, in figures of their own.
+        bank: shards of training samples, whose rows are the bank of QB-norm, in figures of its own.
+        against: the folder of an older report: what got better or worse.
+
+    In a process group every process calls this; each does its share and the first writes.
 
     Raises:
-        ConfigError: no such checkpoint, shards, column or value.
+        ConfigError: no such checkpoint, shards, column or value; an older report that shares no query.
         RunError: nothing could be read, or the report cannot be written.
     """
     check_writable(out)
+    older = None if against is None else read_report(against)
+    comm = Comm.current()
     model = MultimodalModel.from_pretrained(checkpoint)
     clips = clips or default_clips(checkpoint)
-    embedded = embed_shards(model, shards, clips=clips, workers=workers, decoder=decoder)
+    embedded = embed_shards(model, shards, clips=clips, workers=workers, decoder=decoder, comm=comm)
+    further = _Further(
+        None if per is None else group_names(embedded.items, per),
+        transductive,
+        {}
+        if bank is None
+        else embed_shards(model, bank, clips=clips, workers=workers, decoder=decoder, comm=comm).rows,
+        comm,
+    )
     lists = split_lists(embedded, by, headline)
     labels = caption_labels(embedded.items)
     results = tuple(
-        _evaluate(name, embedded, items, labels, (titles or {}).get(name, "all clips" if by is None else ""))
+        _evaluate(name, embedded, items, labels, (titles or {}).get(name, "all clips" if by is None else ""), further)
         for name, items in lists.items()
     )
     protocol = {"name": PROTOCOL, "right": "same item or same caption", "clips": clips, "by": by}
@@ -89,9 +112,41 @@ def evaluate_checkpoint(
             "windows per clip": str(clips),
             **({"unreadable samples": str(len(embedded.skipped))} if embedded.skipped else {}),
         },
+        keys=[item.key for item in embedded.items],
     )
-    page = write_report(report, ShardGallery(load_manifest(shards), embedded), out)
-    return Evaluation(report, embedded, page)
+    if older is not None:
+        report = replace(report, against=compare(older, report.as_json()))
+    if comm.rank == 0:
+        write_report(report, ShardGallery(load_manifest(shards), embedded), out)
+    comm.barrier()
+    return Evaluation(report, embedded, out / "report.html")
+
+
+@dataclass(frozen=True, eq=False)
+class _Further:
+    """What is wanted besides the plain figures, and who computes."""
+
+    groups: list[str | None] | None
+    transductive: bool
+    banks: dict[Modality, Tensor]
+    comm: Comm
+
+
+def group_names(items: Sequence[EmbeddedItem], per: str) -> list[str | None]:
+    """For each item its value of a metadata column, or its ``label``; None where it has none.
+
+    Raises:
+        ConfigError: no item has any.
+    """
+    names: list[str | None] = []
+    for item in items:
+        given = item.label if per == "label" and item.label >= 0 else None
+        value = item.metadata.get(per, given)
+        names.append(None if value is None else str(value))
+    if not any(name is not None for name in names):
+        known = sorted({"label", *(name for item in items for name in item.metadata)})
+        raise ConfigError(f"--per {per}: no sample has it; there are: {', '.join(known)}")
+    return names
 
 
 def split_lists(embedded: EmbeddedShards, by: str | None, headline: str | None) -> dict[str, list[int]]:
@@ -125,7 +180,9 @@ def caption_labels(items: Sequence[EmbeddedItem]) -> np.ndarray:
     )
 
 
-def _evaluate(name: str, embedded: EmbeddedShards, items: list[int], labels: np.ndarray, title: str) -> ListResult:
+def _evaluate(
+    name: str, embedded: EmbeddedShards, items: list[int], labels: np.ndarray, title: str, further: _Further
+) -> ListResult:
     wanted = np.array(items, dtype=np.int64)
     rows = {}
     for modality in sorted(embedded.rows, key=lambda name: name != "text"):  # text->video comes first
@@ -134,7 +191,17 @@ def _evaluate(name: str, embedded: EmbeddedShards, items: list[int], labels: np.
         mine = np.flatnonzero(np.isin(owners, wanted))
         captions = _caption_numbers(owners)[mine] if modality == "text" else None
         rows[modality] = ModalityRows(values[mine], owners[mine], captions)
-    return evaluate_list(name, rows, labels=labels, items=wanted, title=title)
+    return evaluate_list(
+        name,
+        rows,
+        labels=labels,
+        items=wanted,
+        title=title,
+        groups=further.groups,
+        transductive=further.transductive,
+        banks=further.banks,
+        comm=further.comm,
+    )
 
 
 def _caption_numbers(owners: np.ndarray) -> np.ndarray:

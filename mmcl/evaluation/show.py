@@ -9,8 +9,9 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from mmcl.evaluation.report import COLUMNS, DirectionResult, ListResult, missing_lines, table
+from mmcl.evaluation.report import DirectionResult, ListResult
 from mmcl.evaluation.run import Evaluation
+from mmcl.evaluation.tables import COLUMNS, further_tables, missing_lines, table
 from mmcl.types import Modality
 
 NOUNS = {"video": "picture", "audio": "sound", "text": "text"}
@@ -27,6 +28,12 @@ def print_evaluation(evaluation: Evaluation, *, examples: bool = False) -> None:
         for row in table(result):
             shown.add_row(*map(escape, row))
         console.print(shown)
+        for extra in further_tables(evaluation.report, result):
+            if extra.title != "Diagnostics":  # of these the files tell
+                more = Table(*extra.head, title=escape(extra.title), title_justify="left", box=None, padding=(0, 1))
+                for cells in extra.rows:
+                    more.add_row(*map(escape, cells))
+                console.print(more)
         for line in missing_lines(result):
             console.print(line, markup=False)
         console.print()

@@ -19,7 +19,8 @@ from typing import Any
 import numpy as np
 
 from mmcl.evaluation.gallery import GalleryItem
-from mmcl.evaluation.report import COLUMNS, DirectionResult, ListResult, RetrievalReport, missing_lines, table
+from mmcl.evaluation.report import DirectionResult, ListResult, RetrievalReport
+from mmcl.evaluation.tables import COLUMNS, Extra, further_tables, missing_lines, table
 from mmcl.types import Modality
 
 GALLERY_BYTES = 8 << 20
@@ -48,7 +49,7 @@ def render_html(report: RetrievalReport, items: Sequence[GalleryItem]) -> str:
         script=script,
         note=f'<p class="note">{escape(report.note)}</p>' if report.note else "",
         facts="".join(f"<div><dt>{escape(name)}</dt><dd>{escape(value)}</dd></div>" for name, value in facts.items()),
-        lists="\n".join(_list_section(result) for result in report.lists),
+        lists="\n".join(_list_section(report, result) for result in report.lists),
         right=escape(report.right or _RIGHT[report.headline.labels is not None]),
         data=_payload(report, items),
     )
@@ -63,7 +64,7 @@ def _arrow(direction: DirectionResult) -> str:
     return f"{escape(direction.query)}\u00a0→\u00a0{escape(direction.gallery)}"
 
 
-def _list_section(result: ListResult) -> str:
+def _list_section(report: RetrievalReport, result: ListResult) -> str:
     first = next(iter(result.directions.values())).ranks
     chance = 100 * first.relevant[first.answerable].mean() / first.gallery
     charts = "".join(_histogram(each) for each in result.directions.values())
@@ -71,7 +72,8 @@ def _list_section(result: ListResult) -> str:
     return (
         f'<section class="list"><h2>{escape(result.title)}</h2>'
         f'<p class="about">{result.items} clips. Guessing would reach R@1\u00a0≈\u00a0{chance:.1f}\u00a0%.{notes}</p>'
-        f'{_table(result)}<h3>Where the right answer stands</h3><div class="charts">{charts}</div></section>'
+        f'{_table(result)}<h3>Where the right answer stands</h3><div class="charts">{charts}</div>'
+        f"{''.join(_extra(each) for each in further_tables(report, result))}</section>"
     )
 
 
@@ -89,6 +91,23 @@ def _table(result: ListResult) -> str:
         f'<table role="table" class="figures"><caption class="hidden">{escape(result.title)}: every direction</caption>'
         f'<thead role="rowgroup"><tr role="row">{head}</tr></thead>'
         f'<tbody role="rowgroup">{"".join(body)}</tbody></table>'
+    )
+
+
+def _extra(extra: Extra) -> str:
+    head = "".join(f'<th role="columnheader" scope="col">{escape(name)}</th>' for name in extra.head)
+    body = "".join(
+        '<tr role="row">'
+        + "".join(
+            f'<td role="cell" data-label="{escape(name)}">{escape(cell)}</td>'
+            for name, cell in zip(extra.head, row, strict=True)
+        )
+        + "</tr>"
+        for row in extra.rows
+    )
+    return (
+        f'<h3>{escape(extra.title)}</h3><table role="table" class="figures"><thead role="rowgroup">'
+        f'<tr role="row">{head}</tr></thead><tbody role="rowgroup">{body}</tbody></table>'
     )
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import subprocess
 import sys
@@ -15,7 +16,7 @@ from support.recipes import tiny_config
 
 from mmcl.distributed import Comm
 from mmcl.evaluation.embed import EmbeddedShards, embed_shards, embed_to_folder
-from mmcl.evaluation.run import caption_labels, evaluate_checkpoint, split_lists
+from mmcl.evaluation.run import caption_labels, evaluate_checkpoint, group_names, split_lists
 from mmcl.model import MultimodalModel
 from mmcl.recipe import build_model
 from mmcl.types import ConfigError, RunError
@@ -77,6 +78,14 @@ def test_lists_by_a_column_with_the_headline_first(embedded: EmbeddedShards) -> 
         split_lists(embedded, "group", "mauve")
 
 
+def test_groups_by_a_column_or_the_label(embedded: EmbeddedShards) -> None:
+    assert group_names(embedded.items, "group") == [str(item.metadata["group"]) for item in embedded.items]
+    bare = [dataclasses.replace(item, metadata={}, label=number - 1) for number, item in enumerate(embedded.items[:3])]
+    assert group_names(bare, "label") == [None, "0", "1"]
+    with pytest.raises(ConfigError, match=r"--per colour.*there are: .*group, label"):
+        group_names(embedded.items, "colour")
+
+
 def test_items_with_the_same_caption_are_right_answers_of_each_other(embedded: EmbeddedShards) -> None:
     labels = caption_labels(embedded.items)
     captions = [item.captions[0] for item in embedded.items]
@@ -118,6 +127,7 @@ PROGRAM = "import sys\nfrom mmcl.cli import main\ntry:\n    main()\nfinally:\n  
     [
         (["evaluate", "retrieval", "none", "SHARDS", "--out", "OUT"], "none: no such folder"),
         (["evaluate", "retrieval", "MODEL", "none", "--out", "OUT"], "none"),
+        (["evaluate", "retrieval", "MODEL", "SHARDS", "--out", "OUT", "--against", "none"], "--against none"),
         (["embed", "MODEL", "none", "--out", "OUT"], "none"),
         (["export", "none", "--out", "OUT"], "none: no such folder"),
         (["train", "none.yaml"], "none.yaml: no such file"),

@@ -23,10 +23,9 @@ from mmcl.evaluation.report import (
     RetrievalReport,
     evaluate_list,
     fingerprint,
-    markdown,
-    table,
     write_report,
 )
+from mmcl.evaluation.tables import markdown, table
 from mmcl.types import ConfigError, RunError
 
 SIX = ["text->video", "video->text", "text->audio", "audio->text", "video->audio", "audio->video"]
@@ -67,7 +66,7 @@ def test_json_is_as_documented(tmp_path: Path) -> None:
     wanted = {"R@1", "R@5", "R@10", "MedR", "MnR", "mAP@10", "nDCG@10"}
     for direction in found["directions"].values():
         assert wanted | {"ci95", "queries", "gallery", "ties", "unanswerable"} <= set(direction)
-        assert set(direction["ci95"]) == wanted
+        assert wanted <= set(direction["ci95"])
     assert found["lists"]["known"]["items"] == 108
     assert found["lists"]["known"]["missing"] == {"audio": 4}
     assert found["directions"]["text->audio"]["unanswerable"] == 4
