@@ -61,7 +61,7 @@ def soak(folder: Path, *, samples: int, warm_up: int, decoder: Decoder, every: i
     others = set(multiprocessing.active_children())
     stream = ClipStream(load_manifest(folder), VIEWS, global_batch=BATCH, workers=1, decoder=decoder, seed=0)
     seen: dict[str, list[tuple[int, float]]] = {"worker": [], "trainer": []}
-    started, holes = time.perf_counter(), 0
+    started, holes, loads = time.perf_counter(), 0, [os.getloadavg()[0]]
     batches = iter(stream)
     for number, batch in enumerate(itertools.islice(batches, samples // BATCH), 1):
         holes += len(batch.skipped)
@@ -69,6 +69,7 @@ def soak(folder: Path, *, samples: int, warm_up: int, decoder: Decoder, every: i
             (worker,) = set(multiprocessing.active_children()) - others
             seen["worker"].append((number * BATCH, resident_mb(worker.pid or 0)))
             seen["trainer"].append((number * BATCH, resident_mb(os.getpid())))
+            loads.append(os.getloadavg()[0])
     batches.close()  # type: ignore[attr-defined]
     report: dict[str, Any] = {
         "samples": samples,
@@ -76,6 +77,7 @@ def soak(folder: Path, *, samples: int, warm_up: int, decoder: Decoder, every: i
         "decoder": decoder,
         "damaged": holes,
         "seconds": round(time.perf_counter() - started, 1),
+        "machine": {"cores": os.cpu_count(), "median_load": round(statistics.median(loads), 1)},
     }
     for name, points in seen.items():
         after = [megabytes for count, megabytes in points if count > warm_up]
