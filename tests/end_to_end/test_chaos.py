@@ -165,7 +165,7 @@ def test_a_run_on_two_ranks_ends(chaos: tuple[Path, dict[str, str]], tmp_path: P
         for batch in batches:
             holes = {draw: key for draw, key, _, _ in batch["skipped"]}
             for draw, key in zip(batch["draws"], batch["keys"], strict=True):
-                (seen if key else named)[draw // SAMPLES][key or holes[draw]] += 1
+                (seen if key else named)[draw // SAMPLES][key or holes.get(draw, f"draw {draw}, unnamed")] += 1
     assert_each_once(seen, named, damaged, decoder)
     skipped = [json.loads(line) for line in (tmp_path / "run/skipped.jsonl").read_text().splitlines()]
     logged: list[Counter[str]] = [Counter() for _ in range(EPOCHS)]
