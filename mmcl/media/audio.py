@@ -19,6 +19,7 @@ from mmcl.media.probe import (
     DECODE_ERRORS,
     MediaSource,
     best_stream,
+    decoded,
     open_container,
     origin_seconds,
     read_only,
@@ -225,7 +226,7 @@ class AudioReader:
         pieces: list[_Piece] = []
         kept = 0
         following: float | None = None
-        for frame in self._container.decode(self._stream):
+        for frame in decoded(self._container, self._stream):
             rate = int(frame.sample_rate)
             begins = following if frame.time is None else frame.time - self._origin_seconds
             if begins is None or rate < 1 or not frame.samples:

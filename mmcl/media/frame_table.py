@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from mmcl.media.probe import read_only
+from mmcl.media.probe import demuxed, read_only
 from mmcl.types import SampleError
 
 MAX_FRAMES = 4_000_000
@@ -38,7 +38,7 @@ class FrameTable:
         pts: list[int] = []
         keys: list[tuple[int, int]] = []
         end = packets = 0
-        for packet in container.demux(stream):
+        for packet in demuxed(container, stream):
             packets += packet.size > 0
             shown = packet.pts if packet.pts is not None else packet.dts
             if shown is None or packet.is_discard:  # the end of the file; a frame cut away by an edit list

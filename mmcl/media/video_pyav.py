@@ -15,6 +15,8 @@ from mmcl.media.probe import (
     MAX_PIXELS,
     MediaSource,
     best_stream,
+    decoded,
+    demuxed,
     open_container,
     origin_seconds,
     quarter_turns,
@@ -144,10 +146,10 @@ class PyAVReader:
         context = self._stream.codec_context
         context.skip_frame = "DEFAULT" if needed_pts is None else "NONREF"
         if needed_pts is None:
-            yield from self._container.decode(self._stream)
+            yield from decoded(self._container, self._stream)
             return
         missing = set(needed_pts)
-        for packet in self._container.demux(self._stream):
+        for packet in demuxed(self._container, self._stream):
             if packet.pts in missing:
                 missing.remove(packet.pts)
                 context.skip_frame = "DEFAULT"

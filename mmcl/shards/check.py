@@ -12,6 +12,7 @@ from mmcl.media.probe import (
     DECODE_ERRORS,
     MAX_PIXELS,
     best_stream,
+    decoded,
     open_container,
     origin_seconds,
     quarter_turns,
@@ -142,7 +143,7 @@ def _decode_all_frames(data: Bytes) -> tuple[int, int]:
         stream.codec_context.options = {"max_pixels": str(MAX_PIXELS)}
         read_only(container, stream)
         try:
-            for frame in container.decode(stream):
+            for frame in decoded(container, stream):
                 if frame.is_corrupt:
                     raise SampleError("decode", f"a damaged frame at {frame.time} s")
                 if size is None:
@@ -172,7 +173,7 @@ def _decode_all_sound(data: Bytes) -> float | None:
         read_only(container, stream)
         end, origin = 0.0, origin_seconds(container)
         try:
-            for frame in container.decode(stream):
+            for frame in decoded(container, stream):
                 if frame.sample_rate and frame.samples:
                     begin = end if frame.time is None else frame.time - origin
                     end = max(end, begin + frame.samples / frame.sample_rate)

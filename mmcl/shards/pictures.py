@@ -13,7 +13,7 @@ from av.video.reformatter import Interpolation, VideoReformatter
 
 from mmcl.media.crop import Cropper
 from mmcl.media.frame_table import MAX_FRAMES
-from mmcl.media.probe import MAX_PIXELS, origin_seconds, quarter_turns
+from mmcl.media.probe import MAX_PIXELS, decoded, origin_seconds, quarter_turns
 from mmcl.shards.encoding import MAX_FPS, MediaOptions
 from mmcl.types import SampleError
 
@@ -49,7 +49,7 @@ class Pictures:
         before: Any = None
         begun = False
         step = 1 / float(self._stream.average_rate or 25)
-        for frame in self._container.decode(self._stream):
+        for frame in decoded(self._container, self._stream):
             if frame.pts is None:
                 continue
             time = float(frame.pts * frame.time_base) - self._origin

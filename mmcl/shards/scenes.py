@@ -22,6 +22,7 @@ from mmcl.media.probe import (
     MAX_PIXELS,
     MediaSource,
     best_stream,
+    decoded,
     open_container,
     origin_seconds,
     read_only,
@@ -121,7 +122,7 @@ def _pictures(source: MediaSource, width: int, times: list[float]) -> Pictures:
         read_only(container, stream)
         origin, reformatter = origin_seconds(container), VideoReformatter()
         try:
-            for frame in container.decode(stream):
+            for frame in decoded(container, stream):
                 if frame.pts is None:
                     continue
                 height = max(2, round(width * frame.height / frame.width))

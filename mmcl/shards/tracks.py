@@ -13,7 +13,15 @@ import av
 import numpy as np
 
 from mmcl.media.audio import read_audio
-from mmcl.media.probe import MICROSECONDS, best_stream, open_container, origin_seconds, read_only, short_message
+from mmcl.media.probe import (
+    MICROSECONDS,
+    best_stream,
+    demuxed,
+    open_container,
+    origin_seconds,
+    read_only,
+    short_message,
+)
 from mmcl.shards.encoding import AudioCodec
 from mmcl.types import SampleError
 
@@ -96,7 +104,7 @@ class CopiedTrack:
         except (ValueError, av.FFmpegError) as error:
             self.close()
             raise _refused(error) from error
-        self._packets = (packet for packet in self._container.demux(self._stream) if packet.size)
+        self._packets = (packet for packet in demuxed(self._container, self._stream) if packet.size)
         self._waiting: Any = None
 
     def write(self, until_seconds: float) -> None:
@@ -150,7 +158,7 @@ def stream_end(path: str, kind: str, start: float, end: float) -> float:
             if begin > 0:
                 container.seek(ticks, stream=stream, backward=True)
             reached = -1.0
-            for packet in container.demux(stream):
+            for packet in demuxed(container, stream):
                 if packet.pts is None:
                     continue
                 time = float(packet.pts * packet.time_base) - origin

@@ -6,28 +6,25 @@ import itertools
 import json
 import multiprocessing
 import os
-import signal
 import subprocess
 import sys
 from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
+from support.deadly import make_deadly
 from support.gloo import GlooPool
 from support.recipes import tiny_config
 
 from mmcl.data import ClipStream
-from mmcl.data.collate import Value, pack, unpack
+from mmcl.data.collate import pack, unpack
 from mmcl.data.health import append_quarantine, read_quarantine
 from mmcl.data.journal import NAME_BYTES, Journal, Note
-from mmcl.data.views import ViewMaker
 from mmcl.distributed import Comm
 from mmcl.media.text import ByteTokenizer
 from mmcl.shards import load_manifest
-from mmcl.shards.members import Sample
 from mmcl.training import trainer as training
 from mmcl.training.launch import pretrain
 from mmcl.types import AudioSpec, Batch, RunError, TextSpec, VideoSpec, View
@@ -41,26 +38,10 @@ EPOCH = 4
 """batches of 4 in 16 samples"""
 
 
-@dataclass(frozen=True)
-class Deadly(ViewMaker):
-    """Decodes as ever, but on some keys its process is killed, stopped for ever, or meets a mistake of ours."""
-
-    fates: Mapping[str, str] = field(default_factory=dict)
-
-    def __call__(self, sample: Sample, *, epoch: int) -> tuple[dict[View, Value], str]:
-        fate = self.fates.get(sample.key)
-        if fate in ("SIGKILL", "SIGSEGV", "SIGSTOP"):
-            os.kill(os.getpid(), getattr(signal, fate))
-        if fate == "mistake":
-            raise RuntimeError("a mistake in our own code")
-        return super().__call__(sample, epoch=epoch)
-
-
 def stream(folder: Path, fates: Mapping[str, str] | None = None, **options: object) -> ClipStream:
     options = {"global_batch": 4, "seed": 3, "workers": 1, "decoder": "pyav", "timeout_seconds": 60.0, **options}
     source = ClipStream(load_manifest(str(folder)), VIEWS, **options)  # type: ignore[arg-type]
-    source.plan = replace(source.plan, maker=Deadly(VIEWS, seed=3, decoder="pyav", fates=fates or {}))
-    return source
+    return make_deadly(source, fates or {})
 
 
 def take(source: ClipStream, count: int) -> list[Batch]:
@@ -269,11 +250,7 @@ def test_a_run_survives_and_remembers(
     victim = take(build(config(2, 0), VIEWS, Comm()), 1)[0].keys[3]
 
     def deadly(*args: object) -> ClipStream:
-        source = build(*args)  # type: ignore[arg-type]
-        maker = source.plan.maker
-        maker = Deadly(maker.views, seed=maker.seed, decoder="pyav", fates={victim: "SIGKILL"})
-        source.plan = replace(source.plan, maker=maker)
-        return source
+        return make_deadly(build(*args), {victim: "SIGKILL"})  # type: ignore[arg-type]
 
     monkeypatch.setattr(training, "build_stream", deadly)
     pretrain(config(2, 1))

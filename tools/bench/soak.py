@@ -30,7 +30,6 @@ from mmcl.media.video import Decoder
 from mmcl.shards import load_manifest
 from mmcl.types import AudioSpec, VideoSpec, View
 
-BATCH = 8
 VIEWS = (
     View(VideoSpec(frames=8, size=112, fps=6.25), 0),
     View(VideoSpec(frames=8, size=112, fps=6.25), 1),
@@ -56,19 +55,25 @@ def write_shards(folder: Path, *, clips: int = 6, samples: int = 64, seconds: fl
     write_media_shard(folder, cycle, samples, seconds)
 
 
-def soak(folder: Path, *, samples: int, warm_up: int, decoder: Decoder, every: int = 10) -> dict[str, Any]:
-    """Resident MB of both processes over so many samples, and how they grew after the warm-up."""
+def soak(
+    folder: Path, *, samples: int, warm_up: int, decoder: Decoder, batch: int = 8, every: int = 10, part: int = 10
+) -> dict[str, Any]:
+    """Resident MB of both processes over so many samples, and how they grew after the warm-up.
+
+    Memory is read after ``every`` batches; growth is from the first to the last ``1 / part`` of these.
+    """
     others = set(multiprocessing.active_children())
-    stream = ClipStream(load_manifest(folder), VIEWS, global_batch=BATCH, workers=1, decoder=decoder, seed=0)
+    stream = ClipStream(load_manifest(folder), VIEWS, global_batch=batch, workers=1, decoder=decoder, seed=0)
     seen: dict[str, list[tuple[int, float]]] = {"worker": [], "trainer": []}
-    started, holes = time.perf_counter(), 0
+    started, holes, loads = time.perf_counter(), 0, [os.getloadavg()[0]]
     batches = iter(stream)
-    for number, batch in enumerate(itertools.islice(batches, samples // BATCH), 1):
-        holes += len(batch.skipped)
+    for number, given in enumerate(itertools.islice(batches, samples // batch), 1):
+        holes += len(given.skipped)
         if number % every == 0:
             (worker,) = set(multiprocessing.active_children()) - others
-            seen["worker"].append((number * BATCH, resident_mb(worker.pid or 0)))
-            seen["trainer"].append((number * BATCH, resident_mb(os.getpid())))
+            seen["worker"].append((number * batch, resident_mb(worker.pid or 0)))
+            seen["trainer"].append((number * batch, resident_mb(os.getpid())))
+            loads.append(os.getloadavg()[0])
     batches.close()  # type: ignore[attr-defined]
     report: dict[str, Any] = {
         "samples": samples,
@@ -76,11 +81,12 @@ def soak(folder: Path, *, samples: int, warm_up: int, decoder: Decoder, every: i
         "decoder": decoder,
         "damaged": holes,
         "seconds": round(time.perf_counter() - started, 1),
+        "machine": {"cores": os.cpu_count(), "median_load": round(statistics.median(loads), 1)},
     }
     for name, points in seen.items():
         after = [megabytes for count, megabytes in points if count > warm_up]
-        tenth = max(1, len(after) // 10)
-        first, last = statistics.median(after[:tenth]), statistics.median(after[-tenth:])
+        ends = max(1, len(after) // part)
+        first, last = statistics.median(after[:ends]), statistics.median(after[-ends:])
         step = max(1, len(points) // 40)
         report[name] = {
             "first_mb": round(first, 1),
