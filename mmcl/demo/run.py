@@ -23,7 +23,8 @@ from mmcl.progress import show_progress
 from mmcl.recipe import RunConfig, load_config
 from mmcl.shards.files import write_atomically
 from mmcl.shards.inputs import read_csv
-from mmcl.shards.make import MakeOptions, make_shards
+from mmcl.shards.make import make_shards
+from mmcl.shards.make_options import MakeOptions
 from mmcl.shards.manifest import load_manifest
 from mmcl.shipped import shipped
 from mmcl.training.checkpoint import find_checkpoint

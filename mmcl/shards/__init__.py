@@ -6,7 +6,8 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from mmcl.shards.make import MakeOptions, MakeReport, make_shards
+    from mmcl.shards.make import make_shards
+    from mmcl.shards.make_options import MakeOptions, MakeReport
     from mmcl.shards.manifest import Manifest, load_manifest, write_manifest
     from mmcl.shards.members import Sample, parse_sample
     from mmcl.shards.reader import RawSample, ShardReader
@@ -27,8 +28,8 @@ __all__ = [
 ]
 
 _HOME = {
-    "MakeOptions": "make",
-    "MakeReport": "make",
+    "MakeOptions": "make_options",
+    "MakeReport": "make_options",
     "Manifest": "manifest",
     "RawSample": "reader",
     "Sample": "members",

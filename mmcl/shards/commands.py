@@ -107,7 +107,8 @@ def make(
     are skipped and named in failures.jsonl.
     """
     from mmcl.shards.cut import parse_windows
-    from mmcl.shards.make import MakeOptions, describe_plan, make_shards
+    from mmcl.shards.make import describe_plan, make_shards
+    from mmcl.shards.make_options import MakeOptions
     from mmcl.shards.transcode import MediaOptions, parse_crop
 
     for name, given in (("--scene-detector", scene_detector), ("--min-scene", min_scene)):

@@ -9,7 +9,8 @@ from pathlib import Path
 import pytest
 
 from mmcl.shards.inputs import class_numbers, read_rows
-from mmcl.shards.make import MakeOptions, make_shards
+from mmcl.shards.make import make_shards
+from mmcl.shards.make_options import MakeOptions
 from mmcl.types import ConfigError
 
 RECORDS = [

@@ -19,7 +19,8 @@ import av
 import numpy as np
 
 from mmcl.demo.record import HELD_OUT, PICTURES_HZ, caption_of, list_games, record_games, write_mp4
-from mmcl.shards.make import MakeOptions, make_shards
+from mmcl.shards.make import make_shards
+from mmcl.shards.make_options import MakeOptions
 from mmcl.shards.transcode import MediaOptions
 
 SCREEN = (160, 210)

@@ -34,7 +34,8 @@ from loader_split import split
 
 from mmcl.shards import load_manifest
 from mmcl.shards.index import index_shards
-from mmcl.shards.make import MakeOptions, make_shards
+from mmcl.shards.make import make_shards
+from mmcl.shards.make_options import MakeOptions
 from mmcl.shards.reader import ShardReader
 from mmcl.types import Decoder
 
