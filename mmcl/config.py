@@ -141,6 +141,10 @@ def _explain(root: type[BaseModel], tree: dict[str, Any], issue: Any) -> str:
             return f"{path}.name: missing, got {value!r}" + (f"; allowed: {', '.join(tags)}" if tags else "")
         given = value["name"]
         return f"{path}.name: unknown name {given!r}{nearest(str(given), tags)}; allowed: {', '.join(tags)}"
+    if kind == "too_short":
+        context = issue["ctx"]
+        few = f"only {context['actual_length']}" if context["actual_length"] else "empty"
+        return f"{path}: {few}; at least {context['min_length']} needed"
     message = issue["msg"][0].lower() + issue["msg"][1:]
     shown = repr(value)
     return f"{path}: {message.removeprefix('value error, ')}, got {shown if len(shown) <= 80 else shown[:77] + '...'}"

@@ -75,6 +75,10 @@ def test_a_mistake_is_named_with_its_path_value_and_remedy(override: str, parts:
         assert part in text, f"{part!r} not in {text!r}"
 
 
+def test_an_empty_list_is_called_empty() -> None:
+    assert message(["objectives=[]"]).endswith("objectives: empty; at least 1 needed")
+
+
 def test_one_mistake_is_said_once() -> None:
     assert "at least 1 item" not in message(["objectives.0.wieght=2"])
 
