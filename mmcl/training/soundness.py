@@ -13,7 +13,7 @@ from mmcl.objectives.base import ObjectiveMix, Term
 from mmcl.recipe import RunConfig
 from mmcl.shards import load_manifest
 from mmcl.shards.sequential import is_tar_list
-from mmcl.types import ConfigError, View
+from mmcl.types import TIMED, ConfigError, View
 
 SILENT_STEPS = 3
 """steps of loss 0 that are too many; a queue is empty in the first"""
@@ -54,6 +54,7 @@ def check_labels(config: RunConfig, mix: ObjectiveMix) -> None:
 def remarks(config: RunConfig, model: MultimodalModel, mix: ObjectiveMix) -> list[str]:
     """What may be meant, and most often is not: lines for the start of a run."""
     lines: list[str] = []
+    one_time = config.data.sampling.span_seconds == 0
     for number, objective in enumerate(mix.each().values()):
         lines += objective.remarks
         seen: dict[object, View] = {}
@@ -63,8 +64,9 @@ def remarks(config: RunConfig, model: MultimodalModel, mix: ObjectiveMix) -> lis
             changes = getattr(chosen, view.modality, None)
             if (changes is not None and changes != type(changes)()) or _has_dropout(model.tower(need.tower)):
                 continue
-            first = seen.setdefault((need.tower, view.spec, view.clip), view)
-            if first.copy != view.copy:
+            clip = 0 if one_time and isinstance(view.spec, TIMED) else view.clip
+            first = seen.setdefault((need.tower, view.spec, clip), view)
+            if first != view:
                 lines.append(
                     f"objectives.{number}: two views of tower {need.tower!r} are equal, to agree teaches nothing: "
                     f"augmentation {view.augmentation!r} changes no {view.modality}"

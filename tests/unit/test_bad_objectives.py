@@ -118,6 +118,15 @@ def test_what_teaches_nothing_is_said_at_the_start(objective: str, said: str) ->
     assert len(lines) == bool(said) and said in "".join(lines)
 
 
+def test_clips_that_all_lie_at_one_time_are_said_to_be_equal() -> None:
+    def lines(*overrides: str) -> list[str]:
+        config = tiny_config(f"objectives=[{{name: persistency, {VIEWS.replace('depth', 'video')}}}]", *overrides)
+        return remarks(config, *build_model(config))
+
+    assert lines() == lines("data.sampling.span_seconds=5") == []
+    assert "two views of tower 'video' are equal" in lines("data.sampling.span_seconds=0")[0]
+
+
 def test_micro_batches_of_a_tower_with_batch_norm(
     shards_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
