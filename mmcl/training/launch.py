@@ -144,7 +144,7 @@ def describe(config: RunConfig) -> str:
     check_labels(config, mix)
     views = tuple(dict.fromkeys(need.view for need in mix.needs))
     batch = next(iter(build_stream(config, views, Comm())))
-    lines = [to_yaml(config).rstrip(), "", "# parameters"]
+    lines = [to_yaml(config).rstrip(), "", "# parameters that learn"]
     lines += [f"# {name}: {count:,}" for name, count in parameter_counts(model).items()]
     lines += [f"# warning: {remark}" for remark in remarks(config, model, mix)]
     return "\n".join([*lines, "# first batch", *(f"# {line}" for line in batch_lines(batch))])

@@ -10,7 +10,7 @@ from support.recipes import tiny_config
 from support.shards import read_shards, write_shards
 
 from mmcl.data.labels import look_for_labels
-from mmcl.model import MultimodalModel
+from mmcl.model import MultimodalModel, parameter_counts
 from mmcl.objectives.base import ObjectiveMix
 from mmcl.recipe import RunConfig, build_model
 from mmcl.shards import load_manifest
@@ -116,6 +116,12 @@ def test_what_teaches_nothing_is_said_at_the_start(objective: str, said: str) ->
     config = tiny_config(f"objectives=[{objective}]", f"data.augmentations={chosen}", "model.towers.text.dropout=0.1")
     lines = remarks(config, *build_model(config))
     assert len(lines) == bool(said) and said in "".join(lines)
+
+
+def test_a_head_that_nobody_asks_for_is_not_counted_as_learning() -> None:
+    model, _ = build_model(tiny_config(f"objectives=[{SAME}}}]"))
+    counts = parameter_counts(model)
+    assert counts["text"] == 0 < counts["video"] == counts["total"]
 
 
 def test_clips_that_all_lie_at_one_time_are_said_to_be_equal() -> None:
