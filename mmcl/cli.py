@@ -61,6 +61,11 @@ def stats(
     ] = 60.0,
 ) -> None:
     """Count what shards hold: seconds, sizes, rates, codecs, captions, duplicates, what is missing, how batches mix."""
+    from mmcl.folders import check_writable
+
+    if out is not None:
+        check_writable(out.expanduser())
+
     from mmcl.data.mixing import describe_mixing
     from mmcl.progress import show_progress
     from mmcl.shards.manifest import load_manifest

@@ -141,9 +141,21 @@ def _explain(root: type[BaseModel], tree: dict[str, Any], issue: Any) -> str:
             return f"{path}.name: missing, got {value!r}" + (f"; allowed: {', '.join(tags)}" if tags else "")
         given = value["name"]
         return f"{path}.name: unknown name {given!r}{nearest(str(given), tags)}; allowed: {', '.join(tags)}"
+    if kind in ("tuple_type", "list_type"):
+        return f"{path}: must be a list, got {_shown(value)}"
+    if kind in ("model_type", "model_attributes_type", "dict_type"):
+        return f"{path}: must be a mapping of keys, got {_shown(value)}"
+    if kind == "too_short":
+        context = issue["ctx"]
+        few = f"only {context['actual_length']}" if context["actual_length"] else "empty"
+        return f"{path}: {few}; at least {context['min_length']} needed"
     message = issue["msg"][0].lower() + issue["msg"][1:]
-    shown = repr(value)
-    return f"{path}: {message.removeprefix('value error, ')}, got {shown if len(shown) <= 80 else shown[:77] + '...'}"
+    return f"{path}: {message.removeprefix('value error, ')}, got {_shown(value)}"
+
+
+def _shown(value: object) -> str:
+    text = repr(value)
+    return text if len(text) <= 80 else text[:77] + "..."
 
 
 def _without_tags(node: Any, location: Sequence[int | str], *, keep_last: bool) -> list[str]:

@@ -362,9 +362,12 @@ def average_windows(rows: Sequence[Tensor]) -> Tensor:
 
 
 def parameter_counts(model: MultimodalModel) -> Mapping[str, int]:
-    """Trainable parameters of each tower with its head."""
-    count = {
-        name: sum(p.numel() for module in (model.towers[name], model.heads[name]) for p in module.parameters())
-        for name in model.towers
+    """Parameters that learn, of each tower with its head and of the whole."""
+
+    def learning(*modules: nn.Module) -> int:
+        return sum(p.numel() for module in modules for p in module.parameters() if p.requires_grad)
+
+    return {
+        **{name: learning(model.towers[name], model.heads[name]) for name in model.towers},
+        "total": learning(model),
     }
-    return {**count, "total": sum(p.numel() for p in model.parameters() if p.requires_grad)}

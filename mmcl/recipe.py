@@ -6,16 +6,17 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeAlias
 
+import torch
 from pydantic import Discriminator, Field, Tag, field_validator
 
-from mmcl.config import Options, build, read_yaml
+from mmcl.config import Options, build, read_yaml, unknown_name
 from mmcl.data.options import DataOptions
 from mmcl.media.augmentation import NONE, Augmentation
 from mmcl.model import ModelOptions, MultimodalModel
 from mmcl.objectives import OBJECTIVES, ObjectiveOptions
 from mmcl.objectives.base import Objective, ObjectiveMix, check_needs
 from mmcl.objectives.weights import Ramp, over_run
-from mmcl.types import ConfigError
+from mmcl.types import ConfigError, Need, VideoSpec
 
 PositiveInt = Annotated[int, Field(ge=1)]
 Fraction = Annotated[float, Field(ge=0, le=1)]
@@ -157,7 +158,9 @@ def build_model(config: RunConfig) -> tuple[MultimodalModel, ObjectiveMix]:
         name = options.name if options.name not in objectives else f"{options.name}_{number}"
         objectives[name] = OBJECTIVES[options.name].build(options, towers, path=f"objectives.{number}")
         check_needs(objectives[name].needs, towers, path=f"objectives.{number}")
+        _check_augmentations(objectives[name].needs, options, config.data.augmentations, f"objectives.{number}")
         _check_masking(objectives[name].masking, config.data.augmentations, f"objectives.{number}")
+        _check_sizes(objectives[name].needs, options, model, f"objectives.{number}")
         weights[name] = over_run(options.weight, config.train.steps, f"objectives.{number}.weight")
     mix = ObjectiveMix(objectives, weights)
     model.add_scales(mix.scales, mix.start_temperatures)
@@ -166,12 +169,53 @@ def build_model(config: RunConfig) -> tuple[MultimodalModel, ObjectiveMix]:
     return model, mix
 
 
+def _check_augmentations(
+    needs: Sequence[Need], options: Options, augmentations: Mapping[str, Augmentation], path: str
+) -> None:
+    """ConfigError where an option names an augmentation that does not exist."""
+    for need in needs:
+        name = need.view.augmentation
+        if name != NONE and name not in augmentations:
+            place = _place(options.model_dump(), "augmentation", name, path)
+            raise unknown_name(place, name, [*augmentations, NONE])
+
+
+@torch.no_grad()
+def _check_sizes(needs: Sequence[Need], options: Options, model: MultimodalModel, path: str) -> None:
+    """ConfigError where pictures are not of the size that a tower asks for, and it cannot read them."""
+    for tower, spec in dict.fromkeys((need.tower, need.view.spec) for need in needs):
+        encoder = model.tower(tower)
+        if spec == encoder.spec or not isinstance(spec, VideoSpec):
+            continue
+        training = encoder.training
+        try:
+            encoder.eval()(torch.zeros(1, spec.frames, 3, spec.size, spec.size, dtype=torch.uint8))
+        except (RuntimeError, ValueError, AssertionError) as error:
+            place = _place(options.model_dump(), "size", spec.size, path)
+            reason = " ".join(str(error).split())[:200]
+            raise ConfigError(
+                f"{place}: tower {tower!r} cannot read pictures of {spec.size} pixels: {reason}"
+            ) from None
+        finally:
+            encoder.train(training)
+
+
+def _place(tree: Any, ending: str, value: object, path: str) -> str:
+    """The dotted path of the first option whose name ends so and that has this value; where none has, ``path``."""
+    for key, node in tree.items():
+        if key.endswith(ending) and node == value:
+            return f"{path}.{key}"
+        if isinstance(node, dict):
+            below = _place(node, ending, value, f"{path}.{key}")
+            if below != f"{path}.{key}":
+                return below
+    return path
+
+
 def _check_masking(masking: Mapping[str, str], augmentations: Mapping[str, Augmentation], path: str) -> None:
-    """ConfigError where texts are to be read with masked tokens and their augmentation masks none; an augmentation that
-    does not exist is refused where views are made.
-    """
+    """ConfigError where texts are to be read with masked tokens and their augmentation masks none."""
     for option, name in masking.items():
-        if name == NONE or (name in augmentations and not augmentations[name].text.mask):
+        if name == NONE or not augmentations[name].text.mask:
             place = f"give data.augmentations.{name}.text a mask" if name != NONE else "name one that does"
             raise ConfigError(f"{path}.{option}: {name!r} masks no token; {place}")
 

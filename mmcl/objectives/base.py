@@ -69,6 +69,8 @@ class Objective(nn.Module):
     """metrics that are losses of their own, each of which should teach something"""
     masking: Mapping[str, str] = {}
     """option: the augmentation that it names, which has to mask tokens of texts"""
+    remarks: tuple[str, ...] = ()
+    """what a run says of it at its start, with the path of the option"""
     start_temperatures: Mapping[str, float] = {}
     """where those of them start that do not start as the model says"""
 

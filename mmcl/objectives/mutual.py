@@ -268,4 +268,7 @@ def build(options: MutualOptions, towers: Mapping[str, TowerInfo], path: str = "
         copy = int(clip == 0 and options.augmentation != "none")
         queries[name] = Need(name, View(spec, 0, options.augmentation), levels)
         keys[name] = Need(name, View(spec, clip, options.augmentation, copy), ("joint",), options.keys)
-    return Mutual(options, queries, keys, [towers[name] for name in names])
+    cohort = Mutual(options, queries, keys, [towers[name] for name in names])
+    if len(names) == 1:
+        cohort.remarks = (f"{path}.towers: {names[0]!r} alone is plain MoCo, nobody is there to learn from",)
+    return cohort

@@ -17,7 +17,7 @@ from mmcl.model import parameter_counts
 from mmcl.recipe import RunConfig, build_model
 from mmcl.shards.sequential import describe_order
 from mmcl.training.run_folder import RunFolder
-from mmcl.training.soundness import check_labels
+from mmcl.training.soundness import check_labels, remarks
 from mmcl.training.trainer import Trainer, build_accelerator, build_stream
 from mmcl.types import Batch, MmclError, RunError
 
@@ -122,6 +122,7 @@ def _headline(trainer: Trainer, source: Path | None) -> str:
         )
     if tars is not None:
         lines.append(f"warning: {describe_order(tars)}")
+    lines += [f"warning: {remark}" for remark in remarks(config, trainer.model, trainer.mix)]
     if source is not None:
         lines.append(f"going on from {source}")
     return "\n".join(lines)
@@ -143,8 +144,9 @@ def describe(config: RunConfig) -> str:
     check_labels(config, mix)
     views = tuple(dict.fromkeys(need.view for need in mix.needs))
     batch = next(iter(build_stream(config, views, Comm())))
-    lines = [to_yaml(config).rstrip(), "", "# parameters"]
+    lines = [to_yaml(config).rstrip(), "", "# parameters that learn"]
     lines += [f"# {name}: {count:,}" for name, count in parameter_counts(model).items()]
+    lines += [f"# warning: {remark}" for remark in remarks(config, model, mix)]
     return "\n".join([*lines, "# first batch", *(f"# {line}" for line in batch_lines(batch))])
 
 

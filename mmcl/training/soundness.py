@@ -8,11 +8,12 @@ import torch
 from torch import Tensor, nn
 
 from mmcl.data.labels import look_for_labels
+from mmcl.model import MultimodalModel
 from mmcl.objectives.base import ObjectiveMix, Term
 from mmcl.recipe import RunConfig
 from mmcl.shards import load_manifest
 from mmcl.shards.sequential import is_tar_list
-from mmcl.types import ConfigError
+from mmcl.types import TIMED, ConfigError, View
 
 SILENT_STEPS = 3
 """steps of loss 0 that are too many; a queue is empty in the first"""
@@ -48,6 +49,39 @@ def check_labels(config: RunConfig, mix: ObjectiveMix) -> None:
             )
         if found.highest >= classes:
             raise ConfigError(f"{where}, but a sample in {', '.join(places)} has label {found.highest}")
+
+
+def remarks(config: RunConfig, model: MultimodalModel, mix: ObjectiveMix) -> list[str]:
+    """What may be meant, and most often is not: lines for the start of a run."""
+    lines: list[str] = []
+    one_time = config.data.sampling.span_seconds == 0
+    for number, objective in enumerate(mix.each().values()):
+        lines += objective.remarks
+        seen: dict[object, View] = {}
+        for need in objective.needs:
+            view = need.view
+            chosen = config.data.augmentations.get(view.augmentation)
+            changes = getattr(chosen, view.modality, None)
+            if (changes is not None and changes != type(changes)()) or _has_dropout(model.tower(need.tower)):
+                continue
+            clip = 0 if one_time and isinstance(view.spec, TIMED) else view.clip
+            first = seen.setdefault((need.tower, view.spec, clip), view)
+            if first != view:
+                lines.append(
+                    f"objectives.{number}: two views of tower {need.tower!r} are equal, to agree teaches nothing: "
+                    f"augmentation {view.augmentation!r} changes no {view.modality}"
+                )
+                break
+    return lines
+
+
+def _has_dropout(encoder: nn.Module) -> bool:
+    """Whether two passes over one input differ, which makes two views of it (SimCSE)."""
+    return any(
+        "drop" in type(part).__name__.lower()
+        and any(float(getattr(part, name, None) or 0) > 0 for name in ("p", "drop_prob"))
+        for part in encoder.modules()
+    )
 
 
 def not_finite(

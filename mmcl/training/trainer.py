@@ -178,7 +178,7 @@ class Trainer:
         wrong = not_finite(terms, grad_norm, self.mix.objectives, self.step_module.named_parameters())
         if wrong:
             keys = sorted(
-                {key for keys in self.comm.gather_objects([k for b in batches for k in b.keys]) for key in keys}
+                {key for keys in self.comm.gather_objects([k for b in batches for k in b.keys if k]) for key in keys}
             )
             raise RunError(
                 f"step {self.progress.step + 1}: not finite: {wrong}; nothing was changed by this step; "

@@ -10,12 +10,13 @@ from support.recipes import tiny_config
 from support.shards import read_shards, write_shards
 
 from mmcl.data.labels import look_for_labels
-from mmcl.model import MultimodalModel
+from mmcl.model import MultimodalModel, parameter_counts
 from mmcl.objectives.base import ObjectiveMix
 from mmcl.recipe import RunConfig, build_model
 from mmcl.shards import load_manifest
 from mmcl.training import trainer
 from mmcl.training.launch import describe
+from mmcl.training.soundness import remarks
 from mmcl.training.trainer import Trainer, build_accelerator
 from mmcl.types import ConfigError
 
@@ -67,6 +68,69 @@ def test_texts_to_be_masked_by_an_augmentation_without_a_mask() -> None:
         build_model(config("noisy"))
     with pytest.raises(ConfigError, match=place + "'none' masks no token; name one that does"):
         build_model(config("none"))
+
+
+@pytest.mark.parametrize(
+    ("objective", "place"),
+    [
+        ("name: mutual, augmentation: strnog", "augmentation"),
+        ("name: tcl, mlm: {augmentation: strnog}", r"mlm\.augmentation"),
+        (
+            "name: intra_modal, tower: video, method: {name: swav, crops: 1, crop_augmentation: strnog}",
+            r"method\.crop_augmentation",
+        ),
+    ],
+)
+def test_an_unknown_augmentation_is_named_where_it_was_asked_for(objective: str, place: str) -> None:
+    with pytest.raises(ConfigError, match=rf"^objectives\.1\.{place}: unknown name 'strnog' \(did you mean 'strong'"):
+        build_model(tiny_config(f"objectives=[{{name: cross_modal}}, {{{objective}}}]", "data.augmentations.strong={}"))
+
+
+def test_small_views_that_their_tower_cannot_read() -> None:
+    def config(size: int) -> RunConfig:
+        method = f"{{name: swav, hidden: 8, prototypes: 4, crops: 1, crop_size: {size}}}"
+        return tiny_config(f"objectives=[{{name: intra_modal, tower: video, method: {method}}}]")
+
+    build_model(config(16))
+    with pytest.raises(ConfigError, match=r"^objectives\.0\.method\.crop_size: tower 'video' cannot read .* 1 pixels"):
+        build_model(config(1))
+
+
+SAME = "{name: intra_modal, tower: video, method: {name: simclr, hidden: 8}"
+
+
+@pytest.mark.parametrize(
+    ("objective", "said"),
+    [
+        (f"{SAME}}}", "objectives.0: two views of tower 'video' are equal"),
+        (f"{SAME}, augmentation: loud}}", "augmentation 'loud' changes no video"),
+        (f"{SAME}, augmentation: turned}}", ""),
+        (f"{SAME}, windows: different}}", ""),
+        ("{name: intra_modal, tower: text, method: {name: simclr, hidden: 8}}", ""),  # dropout makes the views
+        ("{name: mutual, towers: [video]}", "objectives.0.towers: 'video' alone"),
+        ("{name: mutual, towers: [video, text]}", ""),
+    ],
+)
+def test_what_teaches_nothing_is_said_at_the_start(objective: str, said: str) -> None:
+    chosen = "{loud: {audio: {gain_db: [-6, 6]}}, turned: {video: {flip: 0.5}}}"
+    config = tiny_config(f"objectives=[{objective}]", f"data.augmentations={chosen}", "model.towers.text.dropout=0.1")
+    lines = remarks(config, *build_model(config))
+    assert len(lines) == bool(said) and said in "".join(lines)
+
+
+def test_a_head_that_nobody_asks_for_is_not_counted_as_learning() -> None:
+    model, _ = build_model(tiny_config(f"objectives=[{SAME}}}]"))
+    counts = parameter_counts(model)
+    assert counts["text"] == 0 < counts["video"] == counts["total"]
+
+
+def test_clips_that_all_lie_at_one_time_are_said_to_be_equal() -> None:
+    def lines(*overrides: str) -> list[str]:
+        config = tiny_config(f"objectives=[{{name: persistency, {VIEWS.replace('depth', 'video')}}}]", *overrides)
+        return remarks(config, *build_model(config))
+
+    assert lines() == lines("data.sampling.span_seconds=5") == []
+    assert "two views of tower 'video' are equal" in lines("data.sampling.span_seconds=0")[0]
 
 
 def test_micro_batches_of_a_tower_with_batch_norm(

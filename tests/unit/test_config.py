@@ -75,6 +75,13 @@ def test_a_mistake_is_named_with_its_path_value_and_remedy(override: str, parts:
         assert part in text, f"{part!r} not in {text!r}"
 
 
+def test_lists_and_mappings_are_asked_for_by_these_names() -> None:
+    assert message(["objectives=[]"]).endswith("objectives: empty; at least 1 needed")
+    assert message(["objectives={a: 1}"]).endswith("objectives: must be a list, got {'a': 1}")
+    assert message(["train=fast"]).endswith("train: must be a mapping of keys, got 'fast'")
+    assert message(["objectives=[cross_modal]"]).endswith("objectives.0: must be a mapping of keys, got 'cross_modal'")
+
+
 def test_one_mistake_is_said_once() -> None:
     assert "at least 1 item" not in message(["objectives.0.wieght=2"])
 

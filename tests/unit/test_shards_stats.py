@@ -16,6 +16,7 @@ from mmcl.cli import shards_app as app
 from mmcl.shards.page import bars, histogram
 from mmcl.shards.preview import preview_shards
 from mmcl.shards.stats import render_stats, shard_stats
+from mmcl.types import RunError
 
 EVIL = '<script>alert(1)</script><img src="http://example.org/x.png" onerror=alert(2)>"\'&\x1b[2J'
 
@@ -125,6 +126,12 @@ def test_the_command_writes_json_and_one_page(various, tmp_path):
             "stats.json",
         ]
     )
+
+
+def test_a_place_that_cannot_be_written_is_said_before_anything_is_read(tmp_path):
+    (tmp_path / "file").touch()
+    result = run("stats", tmp_path / "no shards", "--out", tmp_path / "file")
+    assert isinstance(result.exception, RunError) and "is not a folder" in str(result.exception)
 
 
 def test_shards_of_films_in_order_are_told_apart_from_shuffled_ones(tmp_path):
