@@ -106,7 +106,8 @@ def train(
     config: Annotated[Path, typer.Argument(help="A YAML file, e.g. configs/pretrain/demo.yaml.")],
     overrides: Overrides = None,
     resume: Annotated[
-        str | None, typer.Option(help="'auto' (newest checkpoint of the run folder, or a new run) or a checkpoint.")
+        str | None,
+        typer.Option(help="Go on: 'auto' (newest checkpoint of the run folder, or a new run) or a checkpoint."),
     ] = None,
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Show what would run, and one batch; train nothing.")

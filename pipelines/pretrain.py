@@ -18,7 +18,10 @@ def main() -> None:
     parser.add_argument("config", help="a YAML file, e.g. configs/pretrain/demo.yaml")
     parser.add_argument("overrides", nargs="*", help="changes to it: dotted.path=value")
     parser.add_argument(
-        "--resume", nargs="?", const="auto", help="go on: newest checkpoint of the run folder, or the one given here"
+        "--resume",
+        nargs="?",
+        const="auto",
+        help="go on: 'auto' (newest checkpoint of the run folder, or a new run) or a checkpoint; last word: auto",
     )
     parser.add_argument("--dry-run", action="store_true", help="show what would run, and one batch; train nothing")
     arguments = parser.parse_intermixed_args()

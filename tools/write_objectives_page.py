@@ -39,8 +39,10 @@ def page(entries: Sequence[Entry], found: Configurations) -> str:
         "# Objectives and their configurations",
         "",
         "Written by `python tools/write_objectives_page.py` from the options' docstrings and the files here.",
-        "`mmcl objectives NAME` explains every option. A configuration may list several objectives, each with its",
-        "`weight`: a number, or a schedule such as `{start: 0, end: 1, to_step: 1000, shape: cosine}`.",
+        "`mmcl train configs/pretrain/NAME.yaml data.shards=FOLDER` runs one; where it names `runs/tiny`, first",
+        "[tiny_cpu.yaml](tiny_cpu.yaml). `mmcl objectives NAME` explains every option. A configuration may list",
+        "several objectives, each with its `weight`: a number, or a schedule such as",
+        "`{start: 0, end: 1, to_step: 1000, shape: cosine}`.",
         "",
         f"{names}.",
     ]
