@@ -115,7 +115,9 @@ def train(
 ) -> None:
     """Train in this process. On many: accelerate launch pipelines/pretrain.py CONFIG …, the same program."""
     from mmcl.config import read_yaml
+    from mmcl.folders import check_resume
 
+    check_resume(resume)
     read_yaml(config)  # a wrong path is said before torch is imported, which takes seconds
 
     from mmcl.recipe import load_config

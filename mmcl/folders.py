@@ -60,3 +60,13 @@ def read_report(path: Path) -> dict[str, Any]:
     if not isinstance(lists, dict) or not all(isinstance(each, dict) and "queries" in each for each in lists.values()):
         raise ConfigError(f"--against {path}: not a report that names its queries; make it again with this version")
     return dict(report)
+
+
+def check_resume(resume: str | None) -> None:
+    """Says if ``--resume`` took the word after it, which was meant for something else.
+
+    Raises:
+        ConfigError: names the word.
+    """
+    if resume is not None and ("=" in resume or resume.startswith("-")) and not Path(resume).exists():
+        raise ConfigError(f"--resume: {resume!r} is neither 'auto' nor a checkpoint; write --resume auto {resume}")

@@ -28,7 +28,9 @@ def main() -> None:
 
     def run() -> None:
         from mmcl.config import read_yaml
+        from mmcl.folders import check_resume
 
+        check_resume(arguments.resume)
         read_yaml(Path(arguments.config))  # a wrong path is said before torch is imported, which takes seconds
 
         from mmcl.recipe import load_config

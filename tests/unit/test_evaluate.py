@@ -131,6 +131,7 @@ PROGRAM = "import sys\nfrom mmcl.cli import main\ntry:\n    main()\nfinally:\n  
         (["embed", "MODEL", "none", "--out", "OUT"], "none"),
         (["export", "none", "--out", "OUT"], "none: no such folder"),
         (["train", "none.yaml"], "none.yaml: no such file"),
+        (["train", "none.yaml", "--resume", "train.steps=9"], "write --resume auto train.steps=9"),
     ],
 )
 def test_commands_say_what_is_wrong_in_one_line_and_at_once(

@@ -64,7 +64,8 @@ def test_exif_is_turned():
 
 def test_any_mode_becomes_rgb():
     for mode in ("1", "L", "LA", "P", "RGBA", "CMYK", "YCbCr", "I;16", "I", "F"):
-        kind = "TIFF" if mode in ("CMYK", "YCbCr", "I", "F") else "PNG"
+        # Pillow 12 does not read the YCbCr TIFF that it writes
+        kind = {"CMYK": "TIFF", "YCbCr": "JPEG", "I": "TIFF", "F": "TIFF"}.get(mode, "PNG")
         image = halves().convert("L").convert(mode) if mode.startswith(("I", "F")) else halves().convert(mode)
         assert decode_image(encoded(image, kind), size=16).shape == (3, 16, 16), mode
 
