@@ -139,6 +139,7 @@ class WeightedTotal(torch.autograd.Function):
                 slope = slope if weight is None else slope.mul_(weight)
                 d_bias += slope.sum()
                 _add_products(slope, rows, columns, d_rows, d_columns, i, j)
+        del columns  # the ranks' sum below takes as much memory as the columns did
         if wanted:
             d_a = block.put_back(d_rows, block.rows, len(a))
             d_scale = (d_a * a).sum()
