@@ -95,11 +95,17 @@ def _table(result: ListResult) -> str:
 
 
 def _extra(extra: Extra) -> str:
-    head = "".join(f'<th role="columnheader" scope="col">{escape(name)}</th>' for name in extra.head)
+    words = {
+        name: ' class="phrase"' if any(cell[:1].isalpha() for cell in cells) else ' class="number"'
+        for name, cells in zip(extra.head, zip(*extra.rows, strict=True), strict=False)
+    }
+    head = "".join(
+        f'<th role="columnheader" scope="col"{words.get(name, "")}>{escape(name)}</th>' for name in extra.head
+    )
     body = "".join(
         '<tr role="row">'
         + "".join(
-            f'<td role="cell" data-label="{escape(name)}">{escape(cell)}</td>'
+            f'<td role="cell"{words[name]} data-label="{escape(name)}">{escape(cell)}</td>'
             for name, cell in zip(extra.head, row, strict=True)
         )
         + "</tr>"

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from hypothesis import assume, example, given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from support.recipes import TINY, tiny_overrides
 
@@ -85,11 +85,12 @@ def test_shares_hold_over_any_thousand_draws(weights: list[int], start: int) -> 
 
 @given(st.lists(st.integers(1, 300), min_size=2, max_size=5), st.integers(1, 512), st.integers(0, 10**7))
 @settings(max_examples=40)
-def test_a_period_longer_than_a_row_is_kept_to_on_any_number_of_streams(
-    weights: list[int], streams: int, start: int
-) -> None:
-    assume(sum(reduced_weights(weights)) > streams)
-    assert largest_error(weights, streams, start, 2000) <= 0.01
+@example([1, 1], 58, 0)
+@example([1, 1], 192, 0)
+@example([1, 1], 512, 0)
+@example([1, 3], 65, 0)
+def test_shares_hold_on_any_number_of_streams(weights: list[int], streams: int, start: int) -> None:
+    assert largest_error(weights, streams, start, 2000) <= (0.02 if streams >= 64 else 0.025)
 
 
 @given(sources_strategy, st.integers(1, 70))
