@@ -27,6 +27,10 @@ ensure_environment() {
   if [ "$(cat "$stamp" 2>/dev/null)" != "$wanted" ]; then
     say "installing mmcl[$extras] into .venv (first time: about 6 GB, a few minutes)"
     .venv/bin/python -m pip install --quiet --disable-pip-version-check -e ".[$extras]" || fail "installation failed; what pip said is above"
+    case ",$extras," in
+      *,dev,*) # small pretrained weights; its pins are of another age
+        .venv/bin/python -m pip install --quiet --disable-pip-version-check --no-deps "aisfx==0.1.2" || fail "aisfx: what pip said is above" ;;
+    esac
     printf '%s' "$wanted" >"$stamp"
   fi
 }

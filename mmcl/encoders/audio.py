@@ -8,8 +8,8 @@ import torch
 from pydantic import Field, model_validator
 from torch import Tensor, nn
 
-from mmcl.config import Options
 from mmcl.encoders.base import Encoder
+from mmcl.encoders.options import TowerCommon
 from mmcl.encoders.video import ResidualConv2d, group_norm
 from mmcl.types import AudioSpec, Features
 
@@ -17,7 +17,7 @@ SHRINK = 16
 """spectrogram frames, and mels, per token"""
 
 
-class TinyAudioOptions(Options):
+class TinyAudioOptions(TowerCommon):
     """A log-mel spectrogram and a convolutional network over time and frequency."""
 
     name: Literal["tiny_audio"] = "tiny_audio"

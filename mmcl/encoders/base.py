@@ -25,3 +25,13 @@ class Encoder(nn.Module):
         ``(B, L)``, text.
         """
         raise NotImplementedError
+
+    def blocks(self) -> list[nn.Module]:
+        """Its parts from input to output, e.g. the stem and each transformer layer; together they hold all weights but
+        those of the front and the last norm. What is locked, decayed, checkpointed, compiled or sharded goes by them.
+        """
+        return [module for module in self.children() if any(True for _ in module.parameters())]
+
+    def foreign(self, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Names of this module for weights as their makers publish them; those already named so stay as they are."""
+        return tensors

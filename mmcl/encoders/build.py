@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from typing import Annotated, Any, TypeAlias
+from typing import Annotated, Any, NamedTuple, TypeAlias
 
 from pydantic import Discriminator, Tag
 
@@ -15,13 +15,27 @@ from mmcl.encoders.precomputed import Precomputed, PrecomputedOptions
 from mmcl.encoders.text import TinyText, TinyTextOptions
 from mmcl.encoders.video import TinyVideo, TinyVideoOptions
 
-TOWERS: Mapping[str, tuple[type[Options], Callable[[Any], Encoder]]] = {
-    "tiny_video": (TinyVideoOptions, TinyVideo),
-    "tiny_audio": (TinyAudioOptions, TinyAudio),
-    "tiny_text": (TinyTextOptions, TinyText),
-    "precomputed": (PrecomputedOptions, Precomputed),
-    "open_clip:": (OpenClipOptions, build_open_clip),
-    "hf:": (HfTextOptions, HfText),
+
+class TowerEntry(NamedTuple):
+    """One line of the table."""
+
+    options: type[Options]
+    build: Callable[[Any], Encoder]
+    modalities: str
+    """what it takes: ``video``, ``audio``, ``text``, a few with commas between"""
+    weights: str = "random"
+    """where weights come from that it can start from, and their licence as their makers state it"""
+    extra: str = ""
+    """the extra of ``mmcl`` that it needs, if any"""
+
+
+TOWERS: Mapping[str, TowerEntry] = {
+    "tiny_video": TowerEntry(TinyVideoOptions, TinyVideo, "video"),
+    "tiny_audio": TowerEntry(TinyAudioOptions, TinyAudio, "audio"),
+    "tiny_text": TowerEntry(TinyTextOptions, TinyText, "text"),
+    "precomputed": TowerEntry(PrecomputedOptions, Precomputed, "stored embeddings"),
+    "open_clip:": TowerEntry(OpenClipOptions, build_open_clip, "video, text"),
+    "hf:": TowerEntry(HfTextOptions, HfText, "text"),
 }
 """Names that end in a colon are prefixes: a library's own name follows."""
 
@@ -61,6 +75,6 @@ def build_encoder(options: Options) -> Encoder:
     """
     name = str(getattr(options, "name", type(options).__name__))
     entry = TOWERS.get(table_name(name))
-    if entry is None or not isinstance(options, entry[0]):
+    if entry is None or not isinstance(options, entry.options):
         raise unknown_name("tower.name", name, TOWERS)
-    return entry[1](options)
+    return entry.build(options)

@@ -13,13 +13,14 @@ import torch.nn.functional as F
 from pydantic import Field
 from torch import Tensor, nn
 
-from mmcl.config import Options, nearest, unknown_name
+from mmcl.config import nearest, unknown_name
 from mmcl.encoders.base import Encoder
+from mmcl.encoders.options import TowerCommon
 from mmcl.media.text import ByteTokenizer
 from mmcl.types import ConfigError, Features, TextSpec, Tokenizer, VideoSpec
 
 
-class OpenClipOptions(Options):
+class OpenClipOptions(TowerCommon):
     """One of the two towers of an open_clip model configuration."""
 
     name: str = Field(pattern=r"^open_clip:.+$")
@@ -35,7 +36,7 @@ class OpenClipOptions(Options):
     """keys of the tower's own configuration to change, such as ``layers`` or ``image_size``"""
 
 
-class HfTextOptions(Options):
+class HfTextOptions(TowerCommon):
     """A text model of transformers."""
 
     name: str = Field(pattern=r"^hf:.+$")

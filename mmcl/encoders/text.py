@@ -9,13 +9,13 @@ import torch.nn.functional as F
 from pydantic import Field
 from torch import Tensor, nn
 
-from mmcl.config import Options
 from mmcl.encoders.base import Encoder
+from mmcl.encoders.options import TowerCommon
 from mmcl.media.text import ByteTokenizer
 from mmcl.types import Features, TextSpec
 
 
-class TinyTextOptions(Options):
+class TinyTextOptions(TowerCommon):
     """Byte embeddings and convolutions over them."""
 
     name: Literal["tiny_text"] = "tiny_text"

@@ -9,12 +9,12 @@ import torch.nn.functional as F
 from pydantic import Field
 from torch import Tensor, nn
 
-from mmcl.config import Options
 from mmcl.encoders.base import Encoder
+from mmcl.encoders.options import TowerCommon
 from mmcl.types import Features, VideoSpec
 
 
-class TinyVideoOptions(Options):
+class TinyVideoOptions(TowerCommon):
     """A convolutional network per frame, then a convolution over time."""
 
     name: Literal["tiny_video"] = "tiny_video"
