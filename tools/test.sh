@@ -17,11 +17,12 @@ if [ "${1:-}" = "--soak" ]; then
   exec .venv/bin/python tools/bench/soak.py "$@"
 fi
 ensure_environment dev
+parallel=(-n 2 --dist worksteal) # much of a test's time is spent waiting for processes to start
 say "ruff"
 .venv/bin/ruff check --quiet . && .venv/bin/ruff format --quiet --check .
 if $all; then
   say "mypy --strict mmcl"
   .venv/bin/mypy --strict mmcl
-  exec .venv/bin/python -m pytest "$@"
+  exec .venv/bin/python -m pytest "${parallel[@]}" "$@"
 fi
-exec .venv/bin/python -m pytest -m "not slow" "$@"
+exec .venv/bin/python -m pytest "${parallel[@]}" -m "not slow" "$@"
