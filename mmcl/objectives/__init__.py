@@ -14,6 +14,7 @@ from mmcl.objectives import (
     cross_modal,
     distillation,
     intra_modal,
+    multi_view,
     mutual,
     persistency,
     tcl,
@@ -24,6 +25,7 @@ from mmcl.objectives.contrastive_distillation import ContrastiveDistillationOpti
 from mmcl.objectives.cross_modal import CrossModalOptions
 from mmcl.objectives.distillation import DistillationOptions
 from mmcl.objectives.intra_modal import IntraModalOptions
+from mmcl.objectives.multi_view import MultiViewOptions
 from mmcl.objectives.mutual import MutualOptions
 from mmcl.objectives.persistency import PersistencyOptions
 from mmcl.objectives.tcl import TCLOptions
@@ -41,6 +43,7 @@ OBJECTIVES: dict[str, ObjectiveEntry] = {
     "cross_modal": ObjectiveEntry(CrossModalOptions, cross_modal.build),
     "distillation": ObjectiveEntry(DistillationOptions, distillation.build),
     "intra_modal": ObjectiveEntry(IntraModalOptions, intra_modal.build),
+    "multi_view": ObjectiveEntry(MultiViewOptions, multi_view.build),
     "mutual": ObjectiveEntry(MutualOptions, mutual.build),
     "persistency": ObjectiveEntry(PersistencyOptions, persistency.build),
     "tcl": ObjectiveEntry(TCLOptions, tcl.build),
@@ -52,6 +55,7 @@ ObjectiveOptions: TypeAlias = Annotated[
     | CrossModalOptions
     | DistillationOptions
     | IntraModalOptions
+    | MultiViewOptions
     | MutualOptions
     | PersistencyOptions
     | TCLOptions,

@@ -119,6 +119,13 @@ CASES: dict[str, Case] = {
     "neuron_selectivity": _zoo("neuron_selectivity"),
     "flow": _zoo("flow", levels=(_TOKENS, _TOKENS)),
     "kdsvd": _zoo("kdsvd", levels=(_TOKENS, _TOKENS)),
+    "multi_view: mv_dhel": Case(
+        "multi_view", {"temperature": 0.3, "views": {"video": 2, "audio": 1, "text": 1}}, cold=_COLD
+    ),
+    "multi_view: mv_info_nce": Case("multi_view", {"temperature": 0.3, "method": "mv_info_nce"}, cold=_COLD),
+    "multi_view: mv_info_nce within": Case(
+        "multi_view", {"method": "mv_info_nce", "negatives": "all", "temperature": 0.3}, cold=_COLD
+    ),
     "mutual": Case("mutual", {"queue": 7, "temperature": 0.3}, cold=_COLD),
     "mutual: in the batch": Case("mutual", {"queue": 0, "keys": "online", "temperature": 0.3}, cold=_COLD),
     "mutual: labels": Case("mutual", {"queue": 7, "classes": 3, "temperature": 0.3, "ensemble": 0.5}, cold=_COLD),
