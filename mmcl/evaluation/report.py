@@ -17,7 +17,7 @@ from mmcl.distributed import Comm
 from mmcl.evaluation.bootstrap import bootstrap_ci
 from mmcl.evaluation.diagnostics import hubness, modality_figures, pair_figures
 from mmcl.evaluation.distinct import Floats, Integers, distinct_rows
-from mmcl.evaluation.gallery import GalleryItem
+from mmcl.evaluation.gallery import Showable
 from mmcl.evaluation.pages import write_files
 from mmcl.evaluation.ranking import RankResult, ranks_both
 from mmcl.evaluation.transductive import Method, transductive_ranks
@@ -310,7 +310,7 @@ def _same(queries: ModalityRows, gallery: ModalityRows, labels: Integers | None)
     return [order[start:stop] for start, stop in zip(starts, stops, strict=True)]
 
 
-def write_report(report: RetrievalReport, items: Sequence[GalleryItem], out_folder: str | Path) -> Path:
+def write_report(report: RetrievalReport, items: Sequence[Showable], out_folder: str | Path) -> Path:
     """Writes ``report.html``, ``report.md`` and, last, ``report.json``; returns the path of the HTML file.
 
     Each file appears under its name when it is complete. ``ModalityRows.items`` are positions in ``items``.

@@ -10,6 +10,7 @@ from mmcl.evaluation.report import DirectionResult, ListResult, RetrievalReport
 
 COLUMNS = ("R@1", "R@5", "R@10", "R@50", "MedR", "MnR", "mAP@10", "nDCG@10", "queries", "gallery", "ties")
 COUNTS = ("queries", "gallery", "ties", "unanswerable")
+DIAGNOSTICS = "Diagnostics"
 COMPARED_SHOWN = ("R@1", "R@5", "R@10", "MedR", "MnR", "mAP@10", "nDCG@10")
 
 
@@ -93,4 +94,4 @@ def _diagnostics(result: ListResult) -> Table:
                 if value is not None and key != "rows"
             ]
             rows += [(where, key, f"{value:.3f}") for where, key, value in shown]
-    return Table("Diagnostics", ("of", "figure", "value"), tuple(rows))
+    return Table(DIAGNOSTICS, ("of", "figure", "value"), tuple(rows))
