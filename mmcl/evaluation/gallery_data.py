@@ -18,6 +18,7 @@ from mmcl.evaluation.distinct import Integers
 from mmcl.evaluation.gallery import CLIP_BYTES, PICTURE_BYTES, SOUND_BYTES, Showable
 from mmcl.evaluation.pages import json_in_html
 from mmcl.evaluation.report import DirectionResult, ListResult, RetrievalReport
+from mmcl.progress import show_progress
 from mmcl.types import Modality
 
 GALLERY_BYTES = 12 << 20
@@ -123,18 +124,20 @@ class _Gallery:
     def _fill(self, wanted: Sequence[tuple[int, str]], room: int) -> int:
         """Puts media into their items until one finds no room: those after it are not even made."""
         used, full = 0, False
-        for number, kind in wanted:
-            entry = self._items[number]
-            made = None if full else getattr(self._source[number], kind)
-            if made is None and not full:
-                continue
-            uri = "" if made is None or len(made) > _LARGEST[kind] else data_uri(made, kind)
-            full = full or used + len(uri) > room
-            if uri and not full:
-                entry[kind] = uri
-                used += len(uri) + len(kind) + 6
-            else:
-                entry.setdefault("left", []).append(kind)
+        with show_progress("report", "pictures and sounds") as show:
+            for done, (number, kind) in enumerate(wanted, 1):
+                entry = self._items[number]
+                made = None if full else getattr(self._source[number], kind)
+                show(done, len(wanted), "")
+                if made is None and not full:
+                    continue
+                uri = "" if made is None or len(made) > _LARGEST[kind] else data_uri(made, kind)
+                full = full or used + len(uri) > room
+                if uri and not full:
+                    entry[kind] = uri
+                    used += len(uri) + len(kind) + 6
+                else:
+                    entry.setdefault("left", []).append(kind)
         return used
 
 

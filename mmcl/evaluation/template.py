@@ -79,7 +79,8 @@ def _list_html(report: RetrievalReport, result: ListResult) -> str:
     return (
         f'<p class="about">{result.items} clips. Guessing would reach R@1\u00a0≈\u00a0{chance:.1f}\u00a0%.{notes}</p>'
         f"{_table(result)}{_details(report, result, wanted=False)}"
-        f'<h3>How far down</h3><div class="charts wide">{recall_curves(result)}{gap_picture(result)}</div>'
+        "<h3>Recall, and where the embeddings lie</h3>"
+        f'<div class="charts wide">{recall_curves(result)}{gap_picture(result)}</div>'
         f'<h3>Where the right answer stands, % of the queries</h3><div class="charts">{histograms}</div>'
         f'<h3>Similarity of right pairs (filled) and of wrong ones (line)</h3><div class="charts">{alike}</div>'
         f"{_details(report, result, wanted=True)}"
