@@ -69,7 +69,8 @@ class _Gallery:
             rows = _Rows(self, result)
             directions = [self._direction(result, direction, rows, count) for direction in result.directions.values()]
             lists.append({"title": result.title, "rows": rows.shown, "directions": directions})
-        return {"items": self._items, "lists": lists, "k": OCCURRENCE_RANKS}
+        limits = {"gallery": GALLERY_BYTES, "clip": CLIP_BYTES, "sound": SOUND_BYTES}
+        return {"items": self._items, "lists": lists, "k": OCCURRENCE_RANKS, "limits": limits}
 
     def _direction(self, result: ListResult, direction: DirectionResult, rows: _Rows, count: int) -> dict[str, Any]:
         worst = worst_first(direction)

@@ -43,7 +43,7 @@ def evaluate_checkpoint(
     workers: int = 2,
     decoder: Decoder = DEFAULT_DECODER,
     note: str = "",
-    title: str = "",
+    data_name: str = "",
     titles: dict[str, str] | None = None,
     per: str | None = None,
     transductive: bool = False,
@@ -60,7 +60,7 @@ def evaluate_checkpoint(
         headline: the value of ``by`` whose list comes first.
         clips: evenly spaced windows per sample whose embeddings are averaged; default: as the checkpoint's run says.
         note: a sentence about the data, for the page.
-        title: of the report; default: the names of the data and of the checkpoint.
+        data_name: what the title calls the data, beside the checkpoint; default: the end of its path.
         titles: for people, by list.
         per: a metadata column, or ``label``: also the figures of the queries of each value, in the whole gallery.
         transductive: also dual and inverted softmax, in figures of their own.
@@ -98,7 +98,7 @@ def evaluate_checkpoint(
         PROTOCOL,
         fingerprint(protocol, [item.key for item in embedded.items]),
         results,
-        title=title or f"{short_name(shards)} · {short_name(str(checkpoint))}",
+        title=f"{data_name or short_name(shards)} · {short_name(str(checkpoint))}",
         note=note,
         right="the query's own clip, or one with the same caption",
         facts={

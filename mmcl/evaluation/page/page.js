@@ -304,9 +304,11 @@
   const items = Object.values(data.items);
   const without = (kinds) => items.filter((item) => (item.left || []).some((kind) => kinds.includes(kind))).length;
   const [noStill, noMedia] = [without(["poster", "waveform"]), without(["clip", "sound"])];
-  if (noMedia) {
-    at("budget").textContent = "This file is kept small: of " + items.length + " items, " + noMedia +
-      " have no room for a clip or a sound" + (noStill ? " and " + noStill + " none for a picture" : "") + ".";
+  if (noMedia || noStill) {
+    const { gallery, clip, sound: heard } = data.limits;
+    at("budget").textContent = "This gallery is kept below " + gallery / 2 ** 20 + " MiB, each clip below " +
+      clip / 1024 + " KiB, each sound below " + heard / 1024 + " KiB: of " + items.length + " items " + noMedia +
+      " found no room for a clip or a sound, " + noStill + " none for a picture.";
   }
   choose("all");
 })();
