@@ -256,6 +256,30 @@ def test_the_page_keeps_its_budget_and_says_what_it_left_out(bytes_each: int) ->
     assert bytes_each > 64 << 10 or all("poster" in item for item in worst)
 
 
+def test_what_has_no_room_is_not_even_made(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Clips cost a second each: once one found no room, no other is decoded."""
+    made: list[str] = []
+
+    class Slow:
+        captions, missing, poster, waveform, sound = ("a caption",), (), None, None, None
+
+        def __init__(self, key: str) -> None:
+            self.key = key
+
+        @property
+        def clip(self) -> bytes:
+            made.append(self.key)
+            return b"RIFF" + bytes(30_000 if len(made) < 4 else 3)
+
+    monkeypatch.setattr(gallery_data, "GALLERY_BYTES", 130_000)
+    rows = shape_rows(range(60), 1.0)
+    found = evaluate_list("all", {name: rows[name] for name in ("text", "video")})
+    page = template.render(RetrievalReport("slow", "", (found,)), [Slow(str(number)) for number in range(60)])[0]
+    shown = payload(page)["items"].values()
+    assert len(made) == 3 and sum("clip" in item for item in shown) == 2
+    assert sum("clip" in item.get("left", []) for item in shown) == 58
+
+
 def test_text_that_is_too_long_lists_fewer_queries_the_worst_and_a_random_draw(monkeypatch: pytest.MonkeyPatch) -> None:
     count = 600
     items = [GalleryItem(f"{number}", ("word",)) for number in range(count)]
