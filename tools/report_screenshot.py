@@ -6,42 +6,32 @@ import argparse
 import sys
 import tempfile
 from pathlib import Path
-from typing import Any
 
-FLAGS = (
-    "--headless=new",
-    "--no-sandbox",
-    "--disable-gpu",
-    "--disable-quic",
-    "--no-first-run",
-    "--disable-background-networking",
-    "--disable-component-update",
-    "--disable-sync",
-    "--hide-scrollbars",
-)
+ROOT = Path(__file__).parents[1]
 
 
-def photograph(page: Path, out: Path, width: int, height: int, scheme: str, choose: list[str]) -> None:
-    """Saves the top ``height`` pixels of ``page`` (0: all of it), after clicking the filters named in ``choose``."""
-    from selenium import webdriver
-    from selenium.webdriver.chrome.service import Service
+def photograph(
+    page: Path, out: Path, width: int, height: int, scheme: str = "light", choose: list[str] | None = None, at: str = ""
+) -> None:
+    """Saves the first ``height`` pixels of ``page`` (0: all of it) from the element ``at`` (a CSS selector) on, after
+    clicking the tabs and filters named in ``choose``."""
+    sys.path.insert(0, str(ROOT / "tests"))
     from selenium.webdriver.common.by import By
+    from support.browser import look, open_browser
 
     with tempfile.TemporaryDirectory() as profile:
-        options = webdriver.ChromeOptions()
-        options.binary_location = "/usr/bin/chromium"
-        for flag in (*FLAGS, f"--user-data-dir={profile}"):
-            options.add_argument(flag)
-        browser = webdriver.Chrome(options=options, service=Service("/usr/bin/chromedriver"))
+        browser = open_browser(profile, "--hide-scrollbars")
         try:
-            features = [{"name": "prefers-color-scheme", "value": scheme}]
-            browser.execute_cdp_cmd("Emulation.setEmulatedMedia", {"features": features})
-            _set_size(browser, width, height or 1000)
+            look(browser, width, height or 1000, scheme)
             browser.get(page.resolve().as_uri())
-            for text in choose:
-                browser.find_element(By.XPATH, f"//form//label[span[normalize-space()={text!r}]]").click()
+            for text in choose or []:
+                named = f"[normalize-space()={text!r}]"
+                browser.find_element(By.XPATH, f"//form//label[span{named}] | //button{named}").click()
             if not height:
-                _set_size(browser, width, browser.execute_script("return document.documentElement.scrollHeight"))
+                look(browser, width, browser.execute_script("return document.documentElement.scrollHeight"), scheme)
+            browser.execute_script("scrollTo(0, 0)")
+            if at:
+                browser.execute_script("document.querySelector(arguments[0]).scrollIntoView()", at)
             out.parent.mkdir(parents=True, exist_ok=True)
             if not browser.save_screenshot(str(out)):
                 raise OSError(f"cannot write {out}")
@@ -49,28 +39,23 @@ def photograph(page: Path, out: Path, width: int, height: int, scheme: str, choo
             browser.quit()
 
 
-def _set_size(browser: Any, width: int, height: int) -> None:
-    """The size of the page's viewport, whatever the window around it; below a window's smallest width too."""
-    metrics = {"width": width, "height": height, "deviceScaleFactor": 1, "mobile": False}
-    browser.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", metrics)
-
-
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("page", type=Path)
     parser.add_argument("--out", type=Path, required=True, help="PNG to write")
     parser.add_argument("--width", type=int, default=1280)
-    parser.add_argument("--height", type=int, default=0, help="pixels from the top; 0: the whole page")
+    parser.add_argument("--height", type=int, default=0, help="pixels; 0: the whole page")
+    parser.add_argument("--at", default="", help="CSS selector of the element at the top, e.g. section.gallery")
     parser.add_argument("--scheme", choices=("light", "dark"), default="light")
     parser.add_argument(
-        "--choose", action="append", default=[], help="a filter to click by its text, e.g. worst; repeatable"
+        "--choose", action="append", default=[], help="a tab or filter to click by its text, e.g. Hubs; repeatable"
     )
-    options = parser.parse_args()
-    if not options.page.is_file():
-        print(f"{options.page}: no such file", file=sys.stderr)
+    given = parser.parse_args()
+    if not given.page.is_file():
+        print(f"{given.page}: no such file", file=sys.stderr)
         return 2
-    photograph(options.page, options.out, options.width, options.height, options.scheme, options.choose)
-    print(options.out)
+    photograph(given.page, given.out, given.width, given.height, given.scheme, given.choose, given.at)
+    print(given.out)
     return 0
 
 

@@ -69,6 +69,7 @@ def run_demo(out: Path, *, steps: int | None = None, seed: int = 0, clips: Path 
         workers=config.data.workers,
         decoder=config.data.decoder,
         note=NOTE if clips is None else "",
+        data_name="Arcade games" if clips is None else clips.name,
         titles=TITLES,
     )
     print_evaluation(evaluation, examples=True)

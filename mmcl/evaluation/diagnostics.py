@@ -14,6 +14,8 @@ from mmcl.losses import alignment, tolerance, uniformity
 
 SAMPLED_ROWS = 2000
 """figures over pairs of rows are of so many rows, drawn at random, where there are more"""
+OCCURRENCE_RANKS = 10
+"""first places that count as found, for hubs"""
 BINS = 40
 """of a histogram of similarities, from −1 to 1"""
 
@@ -75,13 +77,17 @@ def pair_figures(queries: Tensor, gallery: Tensor, right: list[Integers], *, see
     }
 
 
-def hubness(result: RankResult, k: int = 10) -> float:
-    """Skewness of how often each gallery row is among the first ``k`` of a query; 0: all alike.
+def occurrences(result: RankResult, k: int = OCCURRENCE_RANKS) -> Integers:
+    """``(M,)``: how often each gallery row is among the first ``k`` of a query."""
+    return np.bincount(result.top_indices[:, :k].ravel(), minlength=result.gallery)
+
+
+def hubness(result: RankResult, k: int = OCCURRENCE_RANKS) -> float:
+    """Skewness of :func:`occurrences`; 0: all rows alike.
 
     Source: Radovanović et al. 2010 (JMLR 11), equation 1.
     """
-    found = result.top_indices[:, :k]
-    counts = np.bincount(found.ravel(), minlength=result.gallery).astype(np.float64)
+    counts = occurrences(result, k).astype(np.float64)
     deviations = counts - counts.mean()
     spread = float(np.sqrt(np.mean(deviations**2)))
     return float(np.mean(deviations**3) / spread**3) if spread else 0.0

@@ -72,6 +72,12 @@ class RankResult:
         per_query = {name: column[queries] for name, column in self.per_query.items()}
         return replace(self, **cut, per_query=per_query)
 
+    def hits_at(self, k: int) -> float:
+        """R@k of any k ≥ 1, in percent, as in :meth:`metrics`; NaN where nothing is answerable."""
+        asked = self.answerable
+        hits = _hit_percent(k, self.better[asked], self.tied[asked], self.tied_relevant[asked])
+        return _mean(hits) if len(hits) else float("nan")
+
     def metrics(self) -> dict[str, float]:
         """The figures of one direction: see :func:`retrieval_metrics`."""
         counted = self.answerable

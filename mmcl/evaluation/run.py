@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import overload
 
 import numpy as np
 from torch import Tensor
@@ -13,22 +12,14 @@ from torch import Tensor
 from mmcl.distributed import Comm
 from mmcl.evaluation.against import compare
 from mmcl.evaluation.embed import EmbeddedItem, EmbeddedShards, default_clips, embed_shards
-from mmcl.evaluation.gallery import GalleryItem, poster_jpeg, waveform_svg
 from mmcl.evaluation.report import ListResult, ModalityRows, RetrievalReport, evaluate_list, fingerprint, write_report
+from mmcl.evaluation.shard_gallery import ShardGallery
 from mmcl.folders import check_writable, read_report
-from mmcl.media.clip import MediaReader
-from mmcl.media.image import decode_image
-from mmcl.media.video import open_video
-from mmcl.media.windows import Window, frame_indices
 from mmcl.model import MultimodalModel
 from mmcl.shards import load_manifest
-from mmcl.shards.manifest import Manifest
-from mmcl.shards.members import Sample, parse_sample
-from mmcl.shards.reader import ShardReader
-from mmcl.types import DEFAULT_DECODER, AudioSpec, ConfigError, Decoder, Modality, SampleError
+from mmcl.types import DEFAULT_DECODER, ConfigError, Decoder, Modality
 
 PROTOCOL = "paired"
-WAVE_RATE_HZ = 4000
 
 
 @dataclass(frozen=True, eq=False)
@@ -52,6 +43,7 @@ def evaluate_checkpoint(
     workers: int = 2,
     decoder: Decoder = DEFAULT_DECODER,
     note: str = "",
+    data_name: str = "",
     titles: dict[str, str] | None = None,
     per: str | None = None,
     transductive: bool = False,
@@ -68,6 +60,7 @@ def evaluate_checkpoint(
         headline: the value of ``by`` whose list comes first.
         clips: evenly spaced windows per sample whose embeddings are averaged; default: as the checkpoint's run says.
         note: a sentence about the data, for the page.
+        data_name: what the title calls the data, beside the checkpoint; default: the end of its path.
         titles: for people, by list.
         per: a metadata column, or ``label``: also the figures of the queries of each value, in the whole gallery.
         transductive: also dual and inverted softmax, in figures of their own.
@@ -105,10 +98,12 @@ def evaluate_checkpoint(
         PROTOCOL,
         fingerprint(protocol, [item.key for item in embedded.items]),
         results,
+        title=f"{data_name or short_name(shards)} · {short_name(str(checkpoint))}",
         note=note,
         right="the query's own clip, or one with the same caption",
         facts={
-            "checkpoint": Path(checkpoint).name,
+            "checkpoint": short_name(str(checkpoint)),
+            "shards": short_name(shards),
             "windows per clip": str(clips),
             **({"unreadable samples": str(len(embedded.skipped))} if embedded.skipped else {}),
         },
@@ -130,6 +125,17 @@ class _Further:
     transductive: bool
     banks: dict[Modality, Tensor]
     comm: Comm
+
+
+def short_name(place: str) -> str:
+    """What tells a folder or an address apart for people: its last two names, less those that every run has.
+
+    >>> short_name("/data/msrvtt/shards/test"), short_name("runs/large/checkpoints/step_00000100")
+    ('msrvtt/test', 'large/step_00000100')
+    """
+    path = place.partition("://")[2].partition("?")[0] or str(Path(place).absolute())
+    names = [name for name in path.split("/") if name not in ("", ".", "shards", "checkpoints", "index.json")]
+    return "/".join(names[-2:]) or place
 
 
 def group_names(items: Sequence[EmbeddedItem], per: str) -> list[str | None]:
@@ -208,78 +214,3 @@ def _caption_numbers(owners: np.ndarray) -> np.ndarray:
     """0, 1, … within each run of equal owners."""
     starts = np.flatnonzero(np.r_[True, owners[1:] != owners[:-1]])
     return np.arange(len(owners)) - np.repeat(starts, np.diff(np.r_[starts, len(owners)]))
-
-
-class ShardGallery(Sequence[GalleryItem]):
-    """The items of some embedded shards as pictures; each is decoded when the page asks for it."""
-
-    def __init__(self, manifest: Manifest, embedded: EmbeddedShards) -> None:
-        self._reader = ShardReader(manifest)
-        self._ends = np.cumsum(manifest.sizes)
-        self._embedded = embedded
-        self._made: dict[int, GalleryItem] = {}
-        self._have = {modality: set(owners.tolist()) for modality, owners in embedded.owners.items()}
-
-    def __len__(self) -> int:
-        return len(self._embedded.items)
-
-    @overload
-    def __getitem__(self, number: int) -> GalleryItem: ...
-    @overload
-    def __getitem__(self, number: slice) -> Sequence[GalleryItem]: ...
-    def __getitem__(self, number: int | slice) -> GalleryItem | Sequence[GalleryItem]:
-        if isinstance(number, slice):
-            return [self[index] for index in range(*number.indices(len(self)))]
-        if number not in self._made:
-            self._made[number] = self._make(number)
-        return self._made[number]
-
-    def _make(self, number: int) -> GalleryItem:
-        item = self._embedded.items[number]
-        shard = int(np.searchsorted(self._ends, item.draw, side="right"))
-        first = int(self._ends[shard - 1]) if shard else 0
-        sample = parse_sample(self._reader.read(shard, item.draw - first))
-        missing = tuple(modality for modality, owners in self._have.items() if number not in owners)
-        return GalleryItem(item.key, item.captions, poster_of(sample), waveform_of(sample), missing)
-
-
-def poster_of(sample: Sample) -> bytes | None:
-    """A JPEG of the middle of a sample; None where it shows nothing."""
-    try:
-        if sample.video is not None:
-            reader = open_video(sample.video, decoder="pyav")
-            try:
-                start, end = sample.window_seconds or (0.0, reader.duration_seconds)
-                middle = frame_indices(reader.frame_times_seconds, np.array([(start + end) / 2]))
-                return poster_jpeg(reader.read(middle)[0])
-            finally:
-                reader.close()
-        return None if sample.image is None else poster_jpeg(decode_image(sample.image))
-    except SampleError:
-        return None
-
-
-def waveform_of(sample: Sample) -> bytes | None:
-    """An SVG of the sound of a sample, at most its middle 10 seconds; None where it is silent by lack of a track."""
-    try:
-        with _reader_of(sample) as media:
-            seconds = min(max(media.duration_seconds, 0.1), 10.0)
-            wave = media.read_audio(_middle(media, seconds), AudioSpec(WAVE_RATE_HZ, seconds))
-    except SampleError:
-        return None
-    return None if wave is None else waveform_svg(wave)
-
-
-def _middle(media: MediaReader, seconds: float) -> Window:
-    start = max(0.0, (media.duration_seconds - seconds) / 2)
-    return Window(start, start + seconds)
-
-
-def _reader_of(sample: Sample) -> MediaReader:
-    return MediaReader(
-        video=sample.video,
-        image=sample.image,
-        audio=sample.audio,
-        duration_seconds=sample.duration_seconds,
-        window_seconds=sample.window_seconds,
-    )

@@ -11,7 +11,7 @@ from rich.table import Table
 
 from mmcl.evaluation.report import DirectionResult, ListResult
 from mmcl.evaluation.run import Evaluation
-from mmcl.evaluation.tables import COLUMNS, further_tables, missing_lines, table
+from mmcl.evaluation.tables import COLUMNS, DIAGNOSTICS, further_tables, missing_lines, table
 from mmcl.types import Modality
 
 NOUNS = {"video": "picture", "audio": "sound", "text": "text"}
@@ -29,7 +29,7 @@ def print_evaluation(evaluation: Evaluation, *, examples: bool = False) -> None:
             shown.add_row(*map(escape, row))
         console.print(shown)
         for extra in further_tables(evaluation.report, result):
-            if extra.title != "Diagnostics":  # of these the files tell
+            if extra.title != DIAGNOSTICS:  # of these the files tell
                 more = Table(*extra.head, title=escape(extra.title), title_justify="left", box=None, padding=(0, 1))
                 for cells in extra.rows:
                     more.add_row(*map(escape, cells))

@@ -5,7 +5,14 @@ from __future__ import annotations
 import numpy as np
 import torch
 
-from mmcl.evaluation.gallery import GalleryItem, poster_jpeg, waveform_svg
+from mmcl.evaluation.gallery import (
+    SOUND_RATE_HZ,
+    GalleryItem,
+    clip_webp,
+    poster_jpeg,
+    sound_webm,
+    waveform_svg,
+)
 from mmcl.evaluation.report import ModalityRows, RetrievalReport, evaluate_list, fingerprint
 
 COLOURS = {
@@ -39,9 +46,9 @@ def shape_frame(colour: tuple[int, int, int], shape: str, place: int, height: in
     return np.where(inside, np.array(colour)[:, None, None], ground).astype(np.uint8)
 
 
-def tone(number: int, samples: int = 8000) -> np.ndarray:
+def tone(number: int, seconds: float = 2.0, rate_hz: int = 4000) -> np.ndarray:
     """float32 ``(S,)``: a tone whose loudness swells and falls at its own pace."""
-    seconds = np.arange(samples) / 4000
+    seconds = np.arange(round(rate_hz * seconds)) / rate_hz
     swell = np.abs(np.sin(np.pi * seconds * (0.5 + 0.37 * (number % 11)))) ** (1 + number % 3)
     return (swell * np.sin(2 * np.pi * (110 + 20 * number) * seconds)).astype(np.float32)
 
@@ -50,8 +57,14 @@ def is_silent(number: int) -> bool:
     return number % 24 == 23
 
 
-def shape_items(count: int = 120) -> list[GalleryItem]:
-    """Different items, one in 24 of them without sound."""
+def shape_clip(colour: tuple[int, int, int], shape: str, place: int) -> bytes | None:
+    """The shape, going from left to right."""
+    frames = np.stack([np.roll(shape_frame(colour, shape, place), 8 * step, axis=2) for step in range(8)])
+    return clip_webp(frames, 1.0)
+
+
+def shape_items(count: int = 120, *, media: bool = False) -> list[GalleryItem]:
+    """Different items, one in 24 of them without sound; with ``media`` they move and sound too."""
     items = []
     for number in range(count):
         name, colour = list(COLOURS.items())[number % 8]
@@ -63,6 +76,8 @@ def shape_items(count: int = 120) -> list[GalleryItem]:
                 poster=poster_jpeg(shape_frame(colour, shape, place)),
                 waveform=waveform_svg(tone(number)) if not is_silent(number) else None,
                 missing=("audio",) if is_silent(number) else (),
+                clip=shape_clip(colour, shape, place) if media else None,
+                sound=sound_webm(tone(number, 1.0, SOUND_RATE_HZ)) if media and not is_silent(number) else None,
             )
         )
     return items

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import io
 import json
 import subprocess
 import sys
@@ -11,14 +12,18 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 from safetensors.torch import load_file
 from support.recipes import tiny_config
 
 from mmcl.distributed import Comm
 from mmcl.evaluation.embed import EmbeddedShards, embed_shards, embed_to_folder
 from mmcl.evaluation.run import caption_labels, evaluate_checkpoint, group_names, split_lists
+from mmcl.evaluation.shard_gallery import CLIP_FRAMES, ShardGallery
+from mmcl.media.audio import read_audio
 from mmcl.model import MultimodalModel
 from mmcl.recipe import build_model
+from mmcl.shards import load_manifest
 from mmcl.types import ConfigError, RunError
 
 
@@ -105,10 +110,35 @@ def test_the_report_of_an_untrained_model(folder: Path, shards_folder: Path, tmp
     assert saved["lists"]["all"]["missing"] == {"audio": 2}
     assert next(iter(evaluation.report.headline.directions)) == "text->video"
     page = (tmp_path / "report.html").read_text()
-    assert "data:image/jpeg" in page
-    assert "<svg" in page
+    for kind in ("image/jpeg", "image/svg+xml", "image/webp", "audio/webm"):
+        assert f"data:{kind};base64," in page
+    names = [part for part in (*shards_folder.parts, "train") if part != "shards"]
+    assert saved["title"] == f"{'/'.join(names[-2:])} · {'/'.join(folder.parts[-2:])}"
+    assert f"# Retrieval report: {saved['title'].replace('_', chr(92) + '_')}\n" in (tmp_path / "report.md").read_text()
     again = evaluate_checkpoint(folder, str(shards_folder / "train"), tmp_path / "b", clips=2, workers=1)
     assert again.report.fingerprint == evaluation.report.fingerprint
+
+
+def test_items_are_shown_as_picture_and_sound(embedded: EmbeddedShards, shards_folder: Path) -> None:
+    """The middle of each: a poster and a moving clip of it, a picture of its sound and the sound itself."""
+    gallery = ShardGallery(load_manifest(shards_folder / "train"), embedded)
+    silent = {number for number in range(16) if number not in embedded.owners["audio"].tolist()}
+    assert len(gallery) == 16 and len(silent) == 2
+    for number, item in enumerate(gallery):
+        assert (item.key, item.captions) == (embedded.items[number].key, embedded.items[number].captions)
+        assert item.missing == (("audio",) if number in silent else ())
+        assert (item.waveform is None) == (item.sound is None) == (number in silent)
+    shown = gallery[next(number for number in range(16) if number not in silent)]
+    poster = np.asarray(Image.open(io.BytesIO(shown.poster)).convert("RGB"), np.float32).mean((0, 1))
+    clip = Image.open(io.BytesIO(shown.clip))
+    assert clip.n_frames == CLIP_FRAMES
+    clip.seek(CLIP_FRAMES // 2)
+    assert np.abs(np.asarray(clip.convert("RGB"), np.float32).mean((0, 1)) - poster).max() < 12
+    sample = gallery.sample(next(item.draw for item in embedded.items if item.key == shown.key))
+    half = {"start_seconds": 0.0, "end_seconds": 0.5, "sample_rate_hz": 8000}
+    waves = [read_audio(media, **half) for media in (shown.sound, sample.audio or sample.video)]
+    tones = [int(np.abs(np.fft.rfft(wave)).argmax()) for wave in waves if wave is not None]
+    assert len(tones) == 2 and abs(tones[0] - tones[1]) <= 1 < tones[0]
 
 
 def test_embeddings_are_written(folder: Path, shards_folder: Path, tmp_path: Path) -> None:

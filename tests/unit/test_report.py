@@ -13,10 +13,10 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from support.reports import shape_items, shape_report, shape_rows
+from support.reports import is_silent, shape_items, shape_report, shape_rows
 
-from mmcl.evaluation import template
-from mmcl.evaluation.gallery import GalleryItem, poster_jpeg, waveform_svg
+from mmcl.evaluation import gallery, gallery_data, template
+from mmcl.evaluation.gallery import GalleryItem, clip_webp, poster_jpeg, sound_webm, waveform_svg
 from mmcl.evaluation.ranking import retrieval_metrics
 from mmcl.evaluation.report import (
     ModalityRows,
@@ -25,7 +25,8 @@ from mmcl.evaluation.report import (
     fingerprint,
     write_report,
 )
-from mmcl.evaluation.tables import markdown, table
+from mmcl.evaluation.tables import table
+from mmcl.media.audio import read_audio
 from mmcl.types import ConfigError, RunError
 
 SIX = ["text->video", "video->text", "text->audio", "audio->text", "video->audio", "audio->video"]
@@ -168,55 +169,135 @@ def test_hostile_text_stays_text(tmp_path: Path) -> None:
     tags = Tags()
     tags.feed(page)
     assert sum(tag == "script" for tag, _ in tags.found) == 2
-    assert not [tag for tag, _ in tags.found if tag in ("img", "iframe", "object", "base")]
+    assert not [tag for tag, _ in tags.found if tag in ("img", "video", "iframe", "object", "base")]
     assert [found for tag, found in tags.found if tag == "link"] == [{"rel": "icon", "href": "data:,"}]
     assert not [name for _, attributes in tags.found for name in attributes if name.startswith("on")]
     shown = {text for item in payload(page)["items"].values() for text in item["captions"].values()}
     assert HOSTILE[0] in shown and HOSTILE[2] in shown
-    assert max(map(len, shown)) <= template.CAPTION_LETTERS
-    assert "<script>" not in markdown(report)
+    assert max(map(len, shown)) <= gallery_data.CAPTION_LETTERS
+    assert "<script>" not in template.render(report, items)[1]
     assert "http" not in re.sub(r"data:image/[^\"]*|http-equiv", "", page)
 
 
-def test_each_picture_is_embedded_once() -> None:
-    items = shape_items()
-    page = template.render_html(shape_report(items), items)
-    shown = payload(page)["items"].values()
-    pictures = [item[kind] for item in shown for kind in ("poster", "waveform") if kind in item]
-    assert len(pictures) > 200 and page.count("data:image/") == len(pictures)
+def test_every_medium_is_embedded_once() -> None:
+    items = shape_items(36, media=True)
+    page = template.render(shape_report(items, new=6), items)[0]
+    shown = payload(page)["items"]
+    assert len(shown) == 36 and not [item for item in shown.values() if "left" in item]
+    for kind in ("poster", "waveform", "clip", "sound"):
+        have = {int(number) for number, item in shown.items() if kind in item}
+        assert have == {number for number, item in enumerate(items) if getattr(item, kind) is not None}, kind
+    assert page.count(";base64,") == sum(len({"poster", "waveform", "clip", "sound"} & set(i)) for i in shown.values())
+    assert page.count("data:image/webp") == 36 and page.count("data:audio/webm") == 35
 
 
-def test_right_answers_are_marked() -> None:
+def test_queries_are_listed_worst_first_and_their_right_answers_marked() -> None:
     items = shape_items()
     report = shape_report(items, noise=0.9)
-    data = payload(template.render_html(report, items))
-    for shown, direction in zip(data["lists"][0]["directions"], report.headline.directions.values(), strict=True):
-        for example in shown["examples"]["worst"] + shown["examples"]["best"]:
-            own = example["query"][0]
-            assert [entry[0] == own for entry in example["top"]] == [bool(entry[3]) for entry in example["top"]]
-            assert example.get("right", [own])[0] == own
-            assert ("right" in example) == (example["rank"] > 5)
-        worst = [example["rank"] for example in shown["examples"]["worst"]]
-        assert worst == sorted(worst, reverse=True)
-        assert worst[0] == round(np.nanmax(direction.ranks.expected_rank), 1)
+    data = payload(template.render(report, items)[0])
+    known = data["lists"][0]
+    for shown, direction in zip(known["directions"], report.headline.directions.values(), strict=True):
+        ask, answer = known["rows"][shown["query"]], known["rows"][shown["gallery"]]
+        answerable = np.flatnonzero(direction.ranks.answerable)
+        assert shown["asked"] == len(shown["queries"]) == len(answerable)
+        assert sorted(shown["shuffled"]) == list(range(len(answerable))) != shown["shuffled"]
+        for query, rank, _, bits, found, scores, *right in shown["queries"]:
+            own = ask[query][0]
+            assert [answer[row][0] == own for row in found] == [bool(bits >> place & 1) for place in range(5)]
+            assert scores == sorted(scores, reverse=True)
+            assert bool(right) == (rank > 5) == (bits == 0)
+            assert not right or answer[right[0]][0] == own
+        ranks = [query[1] for query in shown["queries"]]
+        assert ranks == sorted(ranks, reverse=True)
+        assert ranks[0] == round(np.nanmax(direction.ranks.expected_rank), 1)
 
 
-@pytest.mark.parametrize("bytes_each", [30_000, 60_000, 70_000])
-def test_the_page_keeps_its_budget(bytes_each: int) -> None:
+def test_hubs_are_those_that_most_queries_find() -> None:
+    items = shape_items(60)
+    rows = shape_rows(range(60), 0.5)
+    text, video = rows["text"], rows["video"]
+    video.embeddings[7] = torch.nn.functional.normalize(text.embeddings.sum(0), dim=0)
+    report = RetrievalReport("hubs", "", (evaluate_list("all", {"text": text, "video": video}),))
+    data = payload(template.render(report, items)[0])["lists"][0]
+    way = data["directions"][0]
+    found = report.headline.directions["text->video"].ranks.top_indices[:, :10]
+    counts = [(found == row).sum() for row in range(60)]
+    assert [hub[1] for hub in way["hubs"]] == sorted((count for count in counts if count), reverse=True)[:30]
+    row, count, queries, bits = way["hubs"][0]
+    assert data["rows"]["video"][row][0] == 7 and count == counts[7] == max(counts)
+    asked = [data["rows"]["text"][query][0] for query in queries]
+    places = [int(np.flatnonzero(found[query] == 7)[0]) for query in asked]
+    assert len(asked) == 5 and places == sorted(places)
+    assert [bool(bits >> place & 1) for place in range(5)] == [query == 7 for query in asked]
+
+
+@pytest.mark.parametrize("bytes_each", [2_000, 20_000, 60_000, 70_000])
+def test_the_page_keeps_its_budget_and_says_what_it_left_out(bytes_each: int) -> None:
     count = 600
-    poster = b"\xff\xd8\xff" + bytes(bytes_each)
-    items = [GalleryItem(f"{number}", ("word " * 3000,), poster, poster) for number in range(count)]
+    jpeg, webm = b"\xff\xd8\xff" + bytes(bytes_each), b"\x1a\x45\xdf" + bytes(bytes_each)
+    items = [GalleryItem(f"{number}", ("word " * 3000,), jpeg, jpeg, (), jpeg, webm) for number in range(count)]
     rows = shape_rows(range(count), 3.0)
-    page = template.render_html(RetrievalReport("large", "", (evaluate_list("all", rows),)), items)
-    assert len(page) < template.GALLERY_BYTES + 100_000
-    assert payload(page)["lists"][0]["directions"][0]["examples"]["worst"]
+    page = template.render(RetrievalReport("large", "", (evaluate_list("all", rows),)), items)[0]
+    data = payload(page)
+    assert len(page) < gallery_data.GALLERY_BYTES + 100_000
+    assert len(data["lists"][0]["directions"][0]["queries"]) == count
+    kinds = {"poster": "jpeg", "waveform": "jpeg", "clip": "jpeg", "sound": "webm"}
+    for number, item in data["items"].items():
+        unseen = {"waveform"} if is_silent(int(number)) else set()
+        assert {*item} & {*kinds} | {*item.get("left", [])} == {*kinds} - unseen
+    used = {kind: sum(len(item.get(kind, "")) for item in data["items"].values()) for kind in kinds}
+    assert used["poster"] + used["waveform"] <= gallery_data.STILL_BYTES
+    limits = {"poster": 64 << 10, "waveform": 64 << 10, "clip": 48 << 10, "sound": 24 << 10}
+    assert {kind for kind in kinds if used[kind]} == {kind for kind, limit in limits.items() if bytes_each < limit}
+    if bytes_each == 20_000:  # used up, but for one medium
+        assert len(page) > gallery_data.GALLERY_BYTES - 250_000
+    first = data["lists"][0]["directions"][0]["queries"][0]
+    worst = [data["items"][str(data["lists"][0]["rows"]["video"][row][0])] for row in first[4]]
+    assert bytes_each > 64 << 10 or all("poster" in item for item in worst)
+
+
+def test_what_has_no_room_is_not_even_made(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Clips cost a second each: once one found no room, no other is decoded."""
+    made: list[str] = []
+
+    class Slow:
+        captions, missing, poster, waveform, sound = ("a caption",), (), None, None, None
+
+        def __init__(self, key: str) -> None:
+            self.key = key
+
+        @property
+        def clip(self) -> bytes:
+            made.append(self.key)
+            return b"RIFF" + bytes(30_000 if len(made) < 4 else 3)
+
+    monkeypatch.setattr(gallery_data, "GALLERY_BYTES", 130_000)
+    rows = shape_rows(range(60), 1.0)
+    found = evaluate_list("all", {name: rows[name] for name in ("text", "video")})
+    page = template.render(RetrievalReport("slow", "", (found,)), [Slow(str(number)) for number in range(60)])[0]
+    shown = payload(page)["items"].values()
+    assert len(made) == 3 and sum("clip" in item for item in shown) == 2
+    assert sum("clip" in item.get("left", []) for item in shown) == 58
+
+
+def test_text_that_is_too_long_lists_fewer_queries_the_worst_and_a_random_draw(monkeypatch: pytest.MonkeyPatch) -> None:
+    count = 600
+    items = [GalleryItem(f"{number}", ("word",)) for number in range(count)]
+    found = evaluate_list("all", {name: shape_rows(range(count), 3.0)[name] for name in ("text", "video")})
+    monkeypatch.setattr(gallery_data, "TEXT_BYTES", 80_000)
+    way = payload(template.render(RetrievalReport("long", "", (found,)), items)[0])["lists"][0]["directions"][0]
+    assert (len(way["queries"]), way["asked"]) == (200, 600)
+    ranks = np.sort(found.directions["text->video"].ranks.expected_rank)[::-1].round(1)
+    shown = [query[1] for query in way["queries"]]
+    assert shown[:100] == ranks[:100].tolist() and shown[100:] != ranks[100:200].tolist()
+    assert min(shown[100:]) < np.median(ranks)
 
 
 def test_histogram_counts_every_query() -> None:
     rows = shape_rows(range(60), 3.0)
     found = evaluate_list("all", {name: rows[name] for name in ("text", "video")})
     report = RetrievalReport("ranks", "", (found,))
-    page = template.render_html(report, [GalleryItem(str(number)) for number in range(60)])
+    page = template.render(report, [GalleryItem(str(number)) for number in range(60)])[0]
     spoken = re.search(r'aria-label="text-&gt;video: share of queries[^"]*"', page)[0]
     shares = [float(value) for value in re.findall(r": ([\d.]+) %", spoken)]
     assert sum(shares) == pytest.approx(100, abs=0.5)
@@ -231,10 +312,41 @@ def test_poster() -> None:
     assert picture.getpixel((150, 20))[0] > 240 > 15 > picture.getpixel((10, 20))[0]
     assert Image.open(io.BytesIO(poster_jpeg(np.zeros((1, 20, 10), np.uint8)))).size == (10, 20)
     noise = np.random.default_rng(0).integers(0, 256, (3, 720, 720), dtype=np.uint8)
-    assert len(poster_jpeg(noise)) < template.PICTURE_BYTES / 2
+    assert len(poster_jpeg(noise)) < gallery_data.PICTURE_BYTES / 2
     for wrong in (frame.astype(np.float32), frame[0], np.zeros((4, 2, 2), np.uint8), np.zeros((3, 0, 2), np.uint8)):
         with pytest.raises(ValueError, match="a frame must be uint8"):
             poster_jpeg(wrong)
+
+
+def test_clip() -> None:
+    frames = np.zeros((4, 3, 90, 320), np.uint8)
+    for step in range(4):
+        frames[step, step % 3, :, 80 * step : 80 * step + 80] = 255
+    clip = Image.open(io.BytesIO(clip_webp(frames, 1.0) or b""))
+    assert (clip.format, clip.size, clip.n_frames, clip.info["loop"]) == ("WEBP", (128, 36), 4, 0)
+    clip.seek(1)
+    clip.load()
+    assert clip.info["duration"] == 250 and clip.convert("RGB").getpixel((48, 18))[1] > 200
+    noise = np.random.default_rng(0).integers(0, 256, (12, 3, 128, 128), dtype=np.uint8)
+    assert len(clip_webp(noise, 3.0) or b"") <= gallery.CLIP_BYTES
+    assert clip_webp(np.concatenate([noise] * 5), 15.0) is None
+    assert clip_webp(frames[:1], 1.0) is None and clip_webp(frames[[1, 1, 1]], 1.0) is None
+    with pytest.raises(ValueError, match="a clip must be uint8"):
+        clip_webp(frames[0], 1.0)
+
+
+def test_sound() -> None:
+    seconds = np.arange(5 * gallery.SOUND_RATE_HZ) / gallery.SOUND_RATE_HZ
+    wave = 0.5 * np.sin(2 * np.pi * 440 * seconds).astype(np.float32)
+    sound = sound_webm(wave)
+    assert sound and len(sound) < gallery.SOUND_BYTES and sound == sound_webm(wave)
+    back = read_audio(sound, start_seconds=0.0, end_seconds=5.0, sample_rate_hz=8000)
+    assert np.abs(np.fft.rfft(back)).argmax() / 5 == pytest.approx(440, abs=1)
+    assert np.abs(back).max() == pytest.approx(0.5, abs=0.1)
+    assert sound_webm(np.zeros(0, np.float32)) is None
+    noise = np.random.default_rng(0).normal(size=len(wave)).astype(np.float32)
+    assert len(sound_webm(noise) or b"") < gallery.SOUND_BYTES
+    assert sound_webm(np.full(9, np.nan, np.float32))
 
 
 def test_waveform() -> None:

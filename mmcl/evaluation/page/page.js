@@ -2,20 +2,24 @@
 "use strict";
 (() => {
   const data = JSON.parse(document.getElementById("data").textContent);
-  const form = document.getElementById("filters");
-  const cards = document.getElementById("cards");
-  const status = document.getElementById("status");
-  const kinds = { random: "drawn at random", worst: "that went worst", best: "that went best" };
+  const at = (id) => document.getElementById(id);
+  const [form, cards, status, pages, tabs, sound] = ["filters", "cards", "status", "pages", "tabs", "sound"].map(at);
+  const PAGE = 10;
+  const TABS = { all: "All queries", worst: "Worst first", hubs: "Hubs" };
+  const RANKS = [["any", 0, Infinity], ["1", 0, 1], ["2–5", 1, 5], ["6–10", 5, 10], ["over 10", 10, Infinity]];
   const pictures = { video: "poster", audio: "waveform" };
   const nouns = { video: "video", audio: "sound", text: "caption" };
+  const still = matchMedia("(prefers-reduced-motion: reduce)");
+  const state = { tab: "all", page: 0 };
 
-  // Everything that comes from the data set enters the page as text or as the source of a picture, never as HTML.
+  // Everything that comes from the data set enters the page as text or as the source of a medium, never as HTML.
   const make = (tag, name, text) => {
     const node = document.createElement(tag);
     if (name) node.className = name;
     if (text !== undefined) node.textContent = text;
     return node;
   };
+  const noun = (modality) => nouns[modality] || modality;
   const wording = (item, caption) => item.captions[caption] || item.captions[0] || item.key;
   const words = (text) => {
     const node = make("div", "words", text);
@@ -24,105 +28,287 @@
     return node;
   };
 
+  // One picture moves and one sound plays at a time.
+  let playing = null;
+  const moving = (button, on) => {
+    const image = button.querySelector("img");
+    const { clip, poster } = button.media;
+    if (image && clip) image.src = on ? clip : poster;
+  };
+  const stop = () => {
+    if (!playing) return;
+    const button = playing;
+    playing = null;
+    sound.pause();
+    button.setAttribute("aria-pressed", "false");
+    moving(button, false);
+  };
+  const play = (button) => {
+    const again = playing === button;
+    stop();
+    if (again) return;
+    playing = button;
+    button.setAttribute("aria-pressed", "true");
+    moving(button, true);
+    if (!button.media.sound) return;
+    sound.src = button.media.sound;
+    sound.play().catch((error) => {
+      if (error.name === "AbortError") return; // stopped before it began
+      stop();
+      status.textContent = "This browser did not play the sound: " + error.name + ".";
+    });
+  };
+  sound.addEventListener("ended", stop);
+  document.addEventListener("keydown", (event) => { if (event.key === "Escape") stop(); });
+
   const picture = (modality, item) => {
     const name = pictures[modality];
-    const noun = nouns[modality] || modality;
-    if (!item[name]) return make("div", "picture " + name, "no picture of this " + noun);
-    const node = make("img", "picture " + name);
-    node.alt = (modality === "audio" ? "waveform of " : "frame of ") + wording(item, 0);
-    node.loading = "lazy";
-    node.src = item[name];
-    return node;
+    const what = noun(modality);
+    const left = item.left || [];
+    if (!item[name]) {
+      const reason = left.includes(name) ? "no room in this page for the " : "no ";
+      return make("div", "picture " + name, reason + "picture of this " + what);
+    }
+    const image = make("img", "picture " + name);
+    image.alt = (modality === "audio" ? "waveform of " : "frame of ") + wording(item, 0);
+    image.decoding = "async";
+    image.src = item[name];
+    const media = { poster: item[name], clip: modality === "video" ? item.clip : undefined, sound: item.sound };
+    const has = [media.clip ? "clip" : "", media.sound ? "sound" : ""].filter(Boolean);
+    const frame = make(has.length ? "button" : "div", "frame");
+    frame.append(image);
+    if (has.length) {
+      frame.type = "button";
+      frame.media = media;
+      frame.setAttribute("aria-pressed", "false");
+      frame.append(make("span", "hidden", ": play its " + has.join(" and ")));
+      const badge = make("span", "badge", (media.clip ? "▶" : "") + (media.sound ? "♪" : ""));
+      badge.setAttribute("aria-hidden", "true");
+      frame.append(badge);
+    }
+    const absent = (modality === "video" ? ["clip", "sound"] : ["sound"]).filter((kind) => left.includes(kind));
+    if (absent.length) frame.append(make("span", "left", "no room for the " + absent.join(" and ")));
+    return frame;
   };
+  const buttonOf = (event) => event.target.closest ? event.target.closest("button.frame") : null;
+  const hover = (event, on) => {
+    const button = buttonOf(event);
+    const inside = button && event.relatedTarget && button.contains(event.relatedTarget);
+    if (!button || inside || playing === button || still.matches) return;
+    moving(button, on);
+  };
+  cards.addEventListener("mouseover", (event) => hover(event, true));
+  cards.addEventListener("mouseout", (event) => hover(event, false));
+  cards.addEventListener("focusin", (event) => hover(event, true));
+  cards.addEventListener("focusout", (event) => hover(event, false));
+  cards.addEventListener("click", (event) => { const button = buttonOf(event); if (button) play(button); });
 
-  const show = (node, modality, [number, caption]) => {
+  const chosen = (name) => form.elements[name] ? form.elements[name].value : "0";
+  const list = () => data.lists[Number(chosen("list"))];
+  const direction = () => list().directions[Number(chosen("direction"))];
+  const entry = (modality, row) => list().rows[modality][row];
+  const itemOf = (modality, row) => data.items[entry(modality, row)[0]];
+
+  const show = (node, modality, row) => {
+    const [number, caption] = entry(modality, row);
     const item = data.items[number];
     if (modality in pictures) node.append(picture(modality, item));
     node.append(words(wording(item, caption)));
+    return item;
   };
-
-  const tile = (modality, entry, place, score, className) => {
+  const tile = (modality, row, place, score, className) => {
     const node = make("li", "tile" + className);
     const line = make("div", "place");
-    line.append(make("span", "", place), make("span", "", score.toFixed(2)));
+    line.append(make("span", "", place));
+    if (score !== undefined) line.append(make("span", "", (score / 100).toFixed(2)));
     node.append(line);
-    show(node, modality, entry);
+    show(node, modality, row);
     return node;
   };
+  const asked = (modality, row, heading) => {
+    const node = make("div", "asked");
+    node.append(make("div", "kind", heading + ": " + noun(modality)));
+    const missing = show(node, modality, row).missing;
+    if (missing.length) node.append(make("div", "kind", "this clip has no " + missing.map(noun).join(", no ")));
+    return node;
+  };
+  const column = (modality) => make("ol", modality in pictures ? "found" : "found lines");
 
-  const card = (direction, example) => {
+  const queryCard = (way, [query, rank, tied, bits, found, scores, right, rightScore]) => {
     const node = make("article", "card");
-    const asked = make("div", "asked");
-    asked.append(make("div", "kind", "query: " + (nouns[direction.query] || direction.query)));
-    show(asked, direction.query, example.query);
-    const missing = data.items[example.query[0]].missing;
-    if (missing.length) asked.append(make("div", "kind", "this clip has no " + missing.map((m) => nouns[m] || m).join(", no ")));
-    const verdict = make("div", example.rank === 1 ? "verdict first" : "verdict");
-    verdict.append("right answer at ", make("b", "", "rank " + example.rank), " of " + direction.size);
-    if (example.tied) verdict.append(" (expected, tied with " + example.tied + ")");
-    asked.append(verdict);
-
-    const found = make("ol", direction.gallery in pictures ? "found" : "found lines");
-    example.top.forEach((entry, index) => {
-      const right = entry[3];
-      found.append(tile(direction.gallery, entry, (index + 1) + (right ? " ✓ right" : ""), entry[2], right ? " right" : ""));
+    const left = asked(way.query, query, "query");
+    const verdict = make("div", rank === 1 ? "verdict first" : "verdict");
+    verdict.append("right answer at ", make("b", "", "rank " + rank), " of " + way.size);
+    if (tied) verdict.append(" (expected, tied with " + tied + ")");
+    left.append(verdict);
+    const tiles = column(way.gallery);
+    found.forEach((row, index) => {
+      const good = bits >> index & 1;
+      tiles.append(tile(way.gallery, row, (index + 1) + (good ? " ✓ right" : ""), scores[index], good ? " right" : ""));
     });
-    if (example.right) {
-      found.append(tile(direction.gallery, example.right, "✓ rank " + example.rank, example.right[2], " later"));
-    }
-    node.append(asked, found);
+    if (right !== undefined) tiles.append(tile(way.gallery, right, "✓ rank " + rank, rightScore, " later"));
+    node.append(left, tiles);
+    return node;
+  };
+  const hubCard = (way, [row, count, queries, bits]) => {
+    const node = make("article", "card");
+    const left = asked(way.gallery, row, "hub");
+    const verdict = make("div", "verdict");
+    const share = 100 * count / way.asked;
+    verdict.append("among the first " + data.k + " of ", make("b", "", count + " queries"),
+      " (" + share.toFixed(share < 10 ? 1 : 0) + " %); evenly spread, each would be in " +
+      (way.asked * Math.min(1, data.k / way.size)).toFixed(1));
+    left.append(verdict);
+    const tiles = column(way.query);
+    queries.forEach((query, index) => {
+      const good = bits >> index & 1;
+      tiles.append(tile(way.query, query, good ? "✓ rightly found by" : "found by", undefined, good ? " right" : ""));
+    });
+    node.append(left, tiles);
     return node;
   };
 
-  const group = (name, legend, options) => {
-    const field = make("fieldset");
+  // The text that the search looks through, of each item once.
+  const searched = new Map();
+  const textOf = (item) => {
+    if (!searched.has(item)) {
+      searched.set(item, [item.key, ...Object.values(item.captions)].join("\n").toLocaleLowerCase());
+    }
+    return searched.get(item);
+  };
+  const matching = (way) => {
+    const wanted = form.elements.search.value.toLocaleLowerCase().split(/\s+/).filter(Boolean);
+    const says = (modality, row) => {
+      const text = wanted.length ? textOf(itemOf(modality, row)) : "";
+      return wanted.every((word) => text.includes(word));
+    };
+    if (state.tab === "hubs") return way.hubs.filter((hub) => says(way.gallery, hub[0]));
+    const order = state.tab === "worst" ? way.queries : way.shuffled.map((place) => way.queries[place]);
+    const [, above, upto] = RANKS[Number(chosen("rank"))];
+    return order.filter((query) => query[1] > above && query[1] <= upto && says(way.query, query[0]));
+  };
+
+  const draw = () => {
+    stop();
+    const way = direction();
+    const found = matching(way);
+    const last = Math.max(0, Math.ceil(found.length / PAGE) - 1);
+    state.page = Math.min(state.page, last);
+    const first = state.page * PAGE;
+    const shown = found.slice(first, first + PAGE);
+    const hubs = state.tab === "hubs";
+    const total = hubs ? way.hubs.length : way.queries.length;
+    const drawn = way.queries.length < way.asked && !hubs
+      ? " (of " + way.asked + ": half the worst, half drawn at random)" : "";
+    const what = hubs ? "answers found most often" : "queries" + (state.tab === "worst" ? ", worst first" : ", in random order");
+    status.textContent = found.length
+      ? (first + 1) + "–" + (first + shown.length) + " of " + found.length +
+        (found.length < total ? " that match, of " + total : "") + " " + what + drawn + "."
+      : "None of " + total + " " + (hubs ? "hubs" : "queries") + " match.";
+    cards.className = !hubs && shown.some((query) => query.length > 6) ? "six" : "";
+    cards.replaceChildren(...shown.map((each) => (hubs ? hubCard : queryCard)(way, each)));
+    pages.hidden = last === 0;
+    pages.querySelector("span").textContent = "page " + (state.page + 1) + " of " + (last + 1);
+    pages.querySelector("[name=previous]").disabled = state.page === 0;
+    pages.querySelector("[name=next]").disabled = state.page === last;
+    form.querySelector("fieldset.ranks").hidden = hubs;
+  };
+  const redraw = () => { state.page = 0; draw(); };
+
+  const group = (name, legend, className, options) => {
+    const field = make("fieldset", className);
     field.append(make("legend", "", legend));
-    options.forEach((option, index) => {
+    options.forEach((text, index) => {
       const label = make("label");
       const input = make("input");
       input.type = "radio";
       input.name = name;
-      input.value = option.value;
+      input.value = String(index);
       input.checked = index === 0;
-      label.append(input, make("span", "", option.text));
+      label.append(input, make("span", "", text));
       field.append(label);
     });
     return field;
   };
-  const chosen = (name) => form.elements[name] ? form.elements[name].value : "0";
-
   const fillDirections = () => {
-    const list = data.lists[Number(chosen("list"))];
-    const options = list.directions.map((direction, index) => (
-      { value: String(index), text: direction.query + " → " + direction.gallery }
-    ));
-    const field = group("direction", "Direction", options);
+    const options = list().directions.map((way) => way.query + " → " + way.gallery);
+    const field = group("direction", "Direction", "directions", options);
     const old = form.querySelector("fieldset.directions");
-    field.classList.add("directions");
     if (old) old.replaceWith(field);
     else form.append(field);
   };
 
-  const draw = () => {
-    const list = data.lists[Number(chosen("list"))];
-    const direction = list.directions[Number(chosen("direction"))];
-    const kind = chosen("kind");
-    const examples = direction.examples[kind];
-    status.textContent = examples.length + (examples.length === 1 ? " query " : " queries ") + kinds[kind] +
-      ", each with its first " + (examples.length ? examples[0].top.length : 0) + ".";
-    cards.className = examples.some((example) => example.right) ? "six" : "";
-    cards.replaceChildren(...examples.map((example) => card(direction, example)));
+  const choose = (name, focus) => {
+    state.tab = name;
+    for (const tab of tabs.children) {
+      const on = tab.dataset.tab === name;
+      tab.setAttribute("aria-selected", String(on));
+      tab.tabIndex = on ? 0 : -1;
+      if (on && focus) tab.focus();
+    }
+    at("panel").setAttribute("aria-labelledby", "tab-" + name);
+    redraw();
   };
-
-  if (data.lists.length > 1) {
-    form.append(group("list", "List", data.lists.map((list, index) => ({ value: String(index), text: list.title }))));
+  for (const [name, text] of Object.entries(TABS)) {
+    const tab = make("button", "", text);
+    tab.type = "button";
+    tab.id = "tab-" + name;
+    tab.dataset.tab = name;
+    tab.setAttribute("role", "tab");
+    tab.setAttribute("aria-controls", "panel");
+    tabs.append(tab);
   }
-  fillDirections();
-  form.append(group("kind", "Show", Object.keys(kinds).map((kind) => ({ value: kind, text: kind }))));
-  form.addEventListener("submit", (event) => event.preventDefault());
-  form.addEventListener("change", (event) => {
-    if (event.target.name === "list") fillDirections();
-    draw();
+  tabs.addEventListener("click", (event) => { if (event.target.dataset.tab) choose(event.target.dataset.tab); });
+  tabs.addEventListener("keydown", (event) => {
+    const names = Object.keys(TABS);
+    const step = { ArrowRight: 1, ArrowLeft: -1, Home: -names.length, End: names.length }[event.key];
+    if (!step) return;
+    const place = names.indexOf(state.tab) + step;
+    const wrapped = Math.abs(step) > 1 ? Math.max(0, Math.min(names.length - 1, place)) : (place + names.length) % names.length;
+    event.preventDefault();
+    choose(names[wrapped], true);
   });
-  draw();
+
+  const search = make("label", "search");
+  const box = make("input");
+  box.type = "search";
+  box.name = "search";
+  box.dir = "auto";
+  box.placeholder = "words of a caption";
+  box.autocomplete = "off";
+  search.append(make("span", "", "Search"), box);
+  form.append(search);
+  if (data.lists.length > 1) form.append(group("list", "List", "lists", data.lists.map((each) => each.title)));
+  fillDirections();
+  form.append(group("rank", "Right answer at rank", "ranks", RANKS.map(([text]) => text)));
+  form.addEventListener("submit", (event) => event.preventDefault());
+  form.addEventListener("input", (event) => {
+    if (event.target.name === "list") fillDirections();
+    redraw();
+  });
+
+  const turn = (step) => {
+    state.page += step;
+    draw();
+    tabs.scrollIntoView({ block: "start" });
+  };
+  for (const [name, text, step] of [["previous", "Previous", -1], ["next", "Next", 1]]) {
+    const button = make("button", "", text);
+    button.type = "button";
+    button.name = name;
+    button.addEventListener("click", () => turn(step));
+    pages.append(button);
+    if (step < 0) pages.append(make("span"));
+  }
+
+  const items = Object.values(data.items);
+  const without = (kinds) => items.filter((item) => (item.left || []).some((kind) => kinds.includes(kind))).length;
+  const [noStill, noMedia] = [without(["poster", "waveform"]), without(["clip", "sound"])];
+  if (noMedia || noStill) {
+    const { gallery, clip, sound: heard } = data.limits;
+    at("budget").textContent = "This gallery is kept below " + gallery / 2 ** 20 + " MiB, each clip below " +
+      clip / 1024 + " KiB, each sound below " + heard / 1024 + " KiB: of " + items.length + " items " + noMedia +
+      " found no room for a clip or a sound, " + noStill + " none for a picture.";
+  }
+  choose("all");
 })();
