@@ -10,7 +10,8 @@ from pydantic import Discriminator, Tag
 from mmcl.config import Options, unknown_name
 from mmcl.encoders.audio import TinyAudio, TinyAudioOptions
 from mmcl.encoders.base import Encoder
-from mmcl.encoders.library import HfText, HfTextOptions, OpenClipOptions, build_open_clip
+from mmcl.encoders.hf_text import HfText, HfTextOptions
+from mmcl.encoders.library import OpenClipOptions, build_open_clip
 from mmcl.encoders.precomputed import Precomputed, PrecomputedOptions
 from mmcl.encoders.text import TinyText, TinyTextOptions
 from mmcl.encoders.video import TinyVideo, TinyVideoOptions
@@ -35,9 +36,9 @@ TOWERS: Mapping[str, TowerEntry] = {
     "tiny_text": TowerEntry(TinyTextOptions, TinyText, "text"),
     "precomputed": TowerEntry(PrecomputedOptions, Precomputed, "stored embeddings"),
     "open_clip:": TowerEntry(OpenClipOptions, build_open_clip, "video, text"),
-    "hf:": TowerEntry(HfTextOptions, HfText, "text"),
+    "hf:text": TowerEntry(HfTextOptions, HfText, "text", "a folder; package:minilm (Apache-2.0)"),
 }
-"""Names that end in a colon are prefixes: a library's own name follows."""
+"""Where a name ends in a colon, a library's own name follows; ``hf:`` towers are told apart by their ``modality``."""
 
 
 def table_name(name: str) -> str:
@@ -50,9 +51,13 @@ def table_name(name: str) -> str:
     return prefix + colon
 
 
-def _tag(options: Any) -> str | None:
-    name = options.get("name") if isinstance(options, dict) else getattr(options, "name", None)
-    return table_name(name) if isinstance(name, str) else None
+def tower_tag(options: Any) -> str | None:
+    """The entry of ``TOWERS`` that a mapping, or the options of a tower, belongs to; None: it has no name."""
+    told = options.get if isinstance(options, dict) else lambda key, default=None: getattr(options, key, default)
+    name = told("name")
+    if not isinstance(name, str):
+        return None
+    return f"hf:{told('modality', 'text')}" if table_name(name) == "hf:" else table_name(name)
 
 
 TowerOptions: TypeAlias = Annotated[
@@ -61,8 +66,8 @@ TowerOptions: TypeAlias = Annotated[
     | Annotated[TinyTextOptions, Tag("tiny_text")]
     | Annotated[PrecomputedOptions, Tag("precomputed")]
     | Annotated[OpenClipOptions, Tag("open_clip:")]
-    | Annotated[HfTextOptions, Tag("hf:")],
-    Discriminator(_tag),
+    | Annotated[HfTextOptions, Tag("hf:text")],
+    Discriminator(tower_tag),
 ]
 """The options of any tower, told apart by ``name``: a pydantic field of this type takes them or a mapping."""
 
@@ -74,7 +79,7 @@ def build_encoder(options: Options) -> Encoder:
         ConfigError: the options are of no tower of the table, or name a model that a library does not have.
     """
     name = str(getattr(options, "name", type(options).__name__))
-    entry = TOWERS.get(table_name(name))
+    entry = TOWERS.get(tower_tag(options) or "")
     if entry is None or not isinstance(options, entry.options):
         raise unknown_name("tower.name", name, TOWERS)
     return entry.build(options)
