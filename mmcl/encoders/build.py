@@ -11,8 +11,10 @@ from mmcl.config import Options, unknown_name
 from mmcl.encoders.audio import TinyAudio, TinyAudioOptions
 from mmcl.encoders.base import Encoder
 from mmcl.encoders.frames import TimmFrames, TimmOptions
-from mmcl.encoders.hf_video import HfVideo, HfVideoOptions, is_video_model
-from mmcl.encoders.library import HfText, HfTextOptions, OpenClipOptions, build_open_clip
+from mmcl.encoders.hf_common import model_type
+from mmcl.encoders.hf_text import HfText, HfTextOptions
+from mmcl.encoders.hf_video import VIDEO_KINDS, HfVideo, HfVideoOptions
+from mmcl.encoders.library import OpenClipOptions, build_open_clip
 from mmcl.encoders.precomputed import Precomputed, PrecomputedOptions
 from mmcl.encoders.slow import SlowOptions, SlowR50
 from mmcl.encoders.text import TinyText, TinyTextOptions
@@ -51,12 +53,16 @@ TOWERS: Mapping[str, TowerEntry] = {
     "slow_r50": TowerEntry(
         SlowOptions, SlowR50, "video", "SLOW_8x8_R50 of SlowFast (Apache-2.0) or PyTorchVideo (Apache-2.0)"
     ),
-    "hf:text": TowerEntry(HfTextOptions, HfText, "text"),
+    "hf:text": TowerEntry(HfTextOptions, HfText, "text", "a folder; package:minilm (Apache-2.0)"),
     "hf:video": TowerEntry(HfVideoOptions, HfVideo, "video", "a folder of transformers; its card states the licence"),
 }
 """Where a name ends in a colon, a library's own name follows; ``hf:`` towers are told apart by their model's type, or
 by ``modality``.
 """
+
+
+HF_MODALITIES: Mapping[str, str] = dict.fromkeys(VIDEO_KINDS, "video")
+"""Model types of transformers that are not for text."""
 
 
 def table_name(name: str) -> str:
@@ -77,7 +83,7 @@ def tower_tag(options: Any) -> str | None:
         return None
     if table_name(name) != "hf:":
         return table_name(name)
-    return f"hf:{told('modality') or ('video' if is_video_model(name) else 'text')}"
+    return f"hf:{told('modality') or HF_MODALITIES.get(model_type(name), 'text')}"
 
 
 TowerOptions: TypeAlias = Annotated[

@@ -120,16 +120,6 @@ class HfVideo(VideoEncoder):
         return {**{f"model.{name}": tensor for name, tensor in found.items()}, **norms}
 
 
-def is_video_model(name: str) -> bool:
-    """Whether ``hf:…`` names a model of this file: by its type, or what the ``config.json`` of a folder says."""
-    place = name.removeprefix("hf:")
-    try:
-        said = json.loads((Path(place).expanduser() / "config.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return place in VIDEO_KINDS
-    return isinstance(said, dict) and said.get("model_type") in VIDEO_KINDS
-
-
 def _preprocessor(folder: Path) -> dict[str, Any]:
     for name in ("video_preprocessor_config.json", "preprocessor_config.json"):
         if (folder / name).is_file():
