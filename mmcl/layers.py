@@ -51,10 +51,10 @@ class RankBatchNorm(nn.Module):
         self.register_buffer("running_var", torch.ones(width))
 
     def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
-        """float ``(B, D)`` or ``(B, D, …)`` to the same; ``mask`` bool ``(B,)``: rows present (None: all, or none
-        inside :func:`absent_rows`), the others become 0.
+        """float ``(B, D)`` or ``(B, D, …)`` to the same; ``mask`` bool ``(B,)``: rows present (None: all; inside
+        :func:`absent_rows` none are), the others become 0.
         """
-        if mask is None and _ABSENT.get():
+        if _ABSENT.get():
             mask = torch.zeros(len(x), dtype=torch.bool, device=x.device)
         absent = None if mask is None else ~mask.view(-1, *[1] * (x.ndim - 1))
         shape = (1, -1, *[1] * (x.ndim - 2))
@@ -89,7 +89,7 @@ _ABSENT: ContextVar[bool] = ContextVar("_ABSENT", default=False)
 
 @contextmanager
 def absent_rows(absent: bool = True) -> Iterator[None]:
-    """Inside it, rows that come without a mask count for no statistics (a rank without rows runs one for show)."""
+    """Inside it, rows count for no statistics (a rank without rows runs one for show)."""
     token = _ABSENT.set(absent)
     try:
         yield

@@ -356,7 +356,9 @@ class MultimodalModel(Pretrained):
         if level == "joint":
             return _unit_projection(head, features.pooled)
         if level == "joint_tokens" and features.tokens is not None:
-            return _unit_projection(head, features.tokens)
+            # batch statistics are of rows: tokens go through a head one by one
+            real = None if features.token_mask is None else features.token_mask.flatten()
+            return _unit_projection(head, features.tokens.flatten(0, 1), real).unflatten(0, features.tokens.shape[:2])
         if level == "pooled":
             return features.pooled
         if level == "tokens" and features.tokens is not None:
@@ -368,10 +370,10 @@ class MultimodalModel(Pretrained):
         raise ConfigError(f"tower {tower!r} has no level {level!r}; allowed: {known}")
 
 
-def _unit_projection(head: nn.Module, x: Tensor) -> Tensor:
+def _unit_projection(head: nn.Module, x: Tensor, mask: Tensor | None = None) -> Tensor:
     """Unit rows in float32, also under autocast: cosines near 1 need the bits."""
     with torch.autocast(x.device.type, enabled=False):
-        projected: Tensor = head(x if x.dtype == torch.float64 else x.float())
+        projected: Tensor = head(x if x.dtype == torch.float64 else x.float(), mask)
         return F.normalize(projected, dim=-1)
 
 

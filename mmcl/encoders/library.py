@@ -155,6 +155,9 @@ class OpenClipText(Encoder):
         self.spec = TextSpec(OpenClipTokenizer(self.context))
         self.width = whole["embed_dim"] if self.tower.text_projection is not None else self.tower.width
 
+    def blocks(self) -> list[nn.Module]:
+        return [*self.tower.transformer.resblocks]
+
     def forward(self, x: Tensor, mask: Tensor | None = None) -> Features:
         """``x``: int64 ``(B, L)``; ``mask``: bool ``(B, L)``."""
         length = x.shape[1]
