@@ -132,7 +132,7 @@ class MultimodalModel(Pretrained):
         return {
             "model": self.options.model_dump(mode="json"),
             "scales": list(self.log_scales),
-            "momentum": list(self.momentum_towers),
+            "momentum": list(self.momentum_heads),
         }
 
     @classmethod
