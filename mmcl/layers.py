@@ -77,6 +77,8 @@ class RankBatchNorm(nn.Module):
         deviations = rows - mean
         deviations = deviations if absent is None else deviations.masked_fill(absent, 0)
         variance = _sum_over_ranks(deviations.square().sum(axes, keepdim=True)) / count.clamp_min(1)
+        if _SECOND.get():
+            return mean, variance
         with torch.no_grad():
             step = self.momentum * (count >= 2).to(rows.dtype)
             self.running_mean.lerp_(mean.flatten(), step)
@@ -85,6 +87,7 @@ class RankBatchNorm(nn.Module):
 
 
 _ABSENT: ContextVar[bool] = ContextVar("_ABSENT", default=False)
+_SECOND: ContextVar[bool] = ContextVar("_SECOND", default=False)
 
 
 @contextmanager
@@ -95,6 +98,16 @@ def absent_rows(absent: bool = True) -> Iterator[None]:
         yield
     finally:
         _ABSENT.reset(token)
+
+
+@contextmanager
+def second_forward() -> Iterator[None]:
+    """Inside it, running statistics stay: the same rows have moved them once."""
+    token = _SECOND.set(True)
+    try:
+        yield
+    finally:
+        _SECOND.reset(token)
 
 
 def _sum_over_ranks(x: Tensor) -> Tensor:

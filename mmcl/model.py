@@ -358,7 +358,8 @@ class MultimodalModel(Pretrained):
         if level == "joint_tokens" and features.tokens is not None:
             # batch statistics are of rows: tokens go through a head one by one
             real = None if features.token_mask is None else features.token_mask.flatten()
-            return _unit_projection(head, features.tokens.flatten(0, 1), real).unflatten(0, features.tokens.shape[:2])
+            rows = _unit_projection(head, features.tokens.flatten(0, 1), real)
+            return rows.view(*features.tokens.shape[:2], -1)
         if level == "pooled":
             return features.pooled
         if level == "tokens" and features.tokens is not None:

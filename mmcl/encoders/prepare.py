@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
+from functools import partial
 from types import MethodType
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils.checkpoint import checkpoint
 
 from mmcl.encoders.base import Encoder
 from mmcl.encoders.lora import add_lora, is_update
 from mmcl.encoders.options import Lock, TowerCommon
 from mmcl.encoders.parts import depths
+from mmcl.layers import RankBatchNorm, second_forward
 from mmcl.types import ConfigError, Features
 
 
@@ -37,6 +41,10 @@ def prepare(encoder: Encoder, options: TowerCommon, path: str) -> Encoder:
             raise ConfigError(f"{path}.{option}: this tower has no blocks")
     if options.checkpoint_activations:
         for block in blocks:
+            if any(isinstance(part, _BatchNorm) and part.training for part in block.modules()):
+                raise ConfigError(
+                    f"{path}.checkpoint_activations: this tower holds torch's batch norm, which would count rows twice"
+                )
             block.forward = MethodType(_run_again_in_backward, block)
     if options.drop_path:
         paths = [DropPath(options.drop_path * n / len(blocks)) for n in range(1, len(blocks) + 1)]
@@ -85,6 +93,9 @@ def _run_again_in_backward(block: nn.Module, *args: Any, **kwargs: Any) -> Any:
     forward = type(block).forward
     if not torch.is_grad_enabled():
         return forward(block, *args, **kwargs)
+    if any(isinstance(part, RankBatchNorm) for part in block.modules()):
+        twice = partial(checkpoint, context_fn=lambda: (nullcontext(), second_forward()))
+        return twice(forward, block, *args, use_reentrant=False, **kwargs)
     return checkpoint(forward, block, *args, use_reentrant=False, **kwargs)
 
 

@@ -31,6 +31,7 @@ from mmcl.types import ConfigError, Features
 RESNET = {
     "name": "open_clip:RN50",
     "frames": 2,
+    "norm": "rank",
     "config": {"layers": [1, 1, 1, 1], "width": 8, "image_size": 32},
 }
 PICTURES = torch.randint(0, 256, (4, 2, 3, 32, 32), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
@@ -123,6 +124,12 @@ def test_too_many_blocks_and_idle_options_are_refused() -> None:
         tiny_config("model.towers.text.lora={}", "model.towers.text.lock=all")
     with pytest.raises(ConfigError, match=r"model\.towers\.text\.lock: "):
         tiny_config("model.towers.text.lock=0")
+
+
+def test_batch_norm_of_torch_is_not_run_twice() -> None:
+    with pytest.raises(ConfigError, match=r"tower\.checkpoint_activations: .* count rows twice"):
+        prepare(Norms(), TowerCommon(checkpoint_activations=True), "tower")
+    prepare(Norms(), TowerCommon(checkpoint_activations=True, lock="all"), "tower")
 
 
 def trainer_of(*overrides: str, shards: Path, out: Path) -> tuple[RunConfig, Trainer]:
