@@ -184,7 +184,7 @@ def _downloaded(name: str) -> Path:
         folder = Path(snapshot_download(name, allow_patterns=["*.json", "*.safetensors"]))
         if not any(folder.glob("*.safetensors")):
             folder = Path(snapshot_download(name, allow_patterns=["*.json", "*.bin", "*.pt", "*.pth"]))
-    except (OSError, HFValidationError) as error:  # its own errors are OSErrors, httpx's are not
+    except (OSError, HFValidationError) as error:  # all others of it are OSErrors
         raise ConfigError(f"not in the cache and not to be had: {_one_line(error)}") from None
     return folder
 
