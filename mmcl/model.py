@@ -18,7 +18,7 @@ from mmcl.config import Options, build, unknown_name
 from mmcl.encoders.base import Encoder
 from mmcl.encoders.build import TowerOptions, build_encoder
 from mmcl.hub import Pretrained, write_card
-from mmcl.layers import MLPHead
+from mmcl.layers import MLPHead, absent_rows
 from mmcl.media.inputs import Media, decode_windows
 from mmcl.objectives.base import LEVELS
 from mmcl.types import (
@@ -276,8 +276,9 @@ class MultimodalModel(Pretrained):
         mask = None if view.mask is None else view.mask[rows]
         towers, heads = (self.towers, self.heads) if kind == "online" else (self.momentum_towers, self.momentum_heads)
         values: dict[Level, Tensor] = {}
-        features: Features = towers[tower](view.data[rows], mask)
-        found = [self._level(tower, heads[tower], features, level) for level in levels]
+        with absent_rows(dummy):
+            features: Features = towers[tower](view.data[rows], mask)
+            found = [self._level(tower, heads[tower], features, level) for level in levels]
         if not {"joint", "pooled"} & set(levels):  # DDP waits for the parameters behind the last of the levels too
             found[0] = found[0] + 0.0 * features.pooled.sum()
         for level, value in zip(levels, found, strict=True):

@@ -10,10 +10,15 @@ from pydantic import Discriminator, Tag
 from mmcl.config import Options, unknown_name
 from mmcl.encoders.audio import TinyAudio, TinyAudioOptions
 from mmcl.encoders.base import Encoder
+from mmcl.encoders.frames import TimmFrames, TimmOptions
+from mmcl.encoders.hf_audio import HfAudioOptions, build_hf_audio, is_audio_model
 from mmcl.encoders.hf_text import HfText, HfTextOptions
+from mmcl.encoders.hf_video import HfVideo, HfVideoOptions, is_video_model
 from mmcl.encoders.library import OpenClipOptions, build_open_clip
 from mmcl.encoders.precomputed import Precomputed, PrecomputedOptions
+from mmcl.encoders.slow import SlowOptions, SlowR50
 from mmcl.encoders.text import TinyText, TinyTextOptions
+from mmcl.encoders.torchvision_video import TorchvisionOptions, build_torchvision
 from mmcl.encoders.video import TinyVideo, TinyVideoOptions
 
 
@@ -36,9 +41,27 @@ TOWERS: Mapping[str, TowerEntry] = {
     "tiny_text": TowerEntry(TinyTextOptions, TinyText, "text"),
     "precomputed": TowerEntry(PrecomputedOptions, Precomputed, "stored embeddings"),
     "open_clip:": TowerEntry(OpenClipOptions, build_open_clip, "video, text"),
+    "timm:": TowerEntry(
+        TimmOptions, TimmFrames, "video", "package:efficientnet-lite0 (Apache-2.0); timm's, as timm lists them"
+    ),
+    "torchvision:": TowerEntry(
+        TorchvisionOptions,
+        build_torchvision,
+        "video",
+        "torchvision's on Kinetics-400 (BSD-3-Clause)",
+    ),
+    "slow_r50": TowerEntry(
+        SlowOptions, SlowR50, "video", "SLOW_8x8_R50 of SlowFast (Apache-2.0) or PyTorchVideo (Apache-2.0)"
+    ),
+    "hf:audio": TowerEntry(
+        HfAudioOptions, build_hf_audio, "audio", "a folder of transformers; its card states the licence"
+    ),
     "hf:text": TowerEntry(HfTextOptions, HfText, "text", "a folder; package:minilm (Apache-2.0)"),
+    "hf:video": TowerEntry(HfVideoOptions, HfVideo, "video", "a folder of transformers; its card states the licence"),
 }
-"""Where a name ends in a colon, a library's own name follows; ``hf:`` towers are told apart by their ``modality``."""
+"""Where a name ends in a colon, a library's own name follows; ``hf:`` towers are told apart by their model's type, or
+by ``modality``.
+"""
 
 
 def table_name(name: str) -> str:
@@ -57,7 +80,10 @@ def tower_tag(options: Any) -> str | None:
     name = told("name")
     if not isinstance(name, str):
         return None
-    return f"hf:{told('modality', 'text')}" if table_name(name) == "hf:" else table_name(name)
+    if table_name(name) != "hf:":
+        return table_name(name)
+    own = "video" if is_video_model(name) else "audio" if is_audio_model(name) else "text"
+    return f"hf:{told('modality') or own}"
 
 
 TowerOptions: TypeAlias = Annotated[
@@ -66,7 +92,12 @@ TowerOptions: TypeAlias = Annotated[
     | Annotated[TinyTextOptions, Tag("tiny_text")]
     | Annotated[PrecomputedOptions, Tag("precomputed")]
     | Annotated[OpenClipOptions, Tag("open_clip:")]
-    | Annotated[HfTextOptions, Tag("hf:text")],
+    | Annotated[TimmOptions, Tag("timm:")]
+    | Annotated[TorchvisionOptions, Tag("torchvision:")]
+    | Annotated[SlowOptions, Tag("slow_r50")]
+    | Annotated[HfAudioOptions, Tag("hf:audio")]
+    | Annotated[HfTextOptions, Tag("hf:text")]
+    | Annotated[HfVideoOptions, Tag("hf:video")],
     Discriminator(tower_tag),
 ]
 """The options of any tower, told apart by ``name``: a pydantic field of this type takes them or a mapping."""

@@ -125,7 +125,8 @@ class AstFrontEnd(nn.Module):
         rate = int(extractor.sampling_rate)
         self.frames, self.length, self.hop = int(extractor.max_length), rate // 40, rate // 100
         self.fourier = 1 << (self.length - 1).bit_length()
-        self.mean, self.std = (extractor.mean, extractor.std) if extractor.do_normalize else (0.0, 0.5)
+        self.mean = float(extractor.mean) if extractor.do_normalize else 0.0
+        self.std = float(extractor.std) if extractor.do_normalize else 0.5
         self.samples = self.frames * self.hop
         bands, _ = get_mel_banks(extractor.num_mel_bins, self.fourier, float(rate), 20.0, 0.0, 100.0, -500.0, 1.0)
         self.register_buffer("bands", F.pad(bands, (0, 1)), persistent=False)
@@ -142,7 +143,8 @@ class AstFrontEnd(nn.Module):
             full = (lengths - self.length) // self.hop + 1
             silent = torch.arange(mels.shape[1], device=x.device) >= full[:, None]
             mels = F.pad(mels.masked_fill(silent[:, :, None], 0.0), (0, 0, 0, self.frames - mels.shape[1]))
-            return (mels - self.mean) / (2 * self.std)
+            out: Tensor = (mels - self.mean) / (2 * self.std)
+            return out
 
 
 class WhisperFrontEnd(nn.Module):

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal
 
 import torch
 from pydantic import Field
 from torch import Tensor, nn
 
+from mmcl.config import unknown_name
 from mmcl.encoders.base import Encoder
 from mmcl.encoders.front_ends import (
     AstFrontEnd,
@@ -21,7 +22,7 @@ from mmcl.encoders.front_ends import (
     sounding,
     thirds,
 )
-from mmcl.encoders.hf_common import by_own_names, library_error, load_config, stem_and_layers
+from mmcl.encoders.hf_common import by_own_names, library_error, load_config, model_type, stem_and_layers
 from mmcl.encoders.norms import replace_batch_norm
 from mmcl.encoders.options import TowerCommon
 from mmcl.encoders.packages import place_of
@@ -37,7 +38,7 @@ class HfAudioOptions(TowerCommon):
     name: str = Field(pattern=r"^hf:.+$")
     """``hf:`` and a local folder with a ``config.json``, or one of ``audio-spectrogram-transformer``, ``clap``,
     ``whisper``, ``wav2vec2``"""
-    modality: Literal["audio"]
+    modality: Literal["audio"] = "audio"
     config: dict[str, Any] = Field(default_factory=dict)
     """keys of the model's configuration to set; dropout is 0 unless set here"""
     seconds: float | None = Field(default=None, ge=0.1, le=3600)
@@ -47,110 +48,67 @@ class HfAudioOptions(TowerCommon):
     ``crop``"""
 
 
-class _Kind(NamedTuple):
-    """One architecture."""
+class HfAudio(Encoder):
+    """float32 ``(B, S)``, at the rate of ``spec``, through a front end on the device of the weights.
+
+    Each architecture says which classes of transformers it is, and what they are told.
+    """
 
     library: str
     """class of transformers"""
-    part: str
+    part: str = ""
     """of it that is the tower; "" is the whole"""
     layers: str
     extractor: str
-    """class of transformers that knows what its front end does"""
-    told: Callable[[Any], dict[str, Any]]
-    """from its configuration to what that class is told where no folder says it"""
-    window: int
-    """samples of its own window; 0: any"""
-    changes: dict[str, Any]
-    """to its configuration: masks of its own pre-training have no place here"""
+    """class of transformers that knows what the front end does"""
+    usual: LongAudio = "crop"
+    changes: Mapping[str, Any] = {}
+    """to its configuration, where the user does not say otherwise"""
+    front: Any
+    model: Any
 
-
-KINDS = {
-    "audio-spectrogram-transformer": _Kind(
-        "ASTModel",
-        "",
-        "layers",
-        "ASTFeatureExtractor",
-        lambda c: {"num_mel_bins": c.num_mel_bins, "max_length": c.max_length},
-        1,
-        {},
-    ),
-    "clap_audio_model": _Kind(
-        "ClapAudioModel",
-        "",
-        "audio_encoder.layers",
-        "ClapFeatureExtractor",
-        lambda c: {"feature_size": c.num_mel_bins, "frequency_min": 50},  # as all published weights have it
-        1,
-        {},
-    ),
-    "whisper": _Kind(
-        "WhisperModel",
-        "encoder.",
-        "layers",
-        "WhisperFeatureExtractor",
-        lambda c: {"feature_size": c.num_mel_bins},
-        1,
-        {"decoder_layers": 1},  # it is built with the encoder, and thrown away
-    ),
-    "wav2vec2": _Kind(
-        "Wav2Vec2Model",
-        "",
-        "encoder.layers",
-        "Wav2Vec2FeatureExtractor",
-        lambda c: {"return_attention_mask": c.feat_extract_norm == "layer"},
-        0,
-        {"mask_time_prob": 0.0, "mask_feature_prob": 0.0},
-    ),
-}
-"""By ``model_type``."""
-
-
-class HfAudio(Encoder):
-    """float32 ``(B, S)``, at the rate of ``spec``, through a front end on the device of the weights."""
-
-    def __init__(self, options: HfAudioOptions) -> None:
+    def __init__(self, options: HfAudioOptions, config: Any, folder: Path) -> None:
         super().__init__()
         import transformers
 
-        folder = place_of(options.name.removeprefix("hf:"))
-        config = load_config(options, folder, options.config, "audio_config")
-        kind = KINDS.get(config.model_type)
-        if kind is None:
-            raise ConfigError(f"tower.name: {options.name} is no audio model that is known; known: {', '.join(KINDS)}")
-        for key, value in kind.changes.items():
+        for key, value in self.changes.items():
             setattr(config, key, options.config.get(key, value))
-        library = getattr(transformers, kind.library)
+        self.policy: LongAudio = options.long_audio or self.usual
+        library, knows = getattr(transformers, self.library), getattr(transformers, self.extractor)
         try:
             model = library(config)
-            extractor = _extractor(getattr(transformers, kind.extractor), folder, kind.told(config))
-        except (TypeError, ValueError, RuntimeError, KeyError) as error:
+            told = (folder / "preprocessor_config.json").is_file()
+            extractor = knows.from_pretrained(folder, local_files_only=True) if told else knows(**self._told(config))
+        except (OSError, TypeError, ValueError, RuntimeError, KeyError) as error:
             raise library_error(options, error) from error
-        self.kind, self.library = kind, (library, config, kind.part)
-        self.model = replace_batch_norm(model.get_encoder() if kind.part else model, "frozen")
+        self.published = (library, config, self.part)
+        self.model = replace_batch_norm(model.get_encoder() if self.part else model, "frozen")
         self.front = self._front(config, extractor, options)
         rate = int(extractor.sampling_rate)
         self.spec = AudioSpec(rate, options.seconds or self.front.samples / rate)
-        self.policy: LongAudio = options.long_audio or ("repeat-pad" if _is_clap(config) else "crop")
         self.width = self._width(config)
-        self._check(options)
 
-    def _front(self, config: Any, extractor: Any, options: HfAudioOptions) -> Any:
+    def _told(self, config: Any) -> dict[str, Any]:
+        """What the class of the front end is told where no folder says it."""
+        raise NotImplementedError
+
+    def _front(self, config: Any, extractor: Any, options: HfAudioOptions) -> nn.Module:
         raise NotImplementedError
 
     def _width(self, config: Any) -> int:
         return int(config.hidden_size)
 
-    def _check(self, options: HfAudioOptions) -> None:
-        """Refuses what cannot be."""
+    def _encode(self, x: Tensor, lengths: Tensor) -> Features:
+        """Of rows as long as its window."""
+        raise NotImplementedError
 
     def blocks(self) -> list[nn.Module]:
         """What comes before its layers, then each layer (CLAP: each stage)."""
-        return stem_and_layers(self.model, self.kind.layers)
+        return stem_and_layers(self.model, self.layers)
 
     def foreign(self, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
         """Of a model of transformers of any task."""
-        return by_own_names(tensors, self, *self.library)
+        return by_own_names(tensors, self, *self.published)
 
     def forward(self, x: Tensor, mask: Tensor | None = None) -> Features:
         """``x``: float32 ``(B, S)``, any S; ``mask``: bool ``(B, S)``, samples that are not padding (None: padding is
@@ -169,31 +127,33 @@ class HfAudio(Encoder):
         parts = thirds(x, self.front.samples)
         found = self._encode(parts.flatten(0, 1), sounding(parts.flatten(0, 1), None))
         assert found.tokens is not None
-        joined = [t if t is None else t.unflatten(0, (-1, 3)).flatten(1, 2) for t in (found.tokens, found.token_mask)]
+        rows, width = len(x), self.width
+        mask = None if found.token_mask is None else found.token_mask.reshape(rows, -1)
         grid = None if found.grid is None else (3 * found.grid[0], *found.grid[1:])
-        return Features(found.pooled.unflatten(0, (-1, 3)).mean(1), joined[0], joined[1], grid)
-
-    def _encode(self, x: Tensor, lengths: Tensor) -> Features:
-        raise NotImplementedError
+        return Features(found.pooled.view(rows, 3, width).mean(1), found.tokens.reshape(rows, -1, width), mask, grid)
 
 
 class Ast(HfAudio):
     """Audio Spectrogram Transformer: ``pooled`` is the mean of its class and its distillation token."""
 
-    def _front(self, config: Any, extractor: Any, options: HfAudioOptions) -> Any:
+    library, layers, extractor = "ASTModel", "layers", "ASTFeatureExtractor"
+
+    def _told(self, config: Any) -> dict[str, Any]:
+        return {"num_mel_bins": config.num_mel_bins, "max_length": config.max_length}
+
+    def _front(self, config: Any, extractor: Any, options: HfAudioOptions) -> nn.Module:
         if (extractor.num_mel_bins, extractor.max_length) != (config.num_mel_bins, config.max_length):
             raise ConfigError(f"tower.config: {options.name} and its front end differ in mels or length")
-        stride = (config.time_stride, config.frequency_stride)
-        self.grid = tuple(
-            (size - config.patch_size) // step + 1
-            for size, step in zip((config.max_length, config.num_mel_bins), stride, strict=True)
+        self.grid = (
+            (config.max_length - config.patch_size) // config.time_stride + 1,
+            (config.num_mel_bins - config.patch_size) // config.frequency_stride + 1,
         )
         return AstFrontEnd(extractor)
 
     def _encode(self, x: Tensor, lengths: Tensor) -> Features:
         found = self.model(self.front(x, lengths))
         time, bands = self.grid
-        tokens = found.last_hidden_state[:, 2:].unflatten(1, (bands, time)).transpose(1, 2).flatten(1, 2)
+        tokens = found.last_hidden_state[:, 2:].view(len(x), bands, time, self.width).transpose(1, 2).flatten(1, 2)
         return Features(found.pooler_output, tokens, grid=self.grid)
 
 
@@ -202,7 +162,13 @@ class Clap(HfAudio):
     come: ``long_audio: fuse`` and ``seconds`` beyond its window.
     """
 
-    def _front(self, config: Any, extractor: Any, options: HfAudioOptions) -> Any:
+    library, layers, extractor = "ClapAudioModel", "audio_encoder.layers", "ClapFeatureExtractor"
+    usual = "repeat-pad"
+
+    def _told(self, config: Any) -> dict[str, Any]:
+        return {"feature_size": config.num_mel_bins, "frequency_min": 50}  # as all published weights have it
+
+    def _front(self, config: Any, extractor: Any, options: HfAudioOptions) -> nn.Module:
         self.fuses = bool(config.enable_fusion)
         front = ClapFrontEnd(extractor, fuses=self.fuses)
         rate = int(extractor.sampling_rate)
@@ -232,7 +198,13 @@ class Clap(HfAudio):
 class Whisper(HfAudio):
     """Whisper's encoder; ``pooled`` is the mean over what sounds, not over the silence that fills its window."""
 
-    def _front(self, config: Any, extractor: Any, options: HfAudioOptions) -> Any:
+    library, part, layers, extractor = "WhisperModel", "encoder.", "layers", "WhisperFeatureExtractor"
+    changes = {"decoder_layers": 1}  # noqa: RUF012  it is built with the encoder, and left
+
+    def _told(self, config: Any) -> dict[str, Any]:
+        return {"feature_size": config.num_mel_bins}
+
+    def _front(self, config: Any, extractor: Any, options: HfAudioOptions) -> nn.Module:
         if extractor.feature_size != config.num_mel_bins:
             raise ConfigError(f"tower.config: {options.name} and its front end differ in mels")
         return WhisperFrontEnd(extractor, 2 * config.max_source_positions)
@@ -250,20 +222,23 @@ class Wav2Vec2(HfAudio):
     the first published ones norm over the whole window, and see it.
     """
 
-    def _front(self, config: Any, extractor: Any, options: HfAudioOptions) -> Any:
+    library, layers, extractor = "Wav2Vec2Model", "encoder.layers", "Wav2Vec2FeatureExtractor"
+    changes = {"mask_time_prob": 0.0, "mask_feature_prob": 0.0}  # noqa: RUF012  masks of its own pre-training
+
+    def _told(self, config: Any) -> dict[str, Any]:
+        return {"return_attention_mask": config.feat_extract_norm == "layer"}
+
+    def _front(self, config: Any, extractor: Any, options: HfAudioOptions) -> nn.Module:
+        if self.policy == "fuse":
+            raise ConfigError(f"tower.long_audio: {options.name} takes any length, there is nothing to fuse")
         self.masks = bool(extractor.return_attention_mask)
         seconds = options.seconds or WAVE_SECONDS
         return WaveFrontEnd(extractor, round(seconds * extractor.sampling_rate))
 
-    def _check(self, options: HfAudioOptions) -> None:
-        if self.policy == "fuse":
-            raise ConfigError(f"tower.long_audio: {options.name} takes any length, there is nothing to fuse")
-
     def _encode(self, x: Tensor, lengths: Tensor) -> Features:
         inside = torch.arange(x.shape[1], device=x.device) < lengths[:, None]
         tokens = self.model(self.front(x, lengths), inside.long() if self.masks else None).last_hidden_state
-        model: Any = self.model
-        return _mean_of(tokens, model._get_feat_extract_output_lengths(lengths))
+        return _mean_of(tokens, self.model._get_feat_extract_output_lengths(lengths))
 
 
 def _mean_of(tokens: Tensor, lengths: Tensor) -> Features:
@@ -273,26 +248,25 @@ def _mean_of(tokens: Tensor, lengths: Tensor) -> Features:
     return Features(tokens.sum(1) / mask.sum(1, keepdim=True), tokens, mask, grid=(tokens.shape[1],))
 
 
-_TOWERS: dict[str, type[HfAudio]] = {
+AUDIO_KINDS: Mapping[str, type[HfAudio]] = {
     "audio-spectrogram-transformer": Ast,
+    "clap": Clap,
     "clap_audio_model": Clap,
     "whisper": Whisper,
     "wav2vec2": Wav2Vec2,
 }
+"""By the model type of transformers."""
+
+
+def is_audio_model(name: str) -> bool:
+    """Whether ``hf:…`` names a model of this file: by its type, or what the ``config.json`` of a folder says."""
+    return model_type(name) in AUDIO_KINDS
 
 
 def build_hf_audio(options: HfAudioOptions) -> Encoder:
     """The tower for the model type that the name, or the folder's ``config.json``, says."""
-    config = load_config(options, place_of(options.name.removeprefix("hf:")), options.config, "audio_config")
-    return _TOWERS.get(config.model_type, HfAudio)(options)
-
-
-def _is_clap(config: Any) -> bool:
-    return bool(config.model_type == "clap_audio_model")
-
-
-def _extractor(library: Any, folder: Path, told: dict[str, Any]) -> Any:
-    """The feature extractor of a folder, or of a model type; it is asked what it does, and does nothing here."""
-    if (folder / "preprocessor_config.json").is_file():
-        return library.from_pretrained(folder, local_files_only=True)
-    return library(**told)
+    folder = place_of(options.name.removeprefix("hf:"))
+    config = load_config(options, folder, options.config, "audio_config")
+    if config.model_type not in AUDIO_KINDS:
+        raise unknown_name("tower.name", f"hf:{config.model_type}", [f"hf:{name}" for name in AUDIO_KINDS])
+    return AUDIO_KINDS[config.model_type](options, config, folder)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -11,6 +12,16 @@ from torch import Tensor, nn
 
 from mmcl.config import nearest, unknown_name
 from mmcl.types import ConfigError
+
+
+def model_type(name: str) -> str:
+    """Of transformers, of ``hf:NAME``: what the ``config.json`` of a folder says, else the name itself."""
+    place = name.removeprefix("hf:")
+    try:
+        said = json.loads((Path(place).expanduser() / "config.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return place
+    return str(said.get("model_type", "")) if isinstance(said, dict) else ""
 
 
 def library_error(options: Any, error: Exception) -> ConfigError:

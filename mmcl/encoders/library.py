@@ -9,30 +9,34 @@ from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
-from pydantic import Field
+from pydantic import Field, model_validator
 from torch import Tensor, nn
 
 from mmcl.config import unknown_name
 from mmcl.encoders.base import Encoder
+from mmcl.encoders.frames import FramesEncoder, FramesOptions
 from mmcl.encoders.hf_common import library_error
 from mmcl.encoders.options import TowerCommon
-from mmcl.types import ConfigError, Features, TextSpec, VideoSpec
+from mmcl.encoders.pixels import renamed, video_spec
+from mmcl.types import ConfigError, Features, TextSpec
 
 
-class OpenClipOptions(TowerCommon):
+class OpenClipOptions(FramesOptions):
     """One of the two towers of an open_clip model configuration."""
 
     name: str = Field(pattern=r"^open_clip:.+$")
     """``open_clip:`` and a name of ``open_clip.list_models()``, such as ``open_clip:ViT-B-32``"""
     modality: Literal["video", "text"] = "video"
-    frames: int = Field(default=8, ge=1)
-    fps: float = Field(default=4.0, ge=0.001, le=1000)
-    """frames per second at which a window is sampled; a window lasts ``frames / fps`` seconds"""
-    stride: int | None = Field(default=None, ge=1)
-    """take every such frame of the source, at whatever rate it has, instead of ``fps``"""
-    fit: Literal["crop", "squash"] = "crop"
     config: dict[str, Any] = Field(default_factory=dict)
     """keys of the tower's own configuration to change, such as ``layers`` or ``image_size``"""
+
+    @model_validator(mode="after")
+    def _of_its_modality(self) -> OpenClipOptions:
+        if self.modality == "text":
+            for key in sorted(FramesOptions.model_fields.keys() - TowerCommon.model_fields.keys() - {"config"}):
+                if getattr(self, key) != FramesOptions.model_fields[key].default:
+                    raise ValueError(f"a text tower has no {key}")
+        return self
 
 
 @dataclass(frozen=True, slots=True)
@@ -89,42 +93,42 @@ def _open_clip_config(options: OpenClipOptions, part: str) -> tuple[dict[str, An
     return whole, tower
 
 
-class OpenClipVideo(Encoder):
-    """The image tower of open_clip on each frame: one token a frame, ``pooled`` their mean.
-
-    Batch norm, where the architecture has it, is frozen: towers in training hold no batch statistics.
-    """
-
-    mean: Tensor
-    std: Tensor
+class OpenClipVideo(FramesEncoder):
+    """The image tower of open_clip on each frame: one token a frame."""
 
     def __init__(self, options: OpenClipOptions) -> None:
-        super().__init__()
-        import open_clip
         from open_clip.model import _build_vision_tower  # the public way builds the other tower too: 100 MB unused
-        from open_clip.utils import freeze_batch_norm_2d
 
         whole, config = _open_clip_config(options, "vision_cfg")
         try:
             tower = _build_vision_tower(whole["embed_dim"], config, whole.get("quick_gelu", False))
         except (TypeError, ValueError, RuntimeError) as error:
             raise library_error(options, error) from error
-        self.tower = freeze_batch_norm_2d(tower)
         size = config.get("image_size", 224)
         height, width = size if isinstance(size, (tuple, list)) else (size, size)
         if height != width:
             raise ConfigError(f"tower.config.image_size: pictures must be square, {options.name} has {size}")
-        mean, std = tuple(open_clip.OPENAI_DATASET_MEAN), tuple(open_clip.OPENAI_DATASET_STD)
-        self.spec = VideoSpec(options.frames, height, options.fps, options.fit, mean, std, options.stride)
-        self.width = whole["embed_dim"]
-        self.register_buffer("mean", torch.tensor(mean).view(3, 1, 1), persistent=False)
-        self.register_buffer("std", torch.tensor(std).view(3, 1, 1), persistent=False)
+        mean, std = _open_clip_pixels(options.name.removeprefix("open_clip:"))
+        spec = video_spec(options, frames=8, fps=4.0, size=height, mean=mean, std=std)
+        super().__init__(spec, tower, whole["embed_dim"], options)
 
-    def forward(self, x: Tensor, mask: Tensor | None = None) -> Features:
-        """``x``: uint8 ``(B, T, C, H, W)``; ``mask`` is not used."""
-        pixels = (x.flatten(0, 1).to(self.mean.dtype) / 255 - self.mean) / self.std
-        frames = self.tower(pixels).view(x.shape[0], x.shape[1], -1)
-        return Features(frames.mean(1), frames, grid=(x.shape[1],))
+    def foreign(self, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+        """open_clip's own names: ``visual.…``, beside those of its text tower."""
+        own = {name: tensor for name, tensor in tensors.items() if name.startswith(("tower.", "temporal."))}
+        visual = {name[7:]: tensor for name, tensor in tensors.items() if name.startswith("visual.")}
+        return {**own, **renamed(visual, "tower.")}
+
+
+def _open_clip_pixels(model: str) -> tuple[Sequence[float], Sequence[float]]:
+    """Mean and standard deviation that the model's published weights were trained with."""
+    import open_clip
+
+    tags = open_clip.list_pretrained_tags_by_model(model)
+    published = open_clip.get_pretrained_cfg(model, tags[0]) if tags else {}
+    return (
+        published.get("mean") or open_clip.OPENAI_DATASET_MEAN,
+        published.get("std") or open_clip.OPENAI_DATASET_STD,
+    )
 
 
 class OpenClipText(Encoder):
