@@ -10,6 +10,7 @@ from pydantic import Discriminator, Tag
 from mmcl.config import Options, unknown_name
 from mmcl.encoders.audio import TinyAudio, TinyAudioOptions
 from mmcl.encoders.base import Encoder
+from mmcl.encoders.cnn_audio import Cnn14, Cnn14Options, ResnetMel, ResnetMelOptions, SfxCnn, SfxCnnOptions
 from mmcl.encoders.frames import TimmFrames, TimmOptions
 from mmcl.encoders.hf_audio import HfAudioOptions, build_hf_audio, is_audio_model
 from mmcl.encoders.hf_text import HfText, HfTextOptions
@@ -53,6 +54,11 @@ TOWERS: Mapping[str, TowerEntry] = {
     "slow_r50": TowerEntry(
         SlowOptions, SlowR50, "video", "SLOW_8x8_R50 of SlowFast (Apache-2.0) or PyTorchVideo (Apache-2.0)"
     ),
+    "cnn14": TowerEntry(Cnn14Options, Cnn14, "audio", "Cnn14_mAP=0.431.pth of PANNs (CC-BY-4.0)"),
+    "resnet_mel": TowerEntry(ResnetMelOptions, ResnetMel, "audio"),
+    "sfx_cnn": TowerEntry(
+        SfxCnnOptions, SfxCnn, "audio", "package:aisfx (CC-BY-4.0 in its licence file, MIT among its classifiers)"
+    ),
     "hf:audio": TowerEntry(
         HfAudioOptions, build_hf_audio, "audio", "a folder of transformers; its card states the licence"
     ),
@@ -95,6 +101,9 @@ TowerOptions: TypeAlias = Annotated[
     | Annotated[TimmOptions, Tag("timm:")]
     | Annotated[TorchvisionOptions, Tag("torchvision:")]
     | Annotated[SlowOptions, Tag("slow_r50")]
+    | Annotated[Cnn14Options, Tag("cnn14")]
+    | Annotated[ResnetMelOptions, Tag("resnet_mel")]
+    | Annotated[SfxCnnOptions, Tag("sfx_cnn")]
     | Annotated[HfAudioOptions, Tag("hf:audio")]
     | Annotated[HfTextOptions, Tag("hf:text")]
     | Annotated[HfVideoOptions, Tag("hf:video")],
