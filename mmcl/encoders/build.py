@@ -12,15 +12,20 @@ from mmcl.encoders.audio import TinyAudio, TinyAudioOptions
 from mmcl.encoders.base import Encoder
 from mmcl.encoders.cnn_audio import Cnn14, Cnn14Options, ResnetMel, ResnetMelOptions, SfxCnn, SfxCnnOptions
 from mmcl.encoders.frames import TimmFrames, TimmOptions
-from mmcl.encoders.hf_audio import HfAudioOptions, build_hf_audio, is_audio_model
+from mmcl.encoders.hf_audio import AUDIO_KINDS, HfAudioOptions, build_hf_audio
+from mmcl.encoders.hf_common import model_type
 from mmcl.encoders.hf_text import HfText, HfTextOptions
-from mmcl.encoders.hf_video import HfVideo, HfVideoOptions, is_video_model
+from mmcl.encoders.hf_video import VIDEO_KINDS, HfVideo, HfVideoOptions
 from mmcl.encoders.library import OpenClipOptions, build_open_clip
+from mmcl.encoders.options import TowerCommon
 from mmcl.encoders.precomputed import Precomputed, PrecomputedOptions
+from mmcl.encoders.prepare import prepare
+from mmcl.encoders.shared import Shared, SharedOptions
 from mmcl.encoders.slow import SlowOptions, SlowR50
 from mmcl.encoders.text import TinyText, TinyTextOptions
 from mmcl.encoders.torchvision_video import TorchvisionOptions, build_torchvision
 from mmcl.encoders.video import TinyVideo, TinyVideoOptions
+from mmcl.types import ConfigError
 
 
 class TowerEntry(NamedTuple):
@@ -70,6 +75,13 @@ by ``modality``.
 """
 
 
+HF_MODALITIES: Mapping[str, str] = {
+    **dict.fromkeys(VIDEO_KINDS, "video"),
+    **dict.fromkeys(AUDIO_KINDS, "audio"),
+}
+"""Model types of transformers that are not for text."""
+
+
 def table_name(name: str) -> str:
     """The entry of ``TOWERS`` that a tower's name belongs to, or the name itself.
 
@@ -88,8 +100,7 @@ def tower_tag(options: Any) -> str | None:
         return None
     if table_name(name) != "hf:":
         return table_name(name)
-    own = "video" if is_video_model(name) else "audio" if is_audio_model(name) else "text"
-    return f"hf:{told('modality') or own}"
+    return f"hf:{told('modality') or HF_MODALITIES.get(model_type(name), 'text')}"
 
 
 TowerOptions: TypeAlias = Annotated[
@@ -106,20 +117,49 @@ TowerOptions: TypeAlias = Annotated[
     | Annotated[SfxCnnOptions, Tag("sfx_cnn")]
     | Annotated[HfAudioOptions, Tag("hf:audio")]
     | Annotated[HfTextOptions, Tag("hf:text")]
-    | Annotated[HfVideoOptions, Tag("hf:video")],
+    | Annotated[HfVideoOptions, Tag("hf:video")]
+    | Annotated[SharedOptions, Tag("shared")],
     Discriminator(tower_tag),
 ]
 """The options of any tower, told apart by ``name``: a pydantic field of this type takes them or a mapping."""
 
 
-def build_encoder(options: Options) -> Encoder:
+def build_encoder(options: Options, path: str = "tower") -> Encoder:
     """The tower that ``options`` describes, freshly initialised: its weights depend on torch's random state alone.
 
     Raises:
-        ConfigError: the options are of no tower of the table, or name a model that a library does not have.
+        ConfigError: the options are of no tower of the table, name a model that a library does not have, or cannot take
+            effect on this tower; names ``path``.
     """
     name = str(getattr(options, "name", type(options).__name__))
     entry = TOWERS.get(tower_tag(options) or "")
     if entry is None or not isinstance(options, entry.options):
-        raise unknown_name("tower.name", name, TOWERS)
-    return entry.build(options)
+        raise unknown_name(f"{path}.name", name, TOWERS)
+    try:
+        encoder = entry.build(options)
+    except ConfigError as error:  # a tower knows its options, not where they stand
+        place, dot, rest = str(error).partition(".")
+        raise ConfigError(f"{path}.{rest}" if place == "tower" and dot else str(error)) from None
+    return prepare(encoder, options, path) if isinstance(options, TowerCommon) else encoder
+
+
+def build_towers(towers: Mapping[str, Options], path: str = "model.towers") -> dict[str, Encoder]:
+    """The towers of a model, by name in this order; one that shares weights runs the other.
+
+    Raises:
+        ConfigError: as :func:`build_encoder`, or no tower there has weights that can be shared.
+    """
+    built = {n: build_encoder(o, f"{path}.{n}") for n, o in towers.items() if not isinstance(o, SharedOptions)}
+    for name, options in towers.items():
+        if isinstance(options, SharedOptions):
+            if options.tower not in built or isinstance(built[options.tower], Shared):
+                own = [n for n, o in towers.items() if not isinstance(o, SharedOptions)]
+                raise unknown_name(f"{path}.{name}.tower", options.tower, own)
+            built[name] = Shared(options, built[options.tower], f"{path}.{name}")
+    return {name: built[name] for name in towers}
+
+
+def exported_towers(towers: Mapping[str, Options]) -> dict[str, Options]:
+    """Options of the same towers, without what matters to training alone."""
+    plain = {"pretrained": None, "lora": None, "checkpoint_activations": False, "compile": False}
+    return {n: o.model_copy(update=plain) if isinstance(o, TowerCommon) else o for n, o in towers.items()}

@@ -9,7 +9,6 @@ from torch import Tensor, nn
 
 from mmcl.config import unknown_name
 from mmcl.encoders.norms import Norm, replace_batch_norm
-from mmcl.encoders.packages import package_pixels
 from mmcl.encoders.pixels import VideoEncoder, WindowOptions, renamed, video_spec
 from mmcl.encoders.temporal import TemporalHead, TemporalOptions
 from mmcl.types import ConfigError, Features, VideoSpec
@@ -77,9 +76,8 @@ class TimmFrames(FramesEncoder):
         except (TypeError, ValueError, RuntimeError, AssertionError) as error:
             raise ConfigError(f"tower.config: {options.name} cannot be built with {options.config}: {error}") from error
         eats = resolve_model_data_config(tower)
-        mean, std = package_pixels(options.pretrained) or (eats["mean"], eats["std"])
         size = options.size or eats["input_size"][-1]
-        spec = video_spec(options, frames=8, fps=4.0, size=size, mean=mean, std=std)
+        spec = video_spec(options, frames=8, fps=4.0, size=size, mean=eats["mean"], std=eats["std"])
         super().__init__(spec, tower, getattr(tower, "head_hidden_size", tower.num_features), options)
         classifier = tower.pretrained_cfg.get("classifier") or ()
         self._classifiers = (classifier,) if isinstance(classifier, str) else tuple(classifier)

@@ -22,7 +22,7 @@ from mmcl.encoders.front_ends import (
     sounding,
     thirds,
 )
-from mmcl.encoders.hf_common import by_own_names, library_error, load_config, model_type, stem_and_layers
+from mmcl.encoders.hf_common import by_own_names, library_error, load_config, stem_and_layers
 from mmcl.encoders.norms import replace_batch_norm
 from mmcl.encoders.options import TowerCommon
 from mmcl.encoders.packages import place_of
@@ -103,7 +103,7 @@ class HfAudio(Encoder):
         raise NotImplementedError
 
     def blocks(self) -> list[nn.Module]:
-        """What comes before its layers, then each layer (CLAP: each stage)."""
+        """What comes before its layers, then each layer."""
         return stem_and_layers(self.model, self.layers)
 
     def foreign(self, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -182,6 +182,10 @@ class Clap(HfAudio):
     def _width(self, config: Any) -> int:
         return int(self.model.audio_encoder.num_features)
 
+    def blocks(self) -> list[nn.Module]:
+        """Its norm over mels, which comes first, its patches, and each stage."""
+        return [self.model.audio_encoder.batch_norm, *super().blocks()]
+
     def _fused(self, x: Tensor, lengths: Tensor) -> Features:
         return self._encode(x, lengths) if self.fuses else super()._fused(x, lengths)
 
@@ -256,11 +260,6 @@ AUDIO_KINDS: Mapping[str, type[HfAudio]] = {
     "wav2vec2": Wav2Vec2,
 }
 """By the model type of transformers."""
-
-
-def is_audio_model(name: str) -> bool:
-    """Whether ``hf:…`` names a model of this file: by its type, or what the ``config.json`` of a folder says."""
-    return model_type(name) in AUDIO_KINDS
 
 
 def build_hf_audio(options: HfAudioOptions) -> Encoder:

@@ -11,23 +11,24 @@ from typing import Any
 from torch import Tensor, nn
 
 from mmcl.config import nearest, unknown_name
+from mmcl.encoders.packages import place_of
 from mmcl.types import ConfigError
-
-
-def model_type(name: str) -> str:
-    """Of transformers, of ``hf:NAME``: what the ``config.json`` of a folder says, else the name itself."""
-    place = name.removeprefix("hf:")
-    try:
-        said = json.loads((Path(place).expanduser() / "config.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return place
-    return str(said.get("model_type", "")) if isinstance(said, dict) else ""
 
 
 def library_error(options: Any, error: Exception) -> ConfigError:
     """One line for what a library says against a configuration."""
     said = " ".join(str(error).split())[:300]
     return ConfigError(f"tower.config: {options.name} cannot be built with {options.config}: {said}")
+
+
+def model_type(name: str) -> str:
+    """What ``hf:…`` names: the type that the ``config.json`` of a folder says, or the name itself."""
+    place = name.removeprefix("hf:")
+    try:
+        said = json.loads((place_of(place) / "config.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):  # no folder, not JSON, no such package: said when the tower is built
+        return place
+    return str(said.get("model_type", place)) if isinstance(said, dict) else place
 
 
 def load_config(options: Any, folder: Path, changes: dict[str, Any], part: str = "") -> Any:

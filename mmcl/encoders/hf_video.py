@@ -11,7 +11,7 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from mmcl.config import unknown_name
-from mmcl.encoders.hf_common import library_error, load_config, longest_list, model_type, stem_and_layers
+from mmcl.encoders.hf_common import library_error, load_config, longest_list, stem_and_layers
 from mmcl.encoders.pixels import VideoEncoder, WindowOptions, repeated_to, video_spec
 from mmcl.types import ConfigError, Features
 
@@ -118,11 +118,6 @@ class HfVideo(VideoEncoder):
         found = _renamed_by_library(self.config, tensors)
         norms = {f"norm.{name[8:]}": tensor for name, tensor in tensors.items() if name.startswith("fc_norm.")}
         return {**{f"model.{name}": tensor for name, tensor in found.items()}, **norms}
-
-
-def is_video_model(name: str) -> bool:
-    """Whether ``hf:…`` names a model of this file: by its type, or what the ``config.json`` of a folder says."""
-    return model_type(name) in VIDEO_KINDS
 
 
 def _preprocessor(folder: Path) -> dict[str, Any]:

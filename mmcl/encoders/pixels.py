@@ -6,11 +6,12 @@ from collections.abc import Mapping, Sequence
 from typing import Annotated, Any, Literal
 
 import torch
-from pydantic import Field
+from pydantic import Field, model_validator
 from torch import Tensor
 
 from mmcl.encoders.base import Encoder
 from mmcl.encoders.options import TowerCommon
+from mmcl.encoders.packages import package_pixels
 from mmcl.types import VideoSpec
 
 
@@ -25,6 +26,19 @@ class WindowOptions(TowerCommon):
     """take every such frame of the source, at whatever rate it has, instead of ``fps``"""
     fit: Literal["crop", "squash"] = "crop"
     """scale the short side and crop the centre, or scale both sides"""
+    mean: tuple[float, float, float] | None = None
+    """of pixels in [0, 1], taken away from them; null: as published with the weights"""
+    std: tuple[float, float, float] | None = None
+    """of pixels in [0, 1], by which they are divided; null: as published with the weights"""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _as_its_package_wants(cls, given: Any) -> Any:
+        """Written out here, so that a model keeps them when it no longer starts from the package."""
+        pixels = package_pixels(given.get("pretrained")) if isinstance(given, dict) else None
+        if pixels is None or given.get("mean") is not None or given.get("std") is not None:
+            return given
+        return {**given, "mean": pixels[0], "std": pixels[1]}
 
 
 class VideoEncoder(Encoder):
@@ -51,6 +65,7 @@ def video_spec(
     options: WindowOptions, *, frames: int, fps: float, size: int, mean: Sequence[float], std: Sequence[float]
 ) -> VideoSpec:
     """What a tower eats: as published, where ``options`` do not say otherwise."""
+    mean, std = options.mean or mean, options.std or std
     return VideoSpec(
         frames=frames if options.frames is None else options.frames,
         size=size,

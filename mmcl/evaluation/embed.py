@@ -119,7 +119,7 @@ def _mean(windows: Sequence[Tensor], level: Level) -> Tensor:
 
 def _modalities(model: MultimodalModel) -> list[Modality]:
     """Modalities of the towers, in their order; stored embeddings of a teacher have no place in the joint space."""
-    specs = [(name in model.options.frozen, model.tower(name).spec) for name in model.towers]
+    specs = [(model.head_locked(name), model.tower(name).spec) for name in model.towers]
     return list(dict.fromkeys(spec.modality for frozen, spec in specs if not (frozen and isinstance(spec, VectorSpec))))
 
 

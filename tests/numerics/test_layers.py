@@ -8,7 +8,7 @@ from support.gloo import GlooPool
 from torch import Tensor, nn
 
 from mmcl.distributed import Comm
-from mmcl.layers import MLPHead, RankBatchNorm
+from mmcl.layers import MLPHead, RankBatchNorm, absent_rows
 
 
 def rows(count: int = 12, width: int = 5, offset: float = 3.0) -> Tensor:
@@ -28,6 +28,33 @@ def test_is_torchs_batch_norm_where_that_is_defined() -> None:
     torch.testing.assert_close(ours.running_mean, theirs.running_mean)
     torch.testing.assert_close(ours.running_var, theirs.running_var)
     torch.testing.assert_close(ours.eval()(rows()), theirs.eval()(rows()))
+
+
+@pytest.mark.parametrize("torchs", [nn.BatchNorm2d, nn.BatchNorm3d])
+def test_feature_maps_are_normed_by_channel(torchs: type[nn.Module]) -> None:
+    ours, theirs = RankBatchNorm(5).double(), torchs(5).double()
+    shape = (6, 5, 3, 4) if torchs is nn.BatchNorm2d else (6, 5, 2, 3, 4)
+    x = torch.randn(shape, generator=torch.Generator().manual_seed(1), dtype=torch.float64) + 3
+    y = x.clone().requires_grad_()
+    x.requires_grad_()
+    (ours(x) ** 3).sum().backward()
+    (theirs(y) ** 3).sum().backward()
+    torch.testing.assert_close(x.grad, y.grad)
+    torch.testing.assert_close(ours.running_var, theirs.running_var)
+    mask = torch.arange(6) < 4
+    full, kept = RankBatchNorm(5).double(), RankBatchNorm(5).double()
+    torch.testing.assert_close(full(x, mask)[:4], kept(x[:4]))
+    torch.testing.assert_close(full.running_var, kept.running_var)
+
+
+def test_a_row_for_show_counts_for_nothing() -> None:
+    norm = RankBatchNorm(5)
+    with absent_rows():
+        out = norm(rows(1).float())
+    assert out.equal(torch.zeros(1, 5)) and norm.running_mean.equal(torch.zeros(5))
+    with absent_rows(False):
+        norm(rows().float())
+    assert not norm.running_mean.equal(torch.zeros(5)), "and only inside"
 
 
 def test_absent_rows_equal_deleted_ones_and_become_zero() -> None:
