@@ -230,15 +230,19 @@ def evaluate_retrieval(
 @app.command()
 def export(
     checkpoint: Checkpoint,
-    out: Annotated[Path, typer.Option(help="Folder for config.json, model.safetensors and the card.")],
+    out: Annotated[Path, typer.Option(help="Folder for what is written.")],
+    report: Annotated[Path | None, typer.Option(help="A report folder: its figures go into the card.")] = None,
+    to: Annotated[str, typer.Option(help="mmcl, or for one tower: open_clip, transformers, onnx.")] = "mmcl",
+    tower: Annotated[
+        str | None, typer.Option(help="The tower that --to open_clip, transformers or onnx wants.")
+    ] = None,
 ) -> None:
-    """Write a model that `mmcl.MultimodalModel.from_pretrained` loads."""
+    """Write a model that `mmcl.MultimodalModel.from_pretrained` loads, or a tower for another library."""
     _check_places(checkpoint, None, out)
 
-    from mmcl.model import MultimodalModel
+    from mmcl.formats import export_checkpoint
 
-    MultimodalModel.from_pretrained(checkpoint).export(out)
-    typer.echo(f"model: {out}")
+    typer.echo(f"model: {export_checkpoint(checkpoint, out, to=to, tower=tower, report=report)}")
 
 
 def guarded(function: Callable[[], object]) -> None:

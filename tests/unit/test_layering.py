@@ -15,7 +15,7 @@ LAYERS = [
     {"types", "hashing", "progress"},
     {"config", "folders", "media", "shards", "losses", "layers", "distributed"},
     {"data", "encoders", "objectives"},
-    {"hub", "model", "recipe"},
+    {"card", "encode", "formats", "hub", "model", "recipe"},
     {"training", "evaluation", "search"},
     {"shipped", "catalogue", "demo", "cli", "__main__"},
 ]
@@ -27,6 +27,10 @@ NEIGHBOURS = {
     ("shards", "config"),
     ("shards", "media"),  # preparing shards decodes and encodes media
     ("distributed", "layers"),
+    ("hub", "card"),
+    ("formats", "card"),
+    ("formats", "model"),
+    ("model", "encode"),
     ("model", "hub"),
     ("recipe", "model"),
     ("__main__", "cli"),
