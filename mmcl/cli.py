@@ -151,6 +151,7 @@ Checkpoint = Annotated[Path, typer.Argument(help="A checkpoint, a run folder, or
 Clips = Annotated[
     int | None, typer.Option(min=1, help="Windows per sample whose embeddings are averaged; default: as the run says.")
 ]
+Crops = Annotated[int, typer.Option(help="3: also the start and end of the long side of pictures; 1: the centre.")]
 Workers = Annotated[int, typer.Option(min=0, help="Decoding processes.")]
 
 
@@ -171,17 +172,31 @@ def _check_places(checkpoint: Path, shards: str | None, out: Path, against: Path
 def embed(
     checkpoint: Checkpoint,
     shards: Shards,
-    out: Annotated[Path, typer.Option(help="Folder for embeddings.safetensors and items.jsonl.")],
+    out: Annotated[Path, typer.Option(help="Folder for the files of each shard and index.json.")],
     clips: Clips = None,
+    crops: Crops = 1,
+    pooled: Annotated[bool, typer.Option("--pooled", help="What is before every head, for probes; no texts.")] = False,
+    each_view: Annotated[
+        bool, typer.Option("--each-view", help="Keep a row of each window and crop, not their mean.")
+    ] = False,
     workers: Workers = 2,
 ) -> None:
-    """Embed every sample of some shards."""
+    """Embed every sample of some shards; what the folder holds of them already is kept."""
     _check_places(checkpoint, shards, out)
 
     from mmcl.evaluation.embed import embed_to_folder
 
-    count = embed_to_folder(checkpoint, shards, out, clips=clips, workers=workers)
-    typer.echo(f"{count} samples embedded into {out}")
+    stored = embed_to_folder(
+        checkpoint,
+        shards,
+        out,
+        clips=clips,
+        crops=crops,
+        level="pooled" if pooled else "joint",
+        each_view=each_view,
+        workers=workers,
+    )
+    typer.echo(f"{len(stored)} samples embedded into {out}")
 
 
 @evaluate_app.command("retrieval")
