@@ -243,6 +243,34 @@ def evaluate_retrieval(
 
 
 @app.command()
+def search(
+    index: Annotated[Path, typer.Argument(help="A folder that `mmcl embed` wrote.")],
+    query: Annotated[str, typer.Argument(help="A text, or a video, picture or sound file.")],
+    checkpoint: Annotated[
+        Path | None, typer.Option(help="The model that made the index; default: where it was then.")
+    ] = None,
+    top: Annotated[int, typer.Option(min=1, help="How many items are shown.")] = 10,
+    modality: Annotated[
+        str | None, typer.Option(help="Which rows are searched; default: the first that is not text.")
+    ] = None,
+    method: Annotated[
+        str, typer.Option("--index", help="exact, or faiss: approximate, for millions; built once, kept beside.")
+    ] = "exact",
+    as_json: Annotated[bool, typer.Option("--json", help="One JSON array instead of lines.")] = False,
+) -> None:
+    """Find the items of embedded shards that are nearest to a text or a file."""
+    from mmcl.shards.embedding_files import read_index
+
+    read_index(index)  # a wrong path is said before torch is imported, which takes seconds
+
+    from mmcl.search import Index, hit_lines, hits_json
+    from mmcl.search import search as find
+
+    hits = find(Index.open(index), query, checkpoint=checkpoint, top=top, modality=modality, method=method)
+    typer.echo(hits_json(hits) if as_json else hit_lines(hits))
+
+
+@app.command()
 def export(
     checkpoint: Checkpoint,
     out: Annotated[Path, typer.Option(help="Folder for what is written.")],

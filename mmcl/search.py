@@ -5,6 +5,7 @@ Nothing but ``index.json`` is read when a folder is opened; of a hit, one line o
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import itertools
 import json
@@ -13,7 +14,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Literal, TypeAlias
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -31,7 +32,7 @@ from mmcl.model import MultimodalModel
 from mmcl.shards.embedding_files import INDEX, EmbeddingIndex, read_index, read_items
 from mmcl.types import ConfigError, Modality, RunError, SampleError
 
-Method: TypeAlias = Literal["exact", "faiss"]
+METHODS = ("exact", "faiss")
 
 CHUNK_ROWS = 1 << 16
 """rows of a file that are compared at once"""
@@ -39,6 +40,8 @@ CHUNK_ROWS = 1 << 16
 FAISS_FOLDER = "faiss"
 FLAT_ROWS = 10_000
 """up to so many, faiss compares all"""
+MEDIA = (*PICTURES, ".mp4", ".mkv", ".webm", ".mov", ".avi", ".wav", ".flac", ".mp3", ".ogg", ".opus", ".m4a")
+"""endings of a query that is meant as a file"""
 PROBED_SHARE = 1 / 16
 """of the lists of an inverted file that a query looks into"""
 
@@ -110,8 +113,21 @@ class Index:
                 "embed the shards again with this one"
             )
 
+    def checkpoint(self) -> Path:
+        """Where the model that made the index was at the time.
+
+        Raises:
+            ConfigError: the index does not say, or it is there no more.
+        """
+        told = self._index.checkpoint
+        place = self.folder / told
+        if not told or not place.exists():
+            where = f"was at {told}, seen from {self.folder}" if told else "is not named"
+            raise ConfigError(f"{self.folder}: the model that made it {where}; say --checkpoint")
+        return place
+
     def query(
-        self, rows: Tensor, top: int = 10, *, modality: Modality | None = None, method: Method = "exact"
+        self, rows: Tensor, top: int = 10, *, modality: Modality | None = None, method: str = "exact"
     ) -> list[list[Hit]]:
         """For each row the ``top`` items of highest cosine, the best first; of an item, its best row counts.
 
@@ -125,6 +141,8 @@ class Index:
         """
         wanted = self._checked(rows, top, modality)
         queries = F.normalize(rows.detach().cpu().float(), dim=-1)
+        if method not in METHODS:
+            raise unknown_name("--index", method, METHODS)
         find = self._exact if method == "exact" else self._faiss
         total = self.count(wanted)
         few = min(total, top if wanted != "text" else 4 * top)
@@ -141,10 +159,9 @@ class Index:
             raise unknown_name(f"{self.folder}: modality", wanted, self.modalities)
         if rows.ndim != 2 or not rows.is_floating_point() or not bool(torch.isfinite(rows).all()):
             raise ConfigError(f"queries must be finite float rows (Q, D), got {rows.dtype} {tuple(rows.shape)}")
-        if rows.shape[1] != self._index.widths[wanted]:
-            raise ConfigError(
-                f"queries have {rows.shape[1]} numbers, {wanted} rows of {self.folder} have {self._index.widths[wanted]}"
-            )
+        width = self._index.widths[wanted]
+        if rows.shape[1] != width:
+            raise ConfigError(f"queries have {rows.shape[1]} numbers, {wanted} rows of {self.folder} have {width}")
         if top < 1:
             raise ConfigError(f"top must be at least 1, got {top}")
         return wanted
@@ -351,25 +368,46 @@ def encode_query(model: MultimodalModel, query: str) -> Tensor:
 
 def _is_file(path: Path) -> bool:
     try:
-        return path.is_file()
-    except OSError:  # a text longer than a name may be
+        found = path.is_file()
+    except (OSError, ValueError):  # a text longer than a name may be
         return False
+    if not found and path.suffix.lower() in MEDIA and " " not in path.name:
+        raise ConfigError(f"{path}: no such file; a text that ends like this needs a blank")
+    return found
 
 
 def search(
     index: Index,
     query: str,
     *,
-    checkpoint: Path | str,
+    checkpoint: Path | str | None = None,
     top: int = 10,
     modality: Modality | None = None,
-    method: Method = "exact",
+    method: str = "exact",
 ) -> list[Hit]:
     """What ``mmcl search`` shows: the ``top`` items of an index for a text or a media file.
+
+    Args:
+        checkpoint: the model that made the index; default: where it was when it made it.
 
     Raises:
         ConfigError: another model than the index's, a file that is no media, or what :meth:`Index.query` refuses.
     """
-    index.check_model(checkpoint)
-    model = MultimodalModel.from_pretrained(checkpoint)
+    place = index.checkpoint() if checkpoint is None else Path(checkpoint)
+    index.check_model(place)
+    model = MultimodalModel.from_pretrained(place)
     return index.query(encode_query(model, query), top, modality=modality, method=method)[0]
+
+
+def hit_lines(hits: Sequence[Hit]) -> str:
+    """Hits for people: score, key, shard and caption, one line each."""
+    keys, shards = max((len(hit.key) for hit in hits), default=0), max((len(hit.shard) for hit in hits), default=0)
+    return "\n".join(
+        f"{rank:>3}  {hit.score:+.4f}  {hit.key:<{keys}}  {hit.shard:<{shards}}  {hit.caption}".rstrip()
+        for rank, hit in enumerate(hits, 1)
+    )
+
+
+def hits_json(hits: Sequence[Hit]) -> str:
+    """Hits for programs: a JSON array of objects."""
+    return json.dumps([dataclasses.asdict(hit) for hit in hits], ensure_ascii=False, indent=1)

@@ -125,7 +125,8 @@ def embed_to_folder(
     comm = comm or Comm.current()
     model = MultimodalModel.from_pretrained(checkpoint)
     settings = EmbedSettings(clips or default_clips(checkpoint), crops, level, each_view, decoder)
-    store = EmbeddingStore(out, load_manifest(shards), model_checksum(checkpoint), settings)
+    place = os.path.relpath(model_folder(checkpoint).resolve(), out.resolve())
+    store = EmbeddingStore(out, load_manifest(shards), model_checksum(checkpoint), settings, checkpoint=place)
     embedder = _Embedder(model.to(own_device()), settings, batch, comm)
     for _ in embedder.run(store.manifest, store, workers=workers, in_process=in_process, read=False):
         pass  # each shard is on disk by now

@@ -133,8 +133,11 @@ def shard_checksum(manifest: Manifest, shard: int) -> str:
 class EmbeddingStore:
     """The folder that the embeddings of some shards are written to, by one model with one choice of settings."""
 
-    def __init__(self, folder: Path, manifest: Manifest, model: str, settings: EmbedSettings) -> None:
+    def __init__(
+        self, folder: Path, manifest: Manifest, model: str, settings: EmbedSettings, *, checkpoint: str = ""
+    ) -> None:
         self.folder, self.manifest, self.model, self.settings = folder, manifest, model, settings
+        self.checkpoint = checkpoint
         self.names = file_names([manifest.shard_name(shard) for shard in range(manifest.num_shards)])
         facts = [VERSION, model, dataclasses.asdict(settings)]
         self.keys = [
@@ -219,7 +222,8 @@ class EmbeddingStore:
             count = sum(1 for _ in read_items(self._path(shard, ITEMS)))
             size = int(self.manifest.sizes[shard])
             files.append(EmbeddingFile(self.manifest.shard_name(shard), name, self.keys[shard], size, count))
-        index = EmbeddingIndex(self.folder, self.model, dataclasses.asdict(self.settings), dict(widths), tuple(files))
+        settings = dataclasses.asdict(self.settings)
+        index = EmbeddingIndex(self.folder, self.model, settings, dict(widths), tuple(files), self.checkpoint)
         index.write()
         return index
 

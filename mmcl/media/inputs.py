@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from mmcl.media.clip import MediaReader
-from mmcl.media.frames import centre_crop, scaled_size
+from mmcl.media.frames import scaled_size, square_crop
 from mmcl.media.windows import Window, fold_times, frame_indices, place_windows, wanted_times
 from mmcl.types import AudioSpec, Clip, ConfigError, SampleError, VideoSpec
 
@@ -120,7 +120,7 @@ def _scaled(frames: npt.NDArray[Any], spec: VideoSpec) -> npt.NDArray[np.uint8]:
         align_corners=False,
     )
     pictures = scaled.round().clamp(0, 255).byte().movedim(1, -1).numpy()
-    cut: npt.NDArray[np.uint8] = np.ascontiguousarray(centre_crop(pictures, spec.size).transpose(0, 3, 1, 2))
+    cut: npt.NDArray[np.uint8] = np.ascontiguousarray(square_crop(pictures, spec.size, spec.fit).transpose(0, 3, 1, 2))
     return cut
 
 

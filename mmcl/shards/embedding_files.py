@@ -52,6 +52,8 @@ class EmbeddingIndex:
     widths: Mapping[str, int]
     """numbers in a row of each modality"""
     files: tuple[EmbeddingFile, ...]
+    checkpoint: str = ""
+    """where the model was, seen from the folder; "" where nobody said"""
 
     def rows_path(self, number: int) -> Path:
         return self.folder / f"{self.files[number].name}{ROWS}"
@@ -65,6 +67,7 @@ class EmbeddingIndex:
             "format": FORMAT,
             "version": VERSION,
             "model": self.model,
+            "checkpoint": self.checkpoint,
             "settings": dict(self.settings),
             "modalities": dict(self.widths),
             "items": sum(file.items for file in self.files),
@@ -97,7 +100,14 @@ def read_index(folder: str | Path) -> EmbeddingIndex:
     try:
         files = tuple(_checked(EmbeddingFile(**entry)) for entry in document["shards"])
         widths = {str(name): int(width) for name, width in document["modalities"].items()}
-        return EmbeddingIndex(place, str(document["model"]), dict(document["settings"]), widths, files)
+        return EmbeddingIndex(
+            place,
+            str(document["model"]),
+            dict(document["settings"]),
+            widths,
+            files,
+            str(document.get("checkpoint", "")),
+        )
     except (AttributeError, KeyError, TypeError, ValueError) as error:
         raise ConfigError(f"{place / INDEX}: damaged: {error}") from None
 

@@ -33,6 +33,7 @@ NEIGHBOURS = {
     ("model", "encode"),
     ("model", "hub"),
     ("recipe", "model"),
+    ("search", "evaluation"),  # what `mmcl embed` writes
     ("__main__", "cli"),
     ("cli", "demo"),
     ("cli", "shipped"),
