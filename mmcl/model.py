@@ -169,9 +169,13 @@ class MultimodalModel(Encodes, Pretrained):
             arguments["model_card_kwargs"] = self._card_facts(given.get("facts"), given.get("report"))
         return super(MultimodalModel, self._without_momentum()).push_to_hub(repo_id, **arguments)
 
+    def card_names(self) -> dict[str, str]:
+        """What each tower is, for people."""
+        return {name: card_name(tower) for name, tower in self.options.towers.items()}
+
     def _card_facts(self, facts: Mapping[str, str] | None, report: Mapping[str, Any] | None) -> dict[str, Any]:
         own = {
-            "towers": ", ".join(f"{name} ({card_name(tower)})" for name, tower in self.options.towers.items()),
+            "towers": ", ".join(f"{name} ({told})" for name, told in self.card_names().items()),
             "parameters": f"{sum(p.numel() for n, p in self.named_parameters() if not n.startswith('momentum_')):,}",
             "joint space": f"{self.joint_width} numbers",
         }

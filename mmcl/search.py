@@ -12,7 +12,6 @@ import json
 import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -71,6 +70,8 @@ class Index:
         self.folder = index.folder
         self.model = index.model
         """checksum of the model that made it"""
+        self._counts: dict[Modality, list[int]] = {}
+        self._near: dict[Modality, Any] = {}
         if index.settings.get("level") != "joint":
             raise ConfigError(f"{self.folder}: rows from before the heads (--pooled); they are in no joint space")
 
@@ -182,10 +183,6 @@ class Index:
             self._counts[modality] = [self._rows_of(shard, modality) for shard in range(len(self._index.files))]
         return self._counts[modality]
 
-    @cached_property
-    def _counts(self) -> dict[Modality, list[int]]:
-        return {}
-
     def _rows_of(self, shard: int, modality: Modality) -> int:
         with self._opened(shard) as file:
             names = set(file.keys())
@@ -254,7 +251,7 @@ class Index:
 
     def _hit(self, shard: int, item: int, caption: int, score: float, modality: Modality) -> Hit:
         path = self._index.items_path(shard)
-        line = next(itertools.islice(read_items(path), item, None), None)
+        line = next(read_items(path, item), None)
         if line is None:
             raise ConfigError(f"{path}: has no item {item}")
         captions = [str(each) for each in line["captions"]]
@@ -271,8 +268,9 @@ class Index:
     # faiss
 
     def _faiss(self, queries: Tensor, few: int, modality: Modality) -> tuple[Tensor, Tensor]:
-        found = self.faiss_index(modality)
-        scores, places = found.search(queries.numpy(), few)
+        if modality not in self._near:
+            self._near[modality] = self.faiss_index(modality)
+        scores, places = self._near[modality].search(queries.numpy(), few)
         return torch.from_numpy(scores), torch.from_numpy(places)
 
     def faiss_index(self, modality: Modality) -> Any:

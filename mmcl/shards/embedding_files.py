@@ -7,6 +7,7 @@ and is written last. All of it may be a stranger's: names stay inside the folder
 
 from __future__ import annotations
 
+import itertools
 import json
 import re
 from collections.abc import Iterator, Mapping, Sequence
@@ -136,16 +137,18 @@ def file_names(shards: Sequence[str]) -> list[str]:
     return names
 
 
-def read_items(path: Path) -> Iterator[dict[str, Any]]:
+def read_items(path: Path, first: int = 0) -> Iterator[dict[str, Any]]:
     """The lines of an items file: ``key``, ``index`` in the shard, ``captions``, ``label`` (−1: none), ``metadata``.
+
+    Those before ``first`` are passed over without a look at what they hold.
 
     Raises:
         ConfigError: a line is something else.
     """
     kinds = {"key": str, "index": int, "captions": list, "label": int, "metadata": dict}
     try:
-        with path.open(encoding="utf-8") as file:
-            for number, line in enumerate(file, 1):
+        with path.open("rb") as file:
+            for number, line in enumerate(itertools.islice(file, first, None), first + 1):
                 item = json.loads(line)
                 if not isinstance(item, dict) or any(type(item.get(name)) is not kind for name, kind in kinds.items()):
                     raise ConfigError(f"{path}:{number}: not an item of embeddings")

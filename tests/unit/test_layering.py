@@ -15,7 +15,7 @@ LAYERS = [
     {"types", "hashing", "progress"},
     {"config", "folders", "media", "shards", "losses", "layers", "distributed"},
     {"data", "encoders", "objectives"},
-    {"card", "encode", "formats", "hub", "model", "recipe"},
+    {"card", "encode", "formats", "hub", "model", "onnx_format", "recipe"},
     {"training", "evaluation", "search"},
     {"shipped", "catalogue", "demo", "cli", "__main__"},
 ]
@@ -30,6 +30,7 @@ NEIGHBOURS = {
     ("hub", "card"),
     ("formats", "card"),
     ("formats", "model"),
+    ("formats", "onnx_format"),
     ("model", "encode"),
     ("model", "hub"),
     ("recipe", "model"),

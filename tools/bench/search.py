@@ -6,7 +6,7 @@
 Each way opens the folder and answers queries in a process of its own. ``open_seconds``: up to where a query can be
 asked; ``first_seconds``: the first query, which opens the files and reads what is not in the page cache;
 ``query_seconds``: the median of the following ones; ``anonymous_megabytes``: memory of its own above what the process
-had before (pages of mapped files, which the system may drop, are not of it).
+had before (pages of mapped files, which the system may drop, are not of it); ``peak_megabytes``: all that was resident.
 ``exact`` is ours; ``memory`` loads all rows and multiplies; ``faiss`` is ours with the index that it built before.
 ``recall``: how many of the exact ten best faiss finds. Rows lie around 2,000 centres; one thread.
 """
@@ -62,8 +62,9 @@ def make(folder: Path, total: int) -> None:
     EmbeddingIndex(folder, "0" * 32, {"level": "joint"}, {"video": WIDTH}, tuple(files)).write()
 
 
-def anonymous_bytes() -> int:
-    line = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("RssAnon"))
+def memory_bytes(kind: str) -> int:
+    """``RssAnon``, ``VmRSS`` or ``VmHWM`` (its peak) of this process."""
+    line = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith(kind))
     return 1024 * int(line.split()[1])
 
 
@@ -80,13 +81,14 @@ def one_way(folder: Path, way: str) -> dict[str, Any]:
     torch.set_num_threads(1)
     queries = rows_around(QUERIES, 10**6)
     torch.ones(64, 64) @ torch.ones(64, 64)  # what the first product of a process loads
-    before, wall, cpu = anonymous_bytes(), time.perf_counter(), time.process_time()
+    before, resident = memory_bytes("RssAnon"), memory_bytes("VmRSS")
+    wall, cpu = time.perf_counter(), time.process_time()
     ask = opened(folder, way)
     wall_open, cpu_open = time.perf_counter() - wall, time.process_time() - cpu
     wall = time.perf_counter()
     ask(queries[:1])
     first = time.perf_counter() - wall
-    held, walls, cpus = anonymous_bytes(), [], []
+    held, walls, cpus = memory_bytes("RssAnon"), [], []
     for turn in range(TURNS):
         wall, cpu = time.perf_counter(), time.process_time()
         ask(queries[turn : turn + 1])
@@ -99,6 +101,7 @@ def one_way(folder: Path, way: str) -> dict[str, Any]:
         "query_seconds": round(statistics.median(walls), 4),
         "query_cpu_seconds": round(statistics.median(cpus), 4),
         "anonymous_megabytes": round((held - before) / 1e6, 1),
+        "peak_megabytes": round((memory_bytes("VmHWM") - resident) / 1e6, 1),
     }
 
 
