@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from itertools import pairwise
 from typing import Any, Literal
 
@@ -76,9 +77,10 @@ def _sum_over_ranks(x: Tensor) -> Tensor:
 
 
 class MLPHead(nn.Module):
-    """``layers`` linear maps with GELU between; one layer is a linear map and ignores ``hidden``.
+    """``layers`` linear maps with an activation between; one layer is a linear map and ignores ``hidden``.
 
-    ``norm`` comes before each GELU: none, over present rows of all ranks (``batch``), or over features (``layer``).
+    ``norm`` comes before each activation: none, over present rows of all ranks (``batch``), or over features
+    (``layer``).
     """
 
     def __init__(
@@ -88,6 +90,7 @@ class MLPHead(nn.Module):
         out: int,
         layers: int = 2,
         norm: Literal["none", "batch", "layer"] = "none",
+        activation: Literal["gelu", "relu", "silu"] = "gelu",
     ) -> None:
         super().__init__()
         if layers < 1:
@@ -95,6 +98,8 @@ class MLPHead(nn.Module):
         norms = {"none": nn.Identity, "batch": RankBatchNorm1d, "layer": nn.LayerNorm}
         if norm not in norms:
             raise ValueError(f"norm {norm!r} is not one of {', '.join(norms)}")
+        functions: dict[str, Callable[[Tensor], Tensor]] = {"gelu": F.gelu, "relu": F.relu, "silu": F.silu}
+        self.activation = functions[activation]
         widths = [width, *[hidden] * (layers - 1)]
         # batch norm takes the mean away, and a bias with it
         hidden_layers = [nn.Linear(a, b, bias=norm != "batch") for a, b in pairwise(widths)]
@@ -105,6 +110,6 @@ class MLPHead(nn.Module):
         """float ``(B, width)`` to ``(B, out)``; ``mask`` bool ``(B,)``: rows that are present."""
         for linear, norm in zip(self.linears, self.norms, strict=False):
             x = linear(x)
-            x = F.gelu(norm(x, mask) if isinstance(norm, RankBatchNorm1d) else norm(x))
+            x = self.activation(norm(x, mask) if isinstance(norm, RankBatchNorm1d) else norm(x))
         out: Tensor = self.linears[-1](x)
         return out

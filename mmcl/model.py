@@ -16,11 +16,14 @@ from torch import Tensor, nn
 from mmcl.config import Options, build, unknown_name
 from mmcl.encode import Encodes
 from mmcl.encoders.base import Encoder
-from mmcl.encoders.build import TowerOptions, build_encoder
+from mmcl.encoders.build import TowerOptions, build_towers, exported_towers
+from mmcl.encoders.heads import HeadOptions
+from mmcl.encoders.lora import without_lora
+from mmcl.encoders.pretrained import Source, load_pretrained
+from mmcl.encoders.shared import Shared, SharedOptions
 from mmcl.encoders.stored import card_name, found_tower, spec_values, stored_tower, tower_files
 from mmcl.folders import CONFIG
 from mmcl.hub import Pretrained
-from mmcl.layers import MLPHead
 from mmcl.objectives.base import LEVELS
 from mmcl.types import (
     Batch,
@@ -41,26 +44,17 @@ MAX_LOG_SCALE = math.log(100.0)
 """CLIP's clamp of the learned multiplier (Radford et al. 2021, section 2.5)."""
 
 
-class HeadOptions(Options):
-    """The projection from ``pooled`` to the joint space: linear (1 layer) or an MLP with GELU."""
-
-    layers: Annotated[int, Field(ge=1, le=4)] = 1
-    hidden: Annotated[int, Field(ge=1)] = 512
-
-
 class ModelOptions(Options):
     """Named towers and the joint space."""
 
     towers: Annotated[dict[str, TowerOptions], Field(min_length=1)]
     joint_width: Annotated[int, Field(ge=2)] = 128
     head: HeadOptions = HeadOptions()
+    heads: dict[str, HeadOptions] = Field(default_factory=dict)
+    """tower: its head, where it is another than ``head``"""
     temperature: Annotated[float, Field(gt=0.01, le=10)] = 0.07
     """where the learned temperatures start"""
     learn_temperature: bool = True
-    frozen: tuple[str, ...] = ()
-    """towers that are not trained, with their heads: no gradient, always in eval mode (teachers, locked towers)"""
-    weights: dict[str, str] = Field(default_factory=dict)
-    """tower: the model folder, checkpoint or run whose tower of the same name it starts from"""
 
 
 class _Description(Options):
@@ -78,53 +72,58 @@ class MultimodalModel(Encodes, Pretrained):
     def __init__(self, options: ModelOptions) -> None:
         super().__init__()
         self.options, self.joint_width = options, options.joint_width
-        encoders = {name: build_encoder(tower) for name, tower in options.towers.items()}
+        encoders = build_towers(options.towers)
         self.towers = nn.ModuleDict(encoders)
-        self.heads = nn.ModuleDict({name: self._head(encoder.width) for name, encoder in encoders.items()})
+        for name in options.heads:
+            if name not in encoders:
+                raise unknown_name("model.heads", name, encoders)
+        heads = {name: options.heads.get(name, options.head) for name in encoders}
+        self.heads = nn.ModuleDict({n: heads[n].build(encoders[n].width, options.joint_width) for n in encoders})
         self.momentum_towers, self.momentum_heads = nn.ModuleDict(), nn.ModuleDict()
         self.log_scales = nn.ParameterDict()
-        for number, name in enumerate(options.frozen):
-            if name not in encoders:
-                raise unknown_name(f"model.frozen.{number}", name, encoders)
-            self.towers[name].requires_grad_(False)
-            self.heads[name].requires_grad_(False)
+        self.loaded: list[str] = []
+        for name in encoders:
+            if self.head_locked(name):
+                self.heads[name].requires_grad_(False)
         self.train()
 
     def train(self, mode: bool = True) -> MultimodalModel:
-        """As any module, but frozen towers stay in eval mode: no dropout, no running statistics."""
+        """As any module, but what is locked stays in eval mode: no dropout, no running statistics."""
         super().train(mode)
-        for name in self.options.frozen:
-            self.towers[name].eval()
-            self.heads[name].eval()
+        for name in self.towers:
+            if self.head_locked(name):
+                self.heads[name].eval()
         return self
 
-    def load_weights(self) -> None:
-        """Gives towers, and their heads where they are of the same shape, the weights that ``weights`` names.
+    def head_locked(self, tower: str) -> bool:
+        """Whether a tower is not trained, nor its head (teachers)."""
+        return getattr(self.options.towers[tower], "lock", None) == "with_head"
+
+    def owner(self, tower: str) -> str:
+        """The tower that holds the weights of this one: itself, unless it shares another's."""
+        options = self.options.towers[tower]
+        return options.tower if isinstance(options, SharedOptions) else tower
+
+    def load_pretrained(self, functions: Mapping[str, Source] | None = None) -> None:
+        """Gives towers, and their heads where they are of the same shape, the weights that ``pretrained`` names;
+        ``loaded`` tells of it.
+
+        Args:
+            functions: tower: what gives its weights instead, for example a function that returns named tensors.
 
         Raises:
-            ConfigError: a name is no tower here or there, a folder is no model, or the towers differ.
+            ConfigError: a name is no tower, nothing can be read, or it does not fit.
         """
-        for name, folder in self.options.weights.items():
-            path = f"model.weights.{name}"
-            if name not in self.towers:
-                raise unknown_name("model.weights", name, self.towers)
-            try:
-                source = MultimodalModel.from_pretrained(folder)
-            except ConfigError as error:
-                raise ConfigError(f"{path}: {error}") from None
-            if name not in source.towers:
-                raise ConfigError(f"{path}: {folder} has no tower {name!r}; it has: {', '.join(source.towers)}")
-            try:
-                self.towers[name].load_state_dict(source.towers[name].state_dict())
-            except RuntimeError as error:
-                raise ConfigError(f"{path}: {folder} does not fit: {' '.join(str(error).split())[:300]}") from None
-            head, other = self.heads[name].state_dict(), source.heads[name].state_dict()
-            if {k: v.shape for k, v in head.items()} == {k: v.shape for k, v in other.items()}:
-                self.heads[name].load_state_dict(other)
-
-    def _head(self, width: int) -> nn.Module:
-        options = self.options
-        return MLPHead(width, options.head.hidden, options.joint_width, layers=options.head.layers)
+        sources: dict[str, Source | None] = {n: getattr(o, "pretrained", None) for n, o in self.options.towers.items()}
+        for name in functions or {}:
+            if name not in sources or self.owner(name) != name:
+                raise unknown_name("pretrained", name, [n for n in sources if self.owner(n) == n])
+        sources.update(functions or {})
+        self.loaded = [
+            load_pretrained(self.tower(n), self.heads[n], source, tower=n, path=f"model.towers.{n}.pretrained")
+            for n, source in sources.items()
+            if source is not None
+        ]
 
     def description(self) -> dict[str, Any]:
         """The options, with what towers read from folders named by its place in the model folder."""
@@ -160,14 +159,14 @@ class MultimodalModel(Encodes, Pretrained):
         self, folder: str | Path, *, facts: Mapping[str, str] | None = None, report: Mapping[str, Any] | None = None
     ) -> Path:
         """The model folder without momentum copies, its card with ``facts`` and the figures of a ``report``."""
-        return self._without_momentum().save_pretrained(folder, model_card_kwargs=self._card_facts(facts, report))
+        return self._alone().save_pretrained(folder, model_card_kwargs=self._card_facts(facts, report))
 
     def push_to_hub(self, repo_id: str, **arguments: Any) -> str:
         """Uploads what :meth:`export` writes, as one commit; the URL of the commit. See :class:`Pretrained`."""
         given = dict(arguments.pop("model_card_kwargs", None) or {})
         if given or self._card is None:
             arguments["model_card_kwargs"] = self._card_facts(given.get("facts"), given.get("report"))
-        return super(MultimodalModel, self._without_momentum()).push_to_hub(repo_id, **arguments)
+        return super(MultimodalModel, self._alone()).push_to_hub(repo_id, **arguments)
 
     def card_names(self) -> dict[str, str]:
         """What each tower is, for people."""
@@ -181,13 +180,17 @@ class MultimodalModel(Encodes, Pretrained):
         }
         return {"facts": {**own, **(facts or {})}, "report": report}
 
-    def _without_momentum(self) -> MultimodalModel:
-        if not self.momentum_towers:
-            return self
-        model = MultimodalModel(self.options)
+    def _alone(self) -> MultimodalModel:
+        """A copy for use alone: no momentum copies, LoRA merged, nothing of how towers were trained."""
+        options = self.options.model_copy(update={"towers": exported_towers(self.options.towers)})
+        model = MultimodalModel(options)
         model._card = self._card
         model.add_scales(self.log_scales)
-        model.load_state_dict({k: v for k, v in self.state_dict().items() if not k.startswith("momentum_")})
+        kept = ("momentum_", *(f"towers.{name}." for name in self.towers))
+        tensors = {k: v for k, v in self.state_dict().items() if not k.startswith(kept)}
+        for name in self.towers:
+            tensors.update({f"towers.{name}.{k}": v for k, v in without_lora(self.tower(name)).state_dict().items()})
+        model.load_state_dict(tensors)
         return model
 
     def add_scales(self, names: Iterable[str], starts: Mapping[str, float] | None = None) -> None:
@@ -201,7 +204,11 @@ class MultimodalModel(Encodes, Pretrained):
 
     def add_momentum(self, tower: str) -> None:
         """Gives a tower and its head a copy that follows them without a gradient (:meth:`ema_pairs`)."""
-        self.momentum_towers[tower] = copy.deepcopy(self.towers[tower]).requires_grad_(False)
+        owner, encoder = self.owner(tower), self.tower(tower)
+        if owner not in self.momentum_towers:
+            self.momentum_towers[owner] = copy.deepcopy(self.towers[owner]).requires_grad_(False)
+        if isinstance(encoder, Shared):
+            self.momentum_towers[tower] = encoder.on(self.momentum_towers[owner])
         self.momentum_heads[tower] = copy.deepcopy(self.heads[tower]).requires_grad_(False)
 
     def ema_pairs(self) -> list[tuple[nn.Module, nn.Module]]:
@@ -219,7 +226,7 @@ class MultimodalModel(Encodes, Pretrained):
             self.add_momentum(tower)
         online = [need for need in needs if need.kind == "online"]
         for name in self.towers:
-            if name not in {need.tower for need in online}:
+            if name not in {self.owner(need.tower) for need in online}:
                 self.towers[name].requires_grad_(False)
             if name not in {need.tower for need in online if {"joint", "joint_tokens"} & set(need.levels)}:
                 self.heads[name].requires_grad_(False)
@@ -231,11 +238,20 @@ class MultimodalModel(Encodes, Pretrained):
 
     def tower_infos(self) -> dict[str, TowerInfo]:
         """What objectives may know of the towers."""
-        width, frozen = self.options.joint_width, self.options.frozen
-        return {
-            name: TowerInfo(name, tower.spec, tower.width, width, name not in frozen, tower.stages)
-            for name, tower in ((name, self.tower(name)) for name in self.towers)
-        }
+        infos = {}
+        for name in self.towers:
+            tower = self.tower(name)
+            learns = getattr(self.options.towers[self.owner(name)], "lock", "all") not in ("all", "with_head")
+            infos[name] = TowerInfo(
+                name,
+                tower.spec,
+                tower.width,
+                self.options.joint_width,
+                learns,
+                tower.stages,
+                not self.head_locked(name),
+            )
+        return infos
 
     def tower_of(self, modality: str) -> str:
         """The first tower of a modality; :class:`ConfigError` if there is none."""
@@ -261,7 +277,8 @@ class MultimodalModel(Encodes, Pretrained):
         return [key for key in values if self._learns(key[0], key[3])]
 
     def _learns(self, tower: str, kind: Kind) -> bool:
-        parts = (p for module in (self.towers[tower], self.heads[tower]) for p in module.parameters())
+        modules = (self.towers[self.owner(tower)], self.heads[tower])
+        parts = (p for module in modules for p in module.parameters())
         return kind == "online" and any(p.requires_grad for p in parts)
 
     def encode(self, batch: Batch, needs: Iterable[Need], *, learning_only: bool = False) -> Values:

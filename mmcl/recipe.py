@@ -11,6 +11,7 @@ from pydantic import Discriminator, Field, Tag, field_validator
 
 from mmcl.config import Options, build, read_yaml, unknown_name
 from mmcl.data.options import DataOptions
+from mmcl.encoders.pretrained import Source
 from mmcl.media.augmentation import NONE, Augmentation
 from mmcl.model import ModelOptions, MultimodalModel
 from mmcl.objectives import OBJECTIVES, ObjectiveOptions
@@ -144,11 +145,18 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
     return build(RunConfig, read_yaml(Path(path)), overrides, where=str(path))
 
 
-def build_model(config: RunConfig) -> tuple[MultimodalModel, ObjectiveMix]:
+def build_model(
+    config: RunConfig, *, pretrained: Mapping[str, Source] | None = None, fresh: bool = True
+) -> tuple[MultimodalModel, ObjectiveMix]:
     """The model and its objectives, freshly initialised from torch's random state.
 
+    Args:
+        config: the run.
+        pretrained: tower: what gives its first weights instead of what the configuration says, such as a function.
+        fresh: False where a checkpoint is loaded afterwards: first weights are then neither read nor downloaded.
+
     Raises:
-        ConfigError: an objective asks for what no tower gives; names its path.
+        ConfigError: an objective asks for what no tower gives, or first weights cannot be had; names the path.
     """
     model = MultimodalModel(config.model)
     towers = model.tower_infos()
@@ -164,7 +172,8 @@ def build_model(config: RunConfig) -> tuple[MultimodalModel, ObjectiveMix]:
         weights[name] = over_run(options.weight, config.train.steps, f"objectives.{number}.weight")
     mix = ObjectiveMix(objectives, weights)
     model.add_scales(mix.scales, mix.start_temperatures)
-    model.load_weights()
+    if fresh:
+        model.load_pretrained(pretrained)
     model.serve(mix.needs)
     return model, mix
 

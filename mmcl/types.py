@@ -322,8 +322,11 @@ class TowerInfo:
     joint_width: int
     """``D`` of ``joint``"""
     trainable: bool = True
+    """whether weights of the tower itself learn"""
     stages: tuple[tuple[str, int], ...] = ()
     """(name, ``D``) of the feature maps that it offers as levels ``stage:NAME``"""
+    trainable_head: bool = False
+    """whether its head learns where the tower itself does not"""
 
     @property
     def modality(self) -> Modality:

@@ -11,9 +11,13 @@ from mmcl.config import Options, unknown_name
 from mmcl.encoders.audio import TinyAudio, TinyAudioOptions
 from mmcl.encoders.base import Encoder
 from mmcl.encoders.library import HfText, HfTextOptions, OpenClipOptions, build_open_clip
+from mmcl.encoders.options import TowerCommon
 from mmcl.encoders.precomputed import Precomputed, PrecomputedOptions
+from mmcl.encoders.prepare import prepare
+from mmcl.encoders.shared import Shared, SharedOptions
 from mmcl.encoders.text import TinyText, TinyTextOptions
 from mmcl.encoders.video import TinyVideo, TinyVideoOptions
+from mmcl.types import ConfigError
 
 
 class TowerEntry(NamedTuple):
@@ -61,20 +65,49 @@ TowerOptions: TypeAlias = Annotated[
     | Annotated[TinyTextOptions, Tag("tiny_text")]
     | Annotated[PrecomputedOptions, Tag("precomputed")]
     | Annotated[OpenClipOptions, Tag("open_clip:")]
-    | Annotated[HfTextOptions, Tag("hf:")],
+    | Annotated[HfTextOptions, Tag("hf:")]
+    | Annotated[SharedOptions, Tag("shared")],
     Discriminator(_tag),
 ]
 """The options of any tower, told apart by ``name``: a pydantic field of this type takes them or a mapping."""
 
 
-def build_encoder(options: Options) -> Encoder:
+def build_encoder(options: Options, path: str = "tower") -> Encoder:
     """The tower that ``options`` describes, freshly initialised: its weights depend on torch's random state alone.
 
     Raises:
-        ConfigError: the options are of no tower of the table, or name a model that a library does not have.
+        ConfigError: the options are of no tower of the table, name a model that a library does not have, or cannot take
+            effect on this tower; names ``path``.
     """
     name = str(getattr(options, "name", type(options).__name__))
     entry = TOWERS.get(table_name(name))
     if entry is None or not isinstance(options, entry.options):
-        raise unknown_name("tower.name", name, TOWERS)
-    return entry.build(options)
+        raise unknown_name(f"{path}.name", name, TOWERS)
+    try:
+        encoder = entry.build(options)
+    except ConfigError as error:  # a tower knows its options, not where they stand
+        place, dot, rest = str(error).partition(".")
+        raise ConfigError(f"{path}.{rest}" if place == "tower" and dot else str(error)) from None
+    return prepare(encoder, options, path) if isinstance(options, TowerCommon) else encoder
+
+
+def build_towers(towers: Mapping[str, Options], path: str = "model.towers") -> dict[str, Encoder]:
+    """The towers of a model, by name in this order; one that shares weights runs the other.
+
+    Raises:
+        ConfigError: as :func:`build_encoder`, or no tower there has weights that can be shared.
+    """
+    built = {n: build_encoder(o, f"{path}.{n}") for n, o in towers.items() if not isinstance(o, SharedOptions)}
+    for name, options in towers.items():
+        if isinstance(options, SharedOptions):
+            if options.tower not in built or isinstance(built[options.tower], Shared):
+                own = [n for n, o in towers.items() if not isinstance(o, SharedOptions)]
+                raise unknown_name(f"{path}.{name}.tower", options.tower, own)
+            built[name] = Shared(options, built[options.tower], f"{path}.{name}")
+    return {name: built[name] for name in towers}
+
+
+def exported_towers(towers: Mapping[str, Options]) -> dict[str, Options]:
+    """Options of the same towers, without what matters to training alone."""
+    plain = {"pretrained": None, "lora": None, "checkpoint_activations": False, "compile": False}
+    return {n: o.model_copy(update=plain) if isinstance(o, TowerCommon) else o for n, o in towers.items()}

@@ -44,7 +44,7 @@ def _source(options: Options) -> Path | None:
 
 def stored_tower(tower: str, options: Options) -> dict[str, Any]:
     """Changes to a tower's options on their way into a model folder, where its files and its weights lie."""
-    changes: dict[str, Any] = {"pretrained": None}
+    changes: dict[str, Any] = {"pretrained": None} if hasattr(options, "pretrained") else {}
     if _source(options) is not None:
         changes["name"] = f"{LIBRARY}./{FOLDER}/{tower}"
     return changes
@@ -64,7 +64,7 @@ def found_tower(options: Options, folder: Path, *, where: str) -> dict[str, Any]
     Raises:
         ConfigError: the tower would read files of another place.
     """
-    changes: dict[str, Any] = {"pretrained": None}
+    changes: dict[str, Any] = {"pretrained": None} if hasattr(options, "pretrained") else {}
     name = str(getattr(options, "name", ""))
     place = name.removeprefix(LIBRARY)
     if not name.startswith(LIBRARY) or ("/" not in place and "\\" not in place and place not in ("", ".", "..", "~")):

@@ -364,5 +364,5 @@ class _Embedder:
 
 def _modalities(model: MultimodalModel) -> list[Modality]:
     """Modalities of the towers, in their order; stored embeddings of a teacher have no place in the joint space."""
-    specs = [(name in model.options.frozen, model.tower(name).spec) for name in model.towers]
+    specs = [(model.head_locked(name), model.tower(name).spec) for name in model.towers]
     return list(dict.fromkeys(spec.modality for frozen, spec in specs if not (frozen and isinstance(spec, VectorSpec))))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any, TypeVar
@@ -13,6 +13,7 @@ import torch
 
 from mmcl.config import to_yaml
 from mmcl.distributed import Comm
+from mmcl.encoders.pretrained import Source
 from mmcl.model import parameter_counts
 from mmcl.recipe import RunConfig, build_model
 from mmcl.shards.sequential import describe_order
@@ -24,13 +25,14 @@ from mmcl.types import Batch, MmclError, RunError
 T = TypeVar("T")
 
 
-def pretrain(config: RunConfig, *, resume: str | None = None) -> bool:
+def pretrain(config: RunConfig, *, resume: str | None = None, pretrained: Mapping[str, Source] | None = None) -> bool:
     """Trains; on one process or as one rank of many.
 
     Args:
         config: the run.
         resume: None starts a new run; ``"auto"`` goes on from the newest complete checkpoint of the run folder, or
             starts; a path goes on from that checkpoint.
+        pretrained: tower: what gives its first weights instead of what the configuration says, such as a function.
 
     Returns:
         Whether the last step was reached; False after a stop that was asked for.
@@ -49,7 +51,7 @@ def pretrain(config: RunConfig, *, resume: str | None = None) -> bool:
         with ExitStack() as stack:
             folder = RunFolder(Path(config.train.out), writer=accelerator.is_main_process)
             source = _together(lambda: stack.enter_context(folder).resume_from(resume))
-            trainer = Trainer(config, accelerator)
+            trainer = Trainer(config, accelerator, pretrained=pretrained, fresh=source is None)
             if source is not None:
                 trainer.load(source)
             if accelerator.is_main_process:
@@ -122,6 +124,7 @@ def _headline(trainer: Trainer, source: Path | None) -> str:
         )
     if tars is not None:
         lines.append(f"warning: {describe_order(tars)}")
+    lines += trainer.model.loaded
     lines += [f"warning: {remark}" for remark in remarks(config, trainer.model, trainer.mix)]
     if source is not None:
         lines.append(f"going on from {source}")

@@ -19,6 +19,7 @@ from mmcl.data import ClipStream
 from mmcl.data.collate import holes
 from mmcl.data.health import SkipLimits, read_quarantine
 from mmcl.distributed import Comm
+from mmcl.encoders.pretrained import Source
 from mmcl.media.augment import augment
 from mmcl.media.mixing import mix
 from mmcl.objectives.base import Term
@@ -56,11 +57,19 @@ class Trainer:
     again (half of the samples would never be read, without a warning).
     """
 
-    def __init__(self, config: RunConfig, accelerator: Accelerator) -> None:
+    def __init__(
+        self,
+        config: RunConfig,
+        accelerator: Accelerator,
+        *,
+        pretrained: Mapping[str, Source] | None = None,
+        fresh: bool = True,
+    ) -> None:
+        """``pretrained`` and ``fresh``: as :func:`~mmcl.recipe.build_model` takes them."""
         self.config, self.accelerator = config, accelerator
         self.comm = Comm.current()
         torch.manual_seed(config.train.seed)
-        self.model, self.mix = build_model(config)
+        self.model, self.mix = build_model(config, pretrained=pretrained, fresh=fresh)
         check_labels(config, self.mix)
         self.views = tuple(dict.fromkeys(need.view for need in self.mix.needs))
         self.stream = build_stream(config, self.views, self.comm)
@@ -214,7 +223,7 @@ class Trainer:
             **{name: float(value) for name, value in term.metrics.items()},
             **self._temperatures(),
             "grad_norm": float(grad_norm),
-            "learning_rate": self.optimizer.param_groups[0]["lr"],
+            "learning_rate": self.optimizer.param_groups[0]["lr"] / self.optimizer.param_groups[0]["factor"],
             **meter.rates(self.config.train.global_batch * self.config.train.accumulate),
             "skipped": self.progress.skipped,
             **self._epochs(),

@@ -39,8 +39,9 @@ def build_everything(taught: bool, dropout: float = 0.0) -> TrainStep:
         "audio": video if taught else TinyAudioOptions(width=8, channels=8, dropout=dropout, **small),
         "text": TinyTextOptions(width=8, depth=1, dropout=dropout),
     }
-    frozen = ("audio", "text") if taught else ()
-    options = ModelOptions(towers=towers, joint_width=6, head=HeadOptions(layers=2, hidden=8), frozen=frozen)
+    for name in ("audio", "text") if taught else ():
+        towers[name] = towers[name].model_copy(update={"lock": "with_head"})
+    options = ModelOptions(towers=towers, joint_width=6, head=HeadOptions(layers=2, hidden=8))
     model = MultimodalModel(options)
     infos = model.tower_infos()
     objectives = {

@@ -14,7 +14,7 @@ from support.recipes import ROOT, tiny_config
 from support.shards import read_shards, write_shards
 
 import mmcl
-from mmcl.model import MultimodalModel
+from mmcl.model import ModelOptions, MultimodalModel
 from mmcl.objectives import OBJECTIVES
 from mmcl.recipe import RunConfig, build_model
 from mmcl.shards.vectors import write_vector
@@ -54,6 +54,11 @@ def taught_shards(shards_folder: Path, tmp_path_factory: pytest.TempPathFactory)
     return folder
 
 
+def taught_by(model: ModelOptions) -> list[str]:
+    """Towers that start from an earlier run."""
+    return [name for name, tower in model.towers.items() if getattr(tower, "pretrained", None) is not None]
+
+
 def quick(name: str, shards: Path, taught: Path, teacher: Path, out: Path) -> RunConfig:
     """The shipped file, small: 20 steps of 8 rows, pictures of 32 pixels."""
     path = ROOT / f"configs/pretrain/{name}.yaml"
@@ -64,7 +69,7 @@ def quick(name: str, shards: Path, taught: Path, teacher: Path, out: Path) -> Ru
         if options.name == "tiny_video"
     ]
     stored = any(options.name == "precomputed" for options in model.towers.values())
-    weights = [f"model.weights.{tower}={teacher}" for tower in model.weights]
+    weights = [f"model.towers.{tower}.pretrained={teacher}" for tower in taught_by(model)]
     places = [f"data.shards={taught if stored else shards / 'train'}", f"train.out={out}"]
     return mmcl.load_config(path, [*QUICK, *small, *weights, *places])
 
@@ -83,7 +88,7 @@ def test_it_trains(name: str, shards_folder: Path, taught_shards: Path, teacher:
     if warm and not any(part in name for part in GROWS_HARDER):
         assert last < first
     trained = MultimodalModel.from_pretrained(tmp_path / "run")
-    for tower in config.model.weights:
+    for tower in taught_by(config.model):
         before = MultimodalModel.from_pretrained(teacher).towers[tower]
         for p, q in zip(trained.towers[tower].parameters(), before.parameters(), strict=True):
             assert torch.equal(p, q)

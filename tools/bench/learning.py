@@ -119,11 +119,8 @@ def distillation(work: Path, teachers: Sequence[str]) -> Iterator[tuple[str, str
             (f"compositional, from {TAUGHT_BY[name]}", name, composed),
         ]
     for arm, name, term in arms:
-        model = {
-            "towers": {"video": VIDEO, name: TEACHERS[name]},
-            "frozen": [name],
-            "weights": {name: str(run_folder(work, "teacher", name, 0))},
-        }
+        earlier = str(run_folder(work, "teacher", name, 0))
+        model = {"towers": {"video": VIDEO, name: {**TEACHERS[name], "pretrained": earlier, "lock": "with_head"}}}
         named = {"teacher": name} if term is plain else {"teachers": [name]}
         yield "still", arm, {"model": model, "objectives": [{**term, **named}]}
 
