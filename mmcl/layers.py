@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
 from itertools import pairwise
 from typing import Any, Literal
 
@@ -30,11 +32,12 @@ class _SumOverRanks(torch.autograd.Function):
         return total
 
 
-class RankBatchNorm1d(nn.Module):
+class RankBatchNorm(nn.Module):
     """Batch norm over the present rows of all ranks (Ioffe & Szegedy 2015, algorithm 1), also on CPUs.
 
-    With all rows present, on one rank, it is ``torch.nn.BatchNorm1d``. Fewer than two present rows define no variance:
-    they come out as ``bias``, and the running statistics stay. In training every rank calls it equally often.
+    With all rows present, on one rank, it is torch's ``BatchNorm1d``, ``2d`` and ``3d``. Fewer than two values of a
+    channel define no variance: they come out as ``bias``, and the running statistics stay. In training every rank calls
+    it equally often.
     """
 
     running_mean: Tensor
@@ -48,27 +51,50 @@ class RankBatchNorm1d(nn.Module):
         self.register_buffer("running_var", torch.ones(width))
 
     def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
-        """float ``(B, D)`` to the same; ``mask`` bool ``(B,)``: rows present (None: all), the others become 0."""
-        present = torch.ones(len(x), dtype=torch.bool, device=x.device) if mask is None else mask
+        """float ``(B, D)`` or ``(B, D, …)`` to the same; ``mask`` bool ``(B,)``: rows present (None: all, or none
+        inside :func:`absent_rows`), the others become 0.
+        """
+        if mask is None and _ABSENT.get():
+            mask = torch.zeros(len(x), dtype=torch.bool, device=x.device)
+        absent = None if mask is None else ~mask.view(-1, *[1] * (x.ndim - 1))
+        shape = (1, -1, *[1] * (x.ndim - 2))
         with torch.autocast(x.device.type, enabled=False):
-            rows = (x if x.dtype == torch.float64 else x.float()).masked_fill(~present[:, None], 0)
-            mean, variance = self.running_mean, self.running_var
+            rows = x if x.dtype == torch.float64 else x.float()
+            rows = rows if absent is None else rows.masked_fill(absent, 0)
+            mean, variance = self.running_mean.view(shape), self.running_var.view(shape)
             if self.training:
-                mean, variance = self._batch_statistics(rows, present)
-            out = (rows - mean) * (variance + self.eps).rsqrt() * self.weight + self.bias
-            return out.masked_fill(~present[:, None], 0).to(x.dtype)
+                mean, variance = self._batch_statistics(rows, mask, absent)
+            scale = (variance + self.eps).rsqrt() * self.weight.view(shape)
+            out = (rows - mean) * scale + self.bias.view(shape)
+            return (out if absent is None else out.masked_fill(absent, 0)).to(x.dtype)
 
-    def _batch_statistics(self, rows: Tensor, present: Tensor) -> tuple[Tensor, Tensor]:
-        count = _sum_over_ranks(present.sum().to(rows.dtype))
-        mean = _sum_over_ranks(rows.sum(0)) / count.clamp_min(1)
+    def _batch_statistics(self, rows: Tensor, mask: Tensor | None, absent: Tensor | None) -> tuple[Tensor, Tensor]:
+        axes = (0, *range(2, rows.ndim))
+        here = rows.new_tensor(len(rows)) if mask is None else mask.sum().to(rows.dtype)
+        count = _sum_over_ranks(here * (rows[0, 0].numel() if len(rows) else 1))
+        mean = _sum_over_ranks(rows.sum(axes, keepdim=True)) / count.clamp_min(1)
         # squares of deviations, not of values: those lose all digits where the mean is large
-        deviations = (rows - mean).masked_fill(~present[:, None], 0)
-        variance = _sum_over_ranks(deviations.square().sum(0)) / count.clamp_min(1)
+        deviations = rows - mean
+        deviations = deviations if absent is None else deviations.masked_fill(absent, 0)
+        variance = _sum_over_ranks(deviations.square().sum(axes, keepdim=True)) / count.clamp_min(1)
         with torch.no_grad():
             step = self.momentum * (count >= 2).to(rows.dtype)
-            self.running_mean.lerp_(mean, step)
-            self.running_var.lerp_(variance * count / (count - 1).clamp_min(1), step)
+            self.running_mean.lerp_(mean.flatten(), step)
+            self.running_var.lerp_((variance * count / (count - 1).clamp_min(1)).flatten(), step)
         return mean, variance
+
+
+_ABSENT: ContextVar[bool] = ContextVar("_ABSENT", default=False)
+
+
+@contextmanager
+def absent_rows(absent: bool = True) -> Iterator[None]:
+    """Inside it, rows that come without a mask count for no statistics (a rank without rows runs one for show)."""
+    token = _ABSENT.set(absent)
+    try:
+        yield
+    finally:
+        _ABSENT.reset(token)
 
 
 def _sum_over_ranks(x: Tensor) -> Tensor:
@@ -95,7 +121,7 @@ class MLPHead(nn.Module):
         super().__init__()
         if layers < 1:
             raise ValueError(f"a head has at least one layer, got {layers}")
-        norms = {"none": nn.Identity, "batch": RankBatchNorm1d, "layer": nn.LayerNorm}
+        norms = {"none": nn.Identity, "batch": RankBatchNorm, "layer": nn.LayerNorm}
         if norm not in norms:
             raise ValueError(f"norm {norm!r} is not one of {', '.join(norms)}")
         functions: dict[str, Callable[[Tensor], Tensor]] = {"gelu": F.gelu, "relu": F.relu, "silu": F.silu}
@@ -110,6 +136,6 @@ class MLPHead(nn.Module):
         """float ``(B, width)`` to ``(B, out)``; ``mask`` bool ``(B,)``: rows that are present."""
         for linear, norm in zip(self.linears, self.norms, strict=False):
             x = linear(x)
-            x = self.activation(norm(x, mask) if isinstance(norm, RankBatchNorm1d) else norm(x))
+            x = self.activation(norm(x, mask) if isinstance(norm, RankBatchNorm) else norm(x))
         out: Tensor = self.linears[-1](x)
         return out

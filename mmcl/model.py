@@ -24,6 +24,7 @@ from mmcl.encoders.shared import Shared, SharedOptions
 from mmcl.encoders.stored import card_name, found_tower, spec_values, stored_tower, tower_files
 from mmcl.folders import CONFIG
 from mmcl.hub import Pretrained
+from mmcl.layers import absent_rows
 from mmcl.objectives.base import LEVELS
 from mmcl.types import (
     Batch,
@@ -315,8 +316,9 @@ class MultimodalModel(Encodes, Pretrained):
         mask = None if view.mask is None else view.mask[rows]
         towers, heads = (self.towers, self.heads) if kind == "online" else (self.momentum_towers, self.momentum_heads)
         values: dict[Level, Tensor] = {}
-        features: Features = towers[tower](view.data[rows], mask)
-        found = [self._level(tower, heads[tower], features, level) for level in levels]
+        with absent_rows(dummy):
+            features: Features = towers[tower](view.data[rows], mask)
+            found = [self._level(tower, heads[tower], features, level) for level in levels]
         if not {"joint", "pooled"} & set(levels):  # DDP waits for the parameters behind the last of the levels too
             found[0] = found[0] + 0.0 * features.pooled.sum()
         for level, value in zip(levels, found, strict=True):

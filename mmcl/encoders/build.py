@@ -10,12 +10,18 @@ from pydantic import Discriminator, Tag
 from mmcl.config import Options, unknown_name
 from mmcl.encoders.audio import TinyAudio, TinyAudioOptions
 from mmcl.encoders.base import Encoder
-from mmcl.encoders.library import HfText, HfTextOptions, OpenClipOptions, build_open_clip
+from mmcl.encoders.frames import TimmFrames, TimmOptions
+from mmcl.encoders.hf_common import model_type
+from mmcl.encoders.hf_text import HfText, HfTextOptions
+from mmcl.encoders.hf_video import VIDEO_KINDS, HfVideo, HfVideoOptions
+from mmcl.encoders.library import OpenClipOptions, build_open_clip
 from mmcl.encoders.options import TowerCommon
 from mmcl.encoders.precomputed import Precomputed, PrecomputedOptions
 from mmcl.encoders.prepare import prepare
 from mmcl.encoders.shared import Shared, SharedOptions
+from mmcl.encoders.slow import SlowOptions, SlowR50
 from mmcl.encoders.text import TinyText, TinyTextOptions
+from mmcl.encoders.torchvision_video import TorchvisionOptions, build_torchvision
 from mmcl.encoders.video import TinyVideo, TinyVideoOptions
 from mmcl.types import ConfigError
 
@@ -39,9 +45,28 @@ TOWERS: Mapping[str, TowerEntry] = {
     "tiny_text": TowerEntry(TinyTextOptions, TinyText, "text"),
     "precomputed": TowerEntry(PrecomputedOptions, Precomputed, "stored embeddings"),
     "open_clip:": TowerEntry(OpenClipOptions, build_open_clip, "video, text"),
-    "hf:": TowerEntry(HfTextOptions, HfText, "text"),
+    "timm:": TowerEntry(
+        TimmOptions, TimmFrames, "video", "package:efficientnet-lite0 (Apache-2.0); timm's, as timm lists them"
+    ),
+    "torchvision:": TowerEntry(
+        TorchvisionOptions,
+        build_torchvision,
+        "video",
+        "torchvision's on Kinetics-400 (BSD-3-Clause)",
+    ),
+    "slow_r50": TowerEntry(
+        SlowOptions, SlowR50, "video", "SLOW_8x8_R50 of SlowFast (Apache-2.0) or PyTorchVideo (Apache-2.0)"
+    ),
+    "hf:text": TowerEntry(HfTextOptions, HfText, "text", "a folder; package:minilm (Apache-2.0)"),
+    "hf:video": TowerEntry(HfVideoOptions, HfVideo, "video", "a folder of transformers; its card states the licence"),
 }
-"""Names that end in a colon are prefixes: a library's own name follows."""
+"""Where a name ends in a colon, a library's own name follows; ``hf:`` towers are told apart by their model's type, or
+by ``modality``.
+"""
+
+
+HF_MODALITIES: Mapping[str, str] = dict.fromkeys(VIDEO_KINDS, "video")
+"""Model types of transformers that are not for text."""
 
 
 def table_name(name: str) -> str:
@@ -54,9 +79,15 @@ def table_name(name: str) -> str:
     return prefix + colon
 
 
-def _tag(options: Any) -> str | None:
-    name = options.get("name") if isinstance(options, dict) else getattr(options, "name", None)
-    return table_name(name) if isinstance(name, str) else None
+def tower_tag(options: Any) -> str | None:
+    """The entry of ``TOWERS`` that a mapping, or the options of a tower, belongs to; None: it has no name."""
+    told = options.get if isinstance(options, dict) else lambda key, default=None: getattr(options, key, default)
+    name = told("name")
+    if not isinstance(name, str):
+        return None
+    if table_name(name) != "hf:":
+        return table_name(name)
+    return f"hf:{told('modality') or HF_MODALITIES.get(model_type(name), 'text')}"
 
 
 TowerOptions: TypeAlias = Annotated[
@@ -65,9 +96,13 @@ TowerOptions: TypeAlias = Annotated[
     | Annotated[TinyTextOptions, Tag("tiny_text")]
     | Annotated[PrecomputedOptions, Tag("precomputed")]
     | Annotated[OpenClipOptions, Tag("open_clip:")]
-    | Annotated[HfTextOptions, Tag("hf:")]
+    | Annotated[TimmOptions, Tag("timm:")]
+    | Annotated[TorchvisionOptions, Tag("torchvision:")]
+    | Annotated[SlowOptions, Tag("slow_r50")]
+    | Annotated[HfTextOptions, Tag("hf:text")]
+    | Annotated[HfVideoOptions, Tag("hf:video")]
     | Annotated[SharedOptions, Tag("shared")],
-    Discriminator(_tag),
+    Discriminator(tower_tag),
 ]
 """The options of any tower, told apart by ``name``: a pydantic field of this type takes them or a mapping."""
 
@@ -80,7 +115,7 @@ def build_encoder(options: Options, path: str = "tower") -> Encoder:
             effect on this tower; names ``path``.
     """
     name = str(getattr(options, "name", type(options).__name__))
-    entry = TOWERS.get(table_name(name))
+    entry = TOWERS.get(tower_tag(options) or "")
     if entry is None or not isinstance(options, entry.options):
         raise unknown_name(f"{path}.name", name, TOWERS)
     try:

@@ -130,9 +130,10 @@ def place_of(place: str) -> Path:
     return _installed(name) / PACKAGES[name].folder
 
 
-def package_pixels(pretrained: str | None) -> Pixels | None:
+def package_pixels(pretrained: object) -> Pixels | None:
     """Mean and standard deviation that weights of a package want, if they are not the tower's own."""
-    package = PACKAGES.get((pretrained or "").removeprefix(PREFIX)) if (pretrained or "").startswith(PREFIX) else None
+    named = isinstance(pretrained, str) and pretrained.startswith(PREFIX)
+    package = PACKAGES.get(str(pretrained).removeprefix(PREFIX)) if named else None
     return None if package is None else package.pixels
 
 

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from mmcl.config import Options
+from mmcl.encoders.packages import place_of
 from mmcl.types import ConfigError, Spec, TextSpec, Tokenizer
 
 FOLDER = "towers"
@@ -38,8 +39,10 @@ FILES = (
 def _source(options: Options) -> Path | None:
     """The folder that a tower's name points to, if it does."""
     name = str(getattr(options, "name", ""))
-    folder = Path(name.removeprefix(LIBRARY)).expanduser()
-    return folder if name.startswith(LIBRARY) and (folder / "config.json").is_file() else None
+    if not name.startswith(LIBRARY):
+        return None
+    folder = place_of(name.removeprefix(LIBRARY))
+    return folder if (folder / "config.json").is_file() else None
 
 
 def stored_tower(tower: str, options: Options) -> dict[str, Any]:

@@ -15,13 +15,13 @@ from contextlib import AbstractContextManager, nullcontext
 import torch
 from torch import Tensor, nn
 
-from mmcl.layers import RankBatchNorm1d
+from mmcl.layers import RankBatchNorm
 from mmcl.model import Values
 from mmcl.objectives.base import Term
 from mmcl.training.step import CachePass, TrainStep
 from mmcl.types import Batch, ConfigError, ViewBatch
 
-BATCH_STATISTICS = (nn.modules.batchnorm._BatchNorm, RankBatchNorm1d)
+BATCH_STATISTICS = (nn.modules.batchnorm._BatchNorm, RankBatchNorm)
 
 Context = Callable[[], AbstractContextManager[object]]
 
