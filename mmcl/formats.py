@@ -51,7 +51,7 @@ def export_checkpoint(
     if tower not in model.towers:
         raise unknown_name("--tower", tower, model.towers)
     try:
-        WRITERS[to](model, tower, out)
+        WRITERS[to](model.alone(), tower, out)
     except (OSError, SafetensorError) as error:
         raise RunError(f"cannot write the model to {out}: {getattr(error, 'strerror', None) or error}") from None
     return out
@@ -68,12 +68,12 @@ def export_open_clip(model: MultimodalModel, tower: str, out: Path) -> Path:
     Raises:
         ConfigError: the tower is not one of open_clip's.
     """
-    import open_clip
-    from open_clip.model import CustomTextCLIP
-
     name = _name(model, tower)
     if not name.startswith(OPEN_CLIP):
         raise ConfigError(f"--to open_clip: tower {tower!r} is {name}, not one of open_clip")
+    import open_clip
+    from open_clip.model import CustomTextCLIP
+
     config = open_clip.get_model_config(name.removeprefix(OPEN_CLIP)) or {}
     towers = {"text" if isinstance(model.tower(tower).spec, TextSpec) else "visual": tower}
     for other in model.towers:
@@ -164,11 +164,11 @@ def export_transformers(model: MultimodalModel, tower: str, out: Path) -> Path:
     Raises:
         ConfigError: the tower is not one of transformers', or a part of one that ``AutoModel`` has no class for.
     """
-    from transformers import MODEL_MAPPING
-
     name, library = _name(model, tower), getattr(model.tower(tower), "model", None)
     if not name.startswith(TRANSFORMERS) or library is None:
         raise ConfigError(f"--to transformers: tower {tower!r} is {name}, not one of transformers")
+    from transformers import MODEL_MAPPING
+
     built = MODEL_MAPPING.get(type(library.config), None)
     if built is not type(library):
         raise ConfigError(

@@ -160,14 +160,14 @@ class MultimodalModel(Encodes, Pretrained):
         self, folder: str | Path, *, facts: Mapping[str, str] | None = None, report: Mapping[str, Any] | None = None
     ) -> Path:
         """The model folder without momentum copies, its card with ``facts`` and the figures of a ``report``."""
-        return self._alone().save_pretrained(folder, model_card_kwargs=self._card_facts(facts, report))
+        return self.alone().save_pretrained(folder, model_card_kwargs=self._card_facts(facts, report))
 
     def push_to_hub(self, repo_id: str, **arguments: Any) -> str:
         """Uploads what :meth:`export` writes, as one commit; the URL of the commit. See :class:`Pretrained`."""
         given = dict(arguments.pop("model_card_kwargs", None) or {})
         if given or self._card is None:
             arguments["model_card_kwargs"] = self._card_facts(given.get("facts"), given.get("report"))
-        return super(MultimodalModel, self._alone()).push_to_hub(repo_id, **arguments)
+        return super(MultimodalModel, self.alone()).push_to_hub(repo_id, **arguments)
 
     def card_names(self) -> dict[str, str]:
         """What each tower is, for people."""
@@ -181,7 +181,7 @@ class MultimodalModel(Encodes, Pretrained):
         }
         return {"facts": {**own, **(facts or {})}, "report": report}
 
-    def _alone(self) -> MultimodalModel:
+    def alone(self) -> MultimodalModel:
         """A copy for use alone: no momentum copies, LoRA merged, nothing of how towers were trained."""
         options = self.options.model_copy(update={"towers": exported_towers(self.options.towers)})
         model = MultimodalModel(options)
