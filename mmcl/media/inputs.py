@@ -14,7 +14,7 @@ from torch import Tensor
 
 from mmcl.media.clip import MediaReader
 from mmcl.media.frames import scaled_size, square_crop
-from mmcl.media.windows import Window, fold_times, frame_indices, place_windows, wanted_times
+from mmcl.media.windows import Window, frame_indices, place_windows, wanted_times
 from mmcl.types import AudioSpec, Clip, ConfigError, SampleError, VideoSpec
 
 Media: TypeAlias = str | Path | bytes | Clip | npt.NDArray[Any] | Tensor
@@ -133,13 +133,10 @@ def _wave_windows(
         from torchaudio.functional import resample
 
         wave = np.asarray(resample(torch.from_numpy(wave), int(rate), spec.sample_rate_hz))
-    duration = len(wave) / spec.sample_rate_hz
-    cut = []
-    for window in _placed(duration, spec.seconds, windows):
-        times = window.start_seconds + np.arange(spec.samples) / spec.sample_rate_hz
-        numbers = (fold_times(times, duration) * spec.sample_rate_hz).round().astype(int)
-        cut.append(wave[numbers.clip(0, len(wave) - 1)])
-    return np.stack(cut)
+    starts = [window.start_seconds for window in _placed(len(wave) / spec.sample_rate_hz, spec.seconds, windows)]
+    numbers = np.array([round(start * spec.sample_rate_hz) for start in starts])[:, None] + np.arange(spec.samples)
+    cut: npt.NDArray[np.float32] = wave[numbers % len(wave)]  # a short one is played again, as files are
+    return cut
 
 
 def _fit_clip(clip: Clip, spec: VideoSpec | AudioSpec) -> npt.NDArray[Any]:
