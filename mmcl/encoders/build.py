@@ -46,7 +46,9 @@ TOWERS: Mapping[str, TowerEntry] = {
     "tiny_audio": TowerEntry(TinyAudioOptions, TinyAudio, "audio"),
     "tiny_text": TowerEntry(TinyTextOptions, TinyText, "text"),
     "precomputed": TowerEntry(PrecomputedOptions, Precomputed, "stored embeddings"),
-    "open_clip:": TowerEntry(OpenClipOptions, build_open_clip, "video, text"),
+    "open_clip:": TowerEntry(
+        OpenClipOptions, build_open_clip, "video, text", "open_clip's; the card of each states its licence"
+    ),
     "timm:": TowerEntry(
         TimmOptions, TimmFrames, "video", "package:efficientnet-lite0 (Apache-2.0); timm's, as timm lists them"
     ),
@@ -54,7 +56,7 @@ TOWERS: Mapping[str, TowerEntry] = {
         TorchvisionOptions,
         build_torchvision,
         "video",
-        "torchvision's on Kinetics-400 (BSD-3-Clause)",
+        "torchvision's, trained on Kinetics-400 (BSD-3-Clause; mvit_v2_s and swin3d_t ported from Apache-2.0)",
     ),
     "slow_r50": TowerEntry(
         SlowOptions, SlowR50, "video", "SLOW_8x8_R50 of SlowFast (Apache-2.0) or PyTorchVideo (Apache-2.0)"
