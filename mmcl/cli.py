@@ -147,6 +147,18 @@ def objectives(
         typer.echo(detail(find_entry(name, entries)))
 
 
+@app.command()
+def encoders(
+    name: Annotated[
+        str | None, typer.Argument(help="One of them, with its options, or timm: or open_clip: for all their names.")
+    ] = None,
+) -> None:
+    """List the towers that a configuration can name: sizes, what they eat, weights and their licences."""
+    from mmcl.encoders.listing import detail, overview
+
+    typer.echo(overview() if name is None else detail(name))
+
+
 Checkpoint = Annotated[Path, typer.Argument(help="A checkpoint, a run folder, or an exported model.")]
 Clips = Annotated[
     int | None, typer.Option(min=1, help="Windows per sample whose embeddings are averaged; default: as the run says.")

@@ -125,6 +125,7 @@ class Clip:
 class Tokenizer(Protocol):
     """Text to token numbers; hashable (equal ones make equal views) and picklable (it runs in workers).
 
+    It may have ``cut(texts) -> list[bool]``, which of them are longer than it takes (without: none are counted).
     For augmentation it may also have ``special_ids``, numbers that are never changed (none), ``mask_id``, what stands
     for a masked token (None: masks are refused), and ``vocabulary``, how many numbers there are.
     """

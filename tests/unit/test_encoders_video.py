@@ -303,3 +303,34 @@ def test_a_rank_without_rows_leaves_the_statistics() -> None:
     assert all(before[key].equal(value) for key, value in statistics(model).items()) and not found.any()
     model.encode_view("video", ViewBatch(x, torch.ones(2, dtype=torch.bool)), ["joint"])
     assert not any(before[key].equal(value) for key, value in statistics(model).items())
+
+
+@pytest.mark.slow
+@EACH
+def test_what_all_towers_can_be_told_acts_on_this_one(name: str) -> None:
+    deeper = {"depth": [2, 1, 1, 1]} if name == "slow_r50" else {}
+    if name in ("timm:resnet18", "open_clip:RN50"):
+        deeper = {"config": {**({**SMALL, **SLOW}[name]["config"]), "layers": [2, 1, 1, 1]}}
+    plain = tower(name, **deeper).train()
+    again = tower(name, **deeper, checkpoint_activations=True).train()
+    x = clips(plain)
+    for encoder in (plain, again):
+        encoder(x).pooled.pow(2).sum().backward()
+    for (key, p), q in zip(plain.named_parameters(), again.parameters(), strict=True):
+        torch.testing.assert_close(p.grad, q.grad, rtol=1e-4, atol=1e-5, msg=key)
+    locked = tower(name, **deeper, lock=1)
+    last = {id(p) for p in locked.blocks()[-1].parameters()}
+    trained = {key: id(p) for key, p in locked.named_parameters() if p.requires_grad}
+    assert last <= set(trained.values()) and len(trained) < len(list(plain.parameters()))
+    dropped = tower(name, **deeper, drop_path=0.9).train()
+    for encoder in (plain, dropped):
+        for key, p in encoder.named_parameters():
+            if key.endswith("c.norm.weight"):  # zero at first: a block that does nothing can be skipped unseen
+                nn.init.ones_(p)
+    assert len({float(dropped(x).pooled.detach().sum()) for _ in range(8)}) > 1, "a draw each time"
+    assert torch.equal(dropped.eval()(x).pooled, plain.eval()(x).pooled)
+
+
+def test_statistics_are_counted_once() -> None:
+    with pytest.raises(ConfigError, match=r"norm: rank counts each row once"):
+        tower("slow_r50", norm="rank", checkpoint_activations=True)
