@@ -28,6 +28,9 @@ from mmcl.types import ConfigError, RunError
 
 WEIGHTS, PREPROCESSOR, CARD = "model.safetensors", "preprocessor.json", "README.md"
 
+_CLIENT_ERRORS = tuple(each for each in HfHubHTTPError.__mro__ if each.__name__ == "HTTPError")
+"""of the library that huggingface_hub speaks HTTP with: requests, then httpx, then another"""
+
 M = TypeVar("M", bound="Pretrained")
 
 
@@ -166,11 +169,9 @@ class Pretrained(nn.Module, ModelHubMixin, library_name="mmcl", tags=["mmcl"]): 
 @contextmanager
 def _one_line(what: str, kind: type[ConfigError] | type[RunError]) -> Iterator[None]:
     """Errors of the hub's client in one line."""
-    import httpx  # what huggingface_hub speaks with since 1.0
-
     try:
         yield
-    except (HfHubHTTPError, HFValidationError, OSError, httpx.HTTPError) as error:
+    except (*_CLIENT_ERRORS, HFValidationError, OSError) as error:
         words = [word for word in str(error).split() if word]
         raise kind(f"{what}: {' '.join(words)[:300] or type(error).__name__}") from None
 

