@@ -16,6 +16,7 @@ class LoraOptions(Options):
     alpha: Annotated[float, Field(gt=0)] = 16.0
     """the update is multiplied by ``alpha / rank``"""
     dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    """of what the updates of linear layers read; torch's attention has none"""
     targets: tuple[str, ...] = ()
     """endings of the names of linear and attention layers to adapt; none: all of them in the blocks"""
 

@@ -77,7 +77,7 @@ def read(source: Source, tower: str) -> tuple[dict[str, Tensor], bool]:
         return _read_folder(place, tower)
     if place.is_file():
         return _read_file(place), False
-    if colon and "/" not in kind and not place.parent.is_dir():
+    if colon and len(kind) > 1 and "/" not in kind:
         raise ConfigError(
             f"no file, no folder, and {kind!r} is not one of package, hub{nearest(kind, ('package', 'hub'))}"
         )

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from mmcl.data.labels import look_for_labels
+from mmcl.encoders.prepare import DropPath
 from mmcl.model import MultimodalModel
 from mmcl.objectives.base import ObjectiveMix, Term
 from mmcl.recipe import RunConfig
@@ -78,6 +79,8 @@ def remarks(config: RunConfig, model: MultimodalModel, mix: ObjectiveMix) -> lis
 def _has_dropout(encoder: nn.Module) -> bool:
     """Whether two passes over one input differ, which makes two views of it (SimCSE)."""
     return any(
+        isinstance(hook, DropPath) for part in encoder.modules() for hook in part._forward_hooks.values()
+    ) or any(
         "drop" in type(part).__name__.lower()
         and any(float(getattr(part, name, None) or 0) > 0 for name in ("p", "drop_prob"))
         for part in encoder.modules()
