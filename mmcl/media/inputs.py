@@ -111,6 +111,8 @@ def _frame_windows(
 
 def _scaled(frames: npt.NDArray[Any], spec: VideoSpec) -> npt.NDArray[np.uint8]:
     """Frames as large as a tower wants them, fitted as it wants."""
+    if frames.shape[2:] == (spec.size, spec.size):
+        return frames.astype(np.uint8, copy=False)
     size = scaled_size(frames.shape[2], frames.shape[3], spec.size, spec.fit)
     scaled = F.interpolate(
         torch.from_numpy(np.ascontiguousarray(frames)).float(),
