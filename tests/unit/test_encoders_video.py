@@ -335,3 +335,17 @@ def test_what_all_towers_can_be_told_acts_on_this_one(name: str) -> None:
 def test_statistics_are_counted_once() -> None:
     with pytest.raises(ConfigError, match=r"norm: rank counts each row once"):
         tower("slow_r50", norm="rank", checkpoint_activations=True)
+
+
+@pytest.mark.parametrize("name", ["timm:resnet18", "open_clip:ViT-B-32"])
+def test_frame_towers_take_the_names_of_their_libraries(name: str) -> None:
+    encoder = tower(name, temporal={"pool": "transformer", "layers": 1})
+    own = encoder.state_dict()
+    prefix = "visual." if name.startswith("open_clip") else ""
+    published = {prefix + key[6:]: value for key, value in own.items() if key.startswith("tower.")}
+    beside = {"fc.weight": torch.ones(1), "bn1.num_batches_tracked": torch.ones(1)} if not prefix else {}
+    beside = beside or {"transformer.resblocks.0.ln_1.weight": torch.ones(1), "logit_scale": torch.ones(())}
+    found = encoder.foreign({**published, **beside})
+    assert found.keys() == {key for key in own if key.startswith("tower.")}
+    assert all(found[key] is own[key] for key in found)
+    assert encoder.foreign(own).keys() == own.keys(), "those of a tower of ours stay"
