@@ -147,10 +147,23 @@ def objectives(
         typer.echo(detail(find_entry(name, entries)))
 
 
+@app.command()
+def encoders(
+    name: Annotated[
+        str | None, typer.Argument(help="One of them, with its options, or timm: or open_clip: for all their names.")
+    ] = None,
+) -> None:
+    """List the towers that a configuration can name: sizes, what they eat, weights and their licences."""
+    from mmcl.encoders.listing import detail, overview
+
+    typer.echo(overview() if name is None else detail(name))
+
+
 Checkpoint = Annotated[Path, typer.Argument(help="A checkpoint, a run folder, or an exported model.")]
 Clips = Annotated[
     int | None, typer.Option(min=1, help="Windows per sample whose embeddings are averaged; default: as the run says.")
 ]
+Crops = Annotated[int, typer.Option(help="3: also the start and end of the long side of pictures; 1: the centre.")]
 Workers = Annotated[int, typer.Option(min=0, help="Decoding processes.")]
 
 
@@ -171,17 +184,31 @@ def _check_places(checkpoint: Path, shards: str | None, out: Path, against: Path
 def embed(
     checkpoint: Checkpoint,
     shards: Shards,
-    out: Annotated[Path, typer.Option(help="Folder for embeddings.safetensors and items.jsonl.")],
+    out: Annotated[Path, typer.Option(help="Folder for the files of each shard and index.json.")],
     clips: Clips = None,
+    crops: Crops = 1,
+    pooled: Annotated[bool, typer.Option("--pooled", help="What is before every head, for probes; no texts.")] = False,
+    each_view: Annotated[
+        bool, typer.Option("--each-view", help="Keep a row of each window and crop, not their mean.")
+    ] = False,
     workers: Workers = 2,
 ) -> None:
-    """Embed every sample of some shards."""
+    """Embed every sample of some shards; what the folder holds of them already is kept."""
     _check_places(checkpoint, shards, out)
 
     from mmcl.evaluation.embed import embed_to_folder
 
-    count = embed_to_folder(checkpoint, shards, out, clips=clips, workers=workers)
-    typer.echo(f"{count} samples embedded into {out}")
+    stored = embed_to_folder(
+        checkpoint,
+        shards,
+        out,
+        clips=clips,
+        crops=crops,
+        level="pooled" if pooled else "joint",
+        each_view=each_view,
+        workers=workers,
+    )
+    typer.echo(f"{len(stored)} samples embedded into {out}")
 
 
 @evaluate_app.command("retrieval")
@@ -228,17 +255,49 @@ def evaluate_retrieval(
 
 
 @app.command()
+def search(
+    index: Annotated[Path, typer.Argument(help="A folder that `mmcl embed` wrote.")],
+    query: Annotated[str, typer.Argument(help="A text, or a video, picture or sound file.")],
+    checkpoint: Annotated[
+        Path | None, typer.Option(help="The model that made the index; default: where it was then.")
+    ] = None,
+    top: Annotated[int, typer.Option(min=1, help="How many items are shown.")] = 10,
+    modality: Annotated[
+        str | None, typer.Option(help="Which rows are searched; default: the first that is not text.")
+    ] = None,
+    method: Annotated[
+        str, typer.Option("--index", help="exact, or faiss: approximate, for millions; built once, kept beside.")
+    ] = "exact",
+    as_json: Annotated[bool, typer.Option("--json", help="One JSON array instead of lines.")] = False,
+) -> None:
+    """Find the items of embedded shards that are nearest to a text or a file."""
+    from mmcl.shards.embedding_files import read_index
+
+    read_index(index)  # a wrong path is said before torch is imported, which takes seconds
+
+    from mmcl.search import Index, hit_lines, hits_json
+    from mmcl.search import search as find
+
+    hits = find(Index.open(index), query, checkpoint=checkpoint, top=top, modality=modality, method=method)
+    typer.echo(hits_json(hits) if as_json else hit_lines(hits))
+
+
+@app.command()
 def export(
     checkpoint: Checkpoint,
-    out: Annotated[Path, typer.Option(help="Folder for config.json, model.safetensors and the card.")],
+    out: Annotated[Path, typer.Option(help="Folder for what is written.")],
+    report: Annotated[Path | None, typer.Option(help="A report folder: its figures go into the card.")] = None,
+    to: Annotated[str, typer.Option(help="mmcl, or for one tower: open_clip, transformers, onnx.")] = "mmcl",
+    tower: Annotated[
+        str | None, typer.Option(help="The tower that --to open_clip, transformers or onnx wants.")
+    ] = None,
 ) -> None:
-    """Write a model that `mmcl.MultimodalModel.from_pretrained` loads."""
+    """Write a model that `mmcl.MultimodalModel.from_pretrained` loads, or a tower for another library."""
     _check_places(checkpoint, None, out)
 
-    from mmcl.model import MultimodalModel
+    from mmcl.formats import export_checkpoint
 
-    MultimodalModel.from_pretrained(checkpoint).export(out)
-    typer.echo(f"model: {out}")
+    typer.echo(f"model: {export_checkpoint(checkpoint, out, to=to, tower=tower, report=report)}")
 
 
 def guarded(function: Callable[[], object]) -> None:

@@ -42,9 +42,10 @@ def write_checkpoint(checkpoints: Path, step: int, write: Callable[[Path], None]
     temporary.mkdir()
     try:
         write(temporary)
-        files = {path.name: _describe(path) for path in sorted(temporary.iterdir())}
+        written = [path for path in sorted(temporary.rglob("*")) if path.is_file()]
+        files = {path.relative_to(temporary).as_posix(): _describe(path) for path in written}
         (temporary / FILES).write_text(json.dumps(files, indent=1))
-        for path in [*temporary.iterdir(), temporary]:
+        for path in [*temporary.rglob("*"), temporary]:
             _sync(path)
     except (OSError, RuntimeError, SafetensorError, RunError) as error:
         shutil.rmtree(temporary, ignore_errors=True)

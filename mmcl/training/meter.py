@@ -19,6 +19,7 @@ class Meter:
         self._steps, self._wait_seconds = 0, 0.0
         self._start = time.perf_counter()
         self._skipped: list[tuple[int, str, str, str]] = []
+        self._cut = 0
 
     def timed(self, batches: Iterator[Batch]) -> Iterator[Batch]:
         while True:
@@ -31,6 +32,8 @@ class Meter:
         self._steps += 1
         for batch in batches:
             self._skipped += batch.skipped
+            texts = [view for view in batch.views.values() if "cut" in view.params]
+            self._cut += sum(int((view.params["cut"] & view.present).sum()) for view in texts)
 
     def rates(self, samples_per_step: int) -> dict[str, float]:
         """Since the last call."""
@@ -46,3 +49,8 @@ class Meter:
         records = skip_records(self._skipped)
         self._skipped = []
         return records
+
+    def take_cut(self) -> int:
+        """Captions of this rank that were longer than their tower takes, since the last call."""
+        cut, self._cut = self._cut, 0
+        return cut

@@ -48,6 +48,8 @@ class Progress:
     """rows drawn, all ranks"""
     skipped: int = 0
     """bad samples among them, all ranks"""
+    captions_cut: int = 0
+    """captions that were longer than their tower takes, all ranks"""
 
 
 class Trainer:
@@ -216,6 +218,8 @@ class Trainer:
         self._share_quarantine()
         skipped = [record for rank in self.comm.gather_objects(meter.take_skipped()) for record in rank]
         self.progress.skipped += len(skipped)
+        cut, before = sum(self.comm.gather_objects(meter.take_cut())), self.progress.captions_cut
+        self.progress.captions_cut += cut
         record = {
             "step": self.progress.step,
             "samples": self.progress.samples,
@@ -226,12 +230,15 @@ class Trainer:
             "learning_rate": self.optimizer.param_groups[0]["lr"] / self.optimizer.param_groups[0]["factor"],
             **meter.rates(self.config.train.global_batch * self.config.train.accumulate),
             "skipped": self.progress.skipped,
+            "captions_cut": self.progress.captions_cut,
             **self._epochs(),
         }
         if not self.accelerator.is_main_process:
             return
         for line in self._silence.complaints(last=self.progress.step == self.config.train.steps):
             print(line, file=sys.stderr, flush=True)
+        if cut and not before:
+            print(f"{cut} captions were longer than their tower takes; captions_cut in metrics.jsonl counts them")
         folder.write_metrics(record)
         folder.write_skipped(sorted(skipped, key=lambda entry: int(entry["draw"])))
         self.accelerator.log({k: v for k, v in record.items() if k != "step"}, step=self.progress.step)

@@ -15,7 +15,7 @@ LAYERS = [
     {"types", "hashing", "progress"},
     {"config", "folders", "media", "shards", "losses", "layers", "distributed"},
     {"data", "encoders", "objectives"},
-    {"hub", "model", "recipe"},
+    {"card", "encode", "formats", "hub", "model", "onnx_format", "recipe"},
     {"training", "evaluation", "search"},
     {"shipped", "catalogue", "demo", "cli", "__main__"},
 ]
@@ -27,8 +27,14 @@ NEIGHBOURS = {
     ("shards", "config"),
     ("shards", "media"),  # preparing shards decodes and encodes media
     ("distributed", "layers"),
+    ("hub", "card"),
+    ("formats", "card"),
+    ("formats", "model"),
+    ("formats", "onnx_format"),
+    ("model", "encode"),
     ("model", "hub"),
     ("recipe", "model"),
+    ("search", "evaluation"),  # what `mmcl embed` writes
     ("__main__", "cli"),
     ("cli", "demo"),
     ("cli", "shipped"),

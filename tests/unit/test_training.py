@@ -74,6 +74,7 @@ def test_metrics_hold_what_is_promised(finished: Path) -> None:
         "samples_per_second",
         "data_wait_fraction",
         "skipped",
+        "captions_cut",
     ):
         assert math.isfinite(last[name]), name
     assert last["temperature"] == pytest.approx(0.07, rel=0.2)
