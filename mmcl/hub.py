@@ -9,6 +9,7 @@ import json
 import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -34,6 +35,16 @@ _CLIENT_ERRORS = tuple(each for each in HfHubHTTPError.__mro__ if each.__name__ 
 M = TypeVar("M", bound="Pretrained")
 
 
+@dataclass(frozen=True)
+class ModelFiles:
+    """What a model folder holds besides tensors, so that another thread can write it while the model goes on."""
+
+    description: Mapping[str, Any]
+    preprocessing: Mapping[str, Any]
+    assets: Mapping[str, Path]
+    card: str | None = None
+
+
 class Pretrained(nn.Module, ModelHubMixin, library_name="mmcl", tags=["mmcl"]):  # type: ignore[misc,call-arg]
     """A module that can be written to a folder, read back bit for bit, and pushed to a hub."""
 
@@ -57,6 +68,10 @@ class Pretrained(nn.Module, ModelHubMixin, library_name="mmcl", tags=["mmcl"]): 
         """Further files of the folder: path in the folder → file to copy."""
         return {}
 
+    def told(self) -> ModelFiles:
+        """What a folder of this model holds besides its tensors."""
+        return ModelFiles(self.description(), self.preprocessing(), self.assets(), self._card)
+
     def save_pretrained(
         self,
         save_directory: str | Path,
@@ -77,32 +92,10 @@ class Pretrained(nn.Module, ModelHubMixin, library_name="mmcl", tags=["mmcl"]): 
         Raises:
             RunError: the folder cannot be written.
         """
-        target = Path(save_directory)
-        try:
-            target.mkdir(parents=True, exist_ok=True)
-            self._write_assets(target)
-            save_file(_storable(self.state_dict()), target / WEIGHTS)
-            _write_json(target / PREPROCESSOR, self.preprocessing())
-            _write_json(target / CONFIG, {"format": "mmcl", "mmcl": mmcl.__version__, **self.description()})
-            if model_card_kwargs or not (target / CARD).exists():
-                text = None if model_card_kwargs else self._card
-                if text is None:  # a checkpoint is written under the name `.NAME.partial`
-                    name = target.name.strip(".").removesuffix(".partial")
-                    text = card_text(name, self.preprocessing(), **(model_card_kwargs or {}))
-                (target / CARD).write_text(text, encoding="utf-8")
-        except (OSError, SafetensorError) as error:
-            words = getattr(error, "strerror", None) or error
-            raise RunError(f"cannot write the model to {target}: {words}") from None
+        target = write_model(Path(save_directory), self.told(), self.state_dict(), card=model_card_kwargs)
         if push_to_hub:
             self.push_to_hub(repo_id or target.name, model_card_kwargs=model_card_kwargs, **push_to_hub_kwargs)
         return target
-
-    def _write_assets(self, target: Path) -> None:
-        for name, source in self.assets().items():
-            place = target / name
-            place.parent.mkdir(parents=True, exist_ok=True)
-            if not (place.exists() and place.samefile(source)):
-                shutil.copyfile(source, place)
 
     @classmethod
     def from_pretrained(
@@ -164,6 +157,38 @@ class Pretrained(nn.Module, ModelHubMixin, library_name="mmcl", tags=["mmcl"]): 
         with _one_line(f"{repo_id}: cannot be pushed", RunError):
             url: Any = super().push_to_hub(repo_id, **arguments)
         return str(getattr(url, "commit_url", url))
+
+
+def write_model(
+    target: Path, files: ModelFiles, tensors: Mapping[str, Tensor] | None, *, card: Mapping[str, Any] | None = None
+) -> Path:
+    """Writes a model folder, without ``model.safetensors`` where ``tensors`` is None; returns the folder.
+
+    A card that is there already stays, unless ``card`` says more (``facts`` and ``report`` of ``card_text``).
+
+    Raises:
+        RunError: the folder cannot be written.
+    """
+    try:
+        target.mkdir(parents=True, exist_ok=True)
+        for name, source in files.assets.items():
+            place = target / name
+            place.parent.mkdir(parents=True, exist_ok=True)
+            if not (place.exists() and place.samefile(source)):
+                shutil.copyfile(source, place)
+        if tensors is not None:
+            save_file(_storable(tensors), target / WEIGHTS)
+        _write_json(target / PREPROCESSOR, files.preprocessing)
+        _write_json(target / CONFIG, {"format": "mmcl", "mmcl": mmcl.__version__, **files.description})
+        if card or not (target / CARD).exists():
+            text = None if card else files.card
+            if text is None:  # a checkpoint is written under the name `.NAME.partial`
+                text = card_text(target.name.strip(".").removesuffix(".partial"), files.preprocessing, **(card or {}))
+            (target / CARD).write_text(text, encoding="utf-8")
+    except (OSError, SafetensorError) as error:
+        words = getattr(error, "strerror", None) or error
+        raise RunError(f"cannot write the model to {target}: {words}") from None
+    return target
 
 
 @contextmanager

@@ -9,14 +9,12 @@ import dataclasses
 import hashlib
 import itertools
 import json
-import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 import torch
 import torch.nn.functional as F
 from safetensors import SafetensorError, safe_open
@@ -28,8 +26,9 @@ from mmcl.media.inputs import PICTURES
 from mmcl.media.probe import probe
 from mmcl.media.text import clean_caption
 from mmcl.model import MultimodalModel
+from mmcl.search_faiss import near_index
 from mmcl.shards.embedding_files import INDEX, EmbeddingIndex, read_index, read_items
-from mmcl.types import ConfigError, Modality, RunError, SampleError
+from mmcl.types import ConfigError, Modality, SampleError
 
 METHODS = ("exact", "faiss")
 
@@ -37,12 +36,8 @@ CHUNK_ROWS = 1 << 16
 """rows of a file that are compared at once"""
 
 FAISS_FOLDER = "faiss"
-FLAT_ROWS = 10_000
-"""up to so many, faiss compares all"""
 MEDIA = (*PICTURES, ".mp4", ".mkv", ".webm", ".mov", ".avi", ".wav", ".flac", ".mp3", ".ogg", ".opus", ".m4a")
 """endings of a query that is meant as a file"""
-PROBED_SHARE = 1 / 16
-"""of the lists of an inverted file that a query looks into"""
 
 
 @dataclass(frozen=True, slots=True)
@@ -146,6 +141,8 @@ class Index:
             raise unknown_name("--index", method, METHODS)
         find = self._exact if method == "exact" else self._faiss
         total = self.count(wanted)
+        if not total:
+            return [[] for _ in rows]
         few = min(total, top if wanted != "text" else 4 * top)
         while True:
             scores, places = find(queries, few, wanted)
@@ -269,30 +266,11 @@ class Index:
 
     def _faiss(self, queries: Tensor, few: int, modality: Modality) -> tuple[Tensor, Tensor]:
         if modality not in self._near:
-            self._near[modality] = self.faiss_index(modality)
+            path = self.folder / FAISS_FOLDER / f"{modality}.faiss"
+            source, total = self.checksum(modality), self.count(modality)
+            self._near[modality] = near_index(path, source, total, lambda: self.chunks(modality))
         scores, places = self._near[modality].search(queries.numpy(), few)
         return torch.from_numpy(scores), torch.from_numpy(places)
-
-    def faiss_index(self, modality: Modality) -> Any:
-        """The index of faiss beside the embeddings, memory-mapped; built if it is missing or made from other rows.
-
-        Raises:
-            ConfigError: faiss is not installed.
-            RunError: the folder cannot be written.
-        """
-        faiss = _import_faiss()
-        path = self.folder / FAISS_FOLDER / f"{modality}.faiss"
-        source = self.checksum(modality)
-        try:
-            told = json.loads(path.with_suffix(".json").read_text(encoding="utf-8"))
-        except (OSError, ValueError):
-            told = None
-        if not isinstance(told, dict) or told.get("source") != source or not path.exists():
-            return self._build_faiss(faiss, path, source, modality)
-        try:
-            return faiss.read_index(str(path), faiss.IO_FLAG_MMAP | faiss.IO_FLAG_READ_ONLY)
-        except RuntimeError:  # cut short, or of another version
-            return self._build_faiss(faiss, path, source, modality)
 
     def checksum(self, modality: Modality) -> str:
         """Of what rows are: the index, and of each file its size, its header, and its rows at even distances."""
@@ -309,42 +287,6 @@ class Index:
                 for row in np.linspace(0, part.get_shape()[0] - 1, 64).astype(int).tolist():
                     digest.update(part[row : row + 1].numpy().tobytes())
         return digest.hexdigest()
-
-    def _build_faiss(self, faiss: Any, path: Path, source: str, modality: Modality) -> Any:
-        total, width = self.count(modality), self._index.widths[modality]
-        index = faiss.IndexFlatIP(width)
-        if total > FLAT_ROWS:
-            lists = int(4 * total**0.5)
-            index = faiss.IndexIVFFlat(index, width, lists, faiss.METRIC_INNER_PRODUCT)
-            index.train(self._sample(modality, 40 * lists))
-            index.nprobe = max(8, int(lists * PROBED_SHARE))
-        for _, rows in self.chunks(modality):
-            index.add(rows.numpy())
-        temporary = path.with_name(f".{path.name}.{os.getpid()}.part")
-        try:
-            path.parent.mkdir(exist_ok=True)
-            faiss.write_index(index, str(temporary))
-            temporary.replace(path)
-            path.with_suffix(".json").write_text(json.dumps({"source": source, "rows": total}) + "\n", encoding="utf-8")
-        except (OSError, RuntimeError) as error:
-            words = getattr(error, "strerror", None) or " ".join(str(error).split())[:200]
-            raise RunError(f"cannot write {path}: {words}") from None
-        finally:
-            temporary.unlink(missing_ok=True)
-        return index
-
-    def _sample(self, modality: Modality, wanted: int) -> npt.NDArray[np.float32]:
-        """Rows at even distances, about as many as are wanted."""
-        every = max(1, self.count(modality) // wanted)
-        return np.concatenate([rows[::every].numpy() for _, rows in self.chunks(modality)])
-
-
-def _import_faiss() -> Any:
-    try:
-        import faiss
-    except ImportError:
-        raise ConfigError("--index faiss needs faiss: pip install 'mmcl[faiss]'") from None
-    return faiss
 
 
 def encode_query(model: MultimodalModel, query: str) -> Tensor:

@@ -16,7 +16,7 @@ LAYERS = [
     {"config", "folders", "media", "shards", "losses", "layers", "distributed"},
     {"data", "encoders", "objectives"},
     {"card", "encode", "formats", "hub", "model", "onnx_format", "recipe"},
-    {"training", "evaluation", "search"},
+    {"training", "evaluation", "search", "search_faiss"},
     {"shipped", "catalogue", "demo", "cli", "__main__"},
 ]
 LEVEL = {name: level for level, names in enumerate(LAYERS) for name in names}
@@ -34,6 +34,7 @@ NEIGHBOURS = {
     ("model", "encode"),
     ("model", "hub"),
     ("recipe", "model"),
+    ("search", "search_faiss"),
     ("search", "evaluation"),  # what `mmcl embed` writes
     ("__main__", "cli"),
     ("cli", "demo"),

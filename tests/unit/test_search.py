@@ -13,6 +13,7 @@ from safetensors.torch import load_file, save_file
 from support.recipes import tiny_config
 
 import mmcl.search
+import mmcl.search_faiss
 from mmcl.cli import app
 from mmcl.evaluation.embed import embed_to_folder
 from mmcl.recipe import build_model
@@ -84,6 +85,12 @@ def test_many_captions_of_one_item_are_one_hit(tmp_path: Path) -> None:
     assert len({hit.key for hit in hits}) == 8
 
 
+def test_no_rows_no_hits(tmp_path: Path) -> None:
+    index = Index.open(make_index(tmp_path / "index", [3], captions=0))
+    for method in ("exact", "faiss"):
+        assert index.query(torch.randn(2, WIDTH), modality="text", method=method) == [[], []]
+
+
 def test_each_view_of_an_item_counts(tmp_path: Path) -> None:
     folder = make_index(tmp_path / "index", [6, 5], views=3)
     rows = all_rows(folder, "video", 2)
@@ -126,7 +133,7 @@ def test_rows_that_point_past_the_items_are_refused(tmp_path: Path) -> None:
 
 def test_faiss_is_built_once_and_again_when_rows_change(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("faiss")
-    monkeypatch.setattr(mmcl.search, "FLAT_ROWS", 200)  # so that lists are learned
+    monkeypatch.setattr(mmcl.search_faiss, "FLAT_ROWS", 200)  # so that lists are learned
     folder = make_index(tmp_path / "index", [300, 100])
     queries = torch.randn(20, WIDTH)
     index = Index.open(folder)
