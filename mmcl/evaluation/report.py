@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import itertools
 import json
-import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -19,9 +18,10 @@ from mmcl.evaluation.bootstrap import bootstrap_ci
 from mmcl.evaluation.diagnostics import hubness, modality_figures, pair_figures
 from mmcl.evaluation.distinct import Floats, Integers, distinct_rows
 from mmcl.evaluation.gallery import GalleryItem
+from mmcl.evaluation.pages import write_files
 from mmcl.evaluation.ranking import RankResult, ranks_both
 from mmcl.evaluation.transductive import Method, transductive_ranks
-from mmcl.types import ConfigError, Modality, RunError
+from mmcl.types import ConfigError, Modality
 
 COMPARED = ("R@1", "R@5", "R@10", "R@50", "mAP@10", "nDCG@10")
 """figures that a report keeps query by query"""
@@ -121,6 +121,8 @@ class RetrievalReport:
     """the outcome of :func:`~mmcl.evaluation.against.compare` with an older report, by list and direction"""
     right: str = ""
     """what counts as a right answer, as the end of a sentence; default: the query's own clip, or one of its label"""
+    title: str = ""
+    """for people: what was searched with which checkpoint; default: the protocol"""
 
     def __post_init__(self) -> None:
         if not self.lists:
@@ -154,6 +156,7 @@ class RetrievalReport:
             for result in self.lists
         }
         return {
+            "title": self.title or self.protocol,
             "protocol": self.protocol,
             "fingerprint": self.fingerprint,
             "note": self.note,
@@ -316,35 +319,11 @@ def write_report(report: RetrievalReport, items: Sequence[GalleryItem], out_fold
         RunError: the folder cannot be written.
         ConfigError: a row names an item that does not exist.
     """
-    from mmcl.evaluation.tables import markdown
-    from mmcl.evaluation.template import render_html
+    from mmcl.evaluation.template import render
 
     for result in report.lists:
         for modality, rows in result.rows.items():
             if len(rows.items) and not 0 <= np.min(rows.items) <= np.max(rows.items) < len(items):
                 raise ConfigError(f"list {result.name}: rows of {modality} name items beyond the {len(items)} given")
-    folder = Path(out_folder)
-    files = {
-        "report.html": render_html(report, items),
-        "report.md": markdown(report),
-        "report.json": json.dumps(report.as_json(), ensure_ascii=True, allow_nan=False) + "\n",
-    }
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        for name, text in files.items():
-            _write_atomically(folder / name, text)
-    except OSError as error:
-        raise RunError(f"cannot write the report to {folder}: {error.strerror or error}") from error
-    return folder / "report.html"
-
-
-def _write_atomically(path: Path, text: str) -> None:
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        with temporary.open("w", encoding="utf-8", errors="replace", newline="\n") as file:
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
+    html, markdown = render(report, items)
+    return write_files(out_folder, html, markdown, report.as_json())

@@ -1,11 +1,11 @@
-"""The figures of a report for people: tables, and all of it as Markdown."""
+"""The figures of a retrieval report for people, as tables."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
 from typing import Any
 
+from mmcl.evaluation.pages import Table
 from mmcl.evaluation.report import DirectionResult, ListResult, RetrievalReport
 
 COLUMNS = ("R@1", "R@5", "R@10", "R@50", "MedR", "MnR", "mAP@10", "nDCG@10", "queries", "gallery", "ties")
@@ -48,16 +48,7 @@ def missing_lines(result: ListResult) -> list[str]:
     ]
 
 
-@dataclass(frozen=True)
-class Extra:
-    """A further table for people."""
-
-    title: str
-    head: tuple[str, ...]
-    rows: tuple[tuple[str, ...], ...]
-
-
-def further_tables(report: RetrievalReport, result: ListResult) -> list[Extra]:
+def further_tables(report: RetrievalReport, result: ListResult) -> list[Table]:
     """What an older report said, groups, transductive figures and diagnostics: those that there are."""
     tables = [_against(report.against.get(result.name, {}))]
     groups = {name: each.groups for name, each in result.directions.items()}
@@ -71,12 +62,12 @@ def further_tables(report: RetrievalReport, result: ListResult) -> list[Extra]:
             for direction, each in found.items()
             for name, metrics in each.items()
         ]
-        tables.append(Extra(title, ("direction", kind, *COLUMNS), tuple(rows)))
+        tables.append(Table(title, ("direction", kind, *COLUMNS), tuple(rows)))
     tables.append(_diagnostics(result))
     return [each for each in tables if each.rows]
 
 
-def _against(directions: Mapping[str, Any]) -> Extra:
+def _against(directions: Mapping[str, Any]) -> Table:
     rows = []
     for direction, compared in directions.items():
         for name, figure in compared["figures"].items():
@@ -86,12 +77,12 @@ def _against(directions: Mapping[str, Any]) -> Extra:
             values = (f"{figure['old']:.1f}", f"{figure['new']:.1f}", f"{low:+.1f} to {high:+.1f}", figure["verdict"])
             gallery = "" if compared["same_gallery"] else " (another gallery)"
             rows.append((direction + gallery, name, *values))
-    return Extra(
+    return Table(
         "Against the older report", ("direction", "figure", "old", "new", "difference", "verdict"), tuple(rows)
     )
 
 
-def _diagnostics(result: ListResult) -> Extra:
+def _diagnostics(result: ListResult) -> Table:
     rows = []
     for each in result.diagnostics.values():
         for name, figures in each.items():
@@ -102,34 +93,4 @@ def _diagnostics(result: ListResult) -> Extra:
                 if value is not None and key != "rows"
             ]
             rows += [(where, key, f"{value:.3f}") for where, key, value in shown]
-    return Extra("Diagnostics", ("of", "figure", "value"), tuple(rows))
-
-
-def _markdown_rows(extra: Extra) -> list[str]:
-    rule = "| " + " | ".join("---" for _ in extra.head) + " |"
-    body = ["| " + " | ".join(_plain(cell) for cell in row) + " |" for row in extra.rows]
-    return ["| " + " | ".join(extra.head) + " |", rule, *body]
-
-
-def markdown(report: RetrievalReport) -> str:
-    """The report for a pull request: a table per list."""
-    lines = [f"# Retrieval report: {_plain(report.protocol)}", ""]
-    if report.note:
-        lines += [_plain(report.note), ""]
-    for result in report.lists:
-        lines += [f"## {_plain(result.title)}", "", "| " + " | ".join(["direction", *COLUMNS]) + " |"]
-        lines.append("| --- |" + " ---: |" * len(COLUMNS))
-        lines += ["| " + " | ".join(_plain(cell) for cell in row) + " |" for row in table(result)]
-        lines += ["", f"{result.items} clips. " + " ".join(missing_lines(result)), ""]
-        for extra in further_tables(report, result):
-            lines += [f"### {_plain(extra.title)}", "", *_markdown_rows(extra), ""]
-    facts = {"fingerprint": report.fingerprint, **report.facts}
-    lines += [f"- {_plain(name)}: {_plain(value)}" for name, value in facts.items()]
-    lines += ["", "R@k, mAP@10, nDCG@10 in percent; R@1 with its 95 % bootstrap interval. Ties: expected values.", ""]
-    return "\n".join(lines)
-
-
-def _plain(text: str) -> str:
-    """One line of Markdown that means nothing but itself."""
-    line = " ".join(text.split()).replace("&", "&amp;").replace("<", "&lt;")
-    return "".join("\\" + letter if letter in "\\|`*_[]" else letter for letter in line)
+    return Table("Diagnostics", ("of", "figure", "value"), tuple(rows))

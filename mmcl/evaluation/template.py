@@ -8,19 +8,17 @@ security policy), and nothing from a data set reaches it but escaped, or as JSON
 from __future__ import annotations
 
 import base64
-import hashlib
-import json
 from collections.abc import Iterable, Sequence
 from html import escape
-from importlib import resources
 from string import Template
 from typing import Any
 
 import numpy as np
 
 from mmcl.evaluation.gallery import GalleryItem
+from mmcl.evaluation.pages import Section, Table, json_in_html, markdown_page, page, plain
 from mmcl.evaluation.report import DirectionResult, ListResult, RetrievalReport
-from mmcl.evaluation.tables import COLUMNS, Extra, further_tables, missing_lines, table
+from mmcl.evaluation.tables import COLUMNS, further_tables, missing_lines, table
 from mmcl.types import Modality
 
 GALLERY_BYTES = 8 << 20
@@ -34,29 +32,49 @@ EXAMPLES = (12, 8, 4, 2, 1)
 TOP = 5
 
 _BUCKETS = (1, 2, 5, 10, 50, 500)
+KIND = "Retrieval report"
 _RIGHT = ("the query's own clip", "a clip with the label of the query")
 
 
-def render_html(report: RetrievalReport, items: Sequence[GalleryItem]) -> str:
-    """The page as text; numbers in ``ModalityRows.items`` are positions in ``items``."""
-    script = _page_file("page.js")
-    digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
-    facts = {**report.facts, "fingerprint": report.fingerprint}
-    return Template(_page_file("page.html")).substitute(
-        title=escape(report.protocol),
-        policy=f"default-src 'none'; img-src data:; style-src 'unsafe-inline'; script-src 'sha256-{digest}'",
-        style=_page_file("page.css"),
-        script=script,
-        note=f'<p class="note">{escape(report.note)}</p>' if report.note else "",
-        facts="".join(f"<div><dt>{escape(name)}</dt><dd>{escape(value)}</dd></div>" for name, value in facts.items()),
-        lists="\n".join(_list_section(report, result) for result in report.lists),
-        right=escape(report.right or _RIGHT[report.headline.labels is not None]),
-        data=_payload(report, items),
-    )
+_READING = Template("""<div class="columns">
+<p><b>Directions.</b> <i>text → video</i>: a caption is the query, videos are searched. <b>Right</b> is $right.</p>
+<p><b>R@k</b> is the share of queries, in percent, with a right answer among the first k; the small figures are its
+95&nbsp;% bootstrap interval. <b>MedR</b> and <b>MnR</b> are the median and mean rank of the best right answer: 1 is
+perfect. <b>mAP@10</b> and <b>nDCG@10</b> also count how early all right answers come.</p>
+<p><b>Ties.</b> Where several answers have exactly the same score, every figure is its average over all orders of them,
+so a model that scores everything alike gets what guessing gets. <b>ties</b> counts the queries whose best right answer
+shares its score with a wrong one.</p>
+</div>""")
+_READING_MARKDOWN = (
+    "R@k, mAP@10, nDCG@10 in percent; R@1 with its 95 % bootstrap interval. Ties: every figure is the average over all "
+    "orders of equal scores. `text->video`: a caption is the query, videos are searched."
+)
+_GALLERY_HTML = """<noscript><p>The gallery needs JavaScript. The tables above do not.</p></noscript>
+<form id="filters" class="filters"></form>
+<p id="status" class="about" role="status"></p>
+<div id="cards"></div>"""
 
 
-def _page_file(name: str) -> str:
-    return resources.files("mmcl.evaluation").joinpath("page").joinpath(name).read_text(encoding="utf-8")
+def sections(report: RetrievalReport) -> list[Section]:
+    """The figures of every list, how to read them, and the place of the gallery."""
+    lists = [
+        Section(result.title, _list_html(report, result), _list_markdown(report, result), "list")
+        for result in report.lists
+    ]
+    right = escape(report.right or _RIGHT[report.headline.labels is not None])
+    return [
+        *lists,
+        Section("How to read this", _READING.substitute(right=right), _READING_MARKDOWN, "reading"),
+        Section("Queries and what they found", _GALLERY_HTML, name="gallery"),
+    ]
+
+
+def render(report: RetrievalReport, items: Sequence[GalleryItem]) -> tuple[str, str]:
+    """``report.html`` and ``report.md``; numbers in ``ModalityRows.items`` are positions in ``items``."""
+    title, note, parts = report.title or report.protocol, report.note, sections(report)
+    facts = {"protocol": report.protocol, **report.facts, "fingerprint": report.fingerprint}
+    html = page(title, parts, kind=KIND, note=note, facts=facts, data=_payload(report, items))
+    return html, markdown_page(title, parts, kind=KIND, note=note, facts=facts)
 
 
 def _arrow(direction: DirectionResult) -> str:
@@ -64,17 +82,24 @@ def _arrow(direction: DirectionResult) -> str:
     return f"{escape(direction.query)}\u00a0→\u00a0{escape(direction.gallery)}"
 
 
-def _list_section(report: RetrievalReport, result: ListResult) -> str:
+def _list_html(report: RetrievalReport, result: ListResult) -> str:
     first = next(iter(result.directions.values())).ranks
     chance = 100 * first.relevant[first.answerable].mean() / first.gallery
     charts = "".join(_histogram(each) for each in result.directions.values())
     notes = "".join(f" {escape(line)}" for line in missing_lines(result))
     return (
-        f'<section class="list"><h2>{escape(result.title)}</h2>'
         f'<p class="about">{result.items} clips. Guessing would reach R@1\u00a0≈\u00a0{chance:.1f}\u00a0%.{notes}</p>'
         f'{_table(result)}<h3>Where the right answer stands</h3><div class="charts">{charts}</div>'
-        f"{''.join(_extra(each) for each in further_tables(report, result))}</section>"
+        f"{''.join(each.html() for each in further_tables(report, result))}"
     )
+
+
+def _list_markdown(report: RetrievalReport, result: ListResult) -> str:
+    lines = [Table("", ("direction", *COLUMNS), tuple(map(tuple, table(result)))).markdown(), ""]
+    lines += [f"{result.items} clips. " + " ".join(map(plain, missing_lines(result)))]
+    for extra in further_tables(report, result):
+        lines += ["", f"### {plain(extra.title)}", "", extra.markdown()]
+    return "\n".join(lines)
 
 
 def _table(result: ListResult) -> str:
@@ -91,29 +116,6 @@ def _table(result: ListResult) -> str:
         f'<table role="table" class="figures"><caption class="hidden">{escape(result.title)}: every direction</caption>'
         f'<thead role="rowgroup"><tr role="row">{head}</tr></thead>'
         f'<tbody role="rowgroup">{"".join(body)}</tbody></table>'
-    )
-
-
-def _extra(extra: Extra) -> str:
-    words = {
-        name: ' class="phrase"' if any(cell[:1].isalpha() for cell in cells) else ' class="number"'
-        for name, cells in zip(extra.head, zip(*extra.rows, strict=True), strict=False)
-    }
-    head = "".join(
-        f'<th role="columnheader" scope="col"{words.get(name, "")}>{escape(name)}</th>' for name in extra.head
-    )
-    body = "".join(
-        '<tr role="row">'
-        + "".join(
-            f'<td role="cell"{words[name]} data-label="{escape(name)}">{escape(cell)}</td>'
-            for name, cell in zip(extra.head, row, strict=True)
-        )
-        + "</tr>"
-        for row in extra.rows
-    )
-    return (
-        f'<h3>{escape(extra.title)}</h3><table role="table" class="figures"><thead role="rowgroup">'
-        f'<tr role="row">{head}</tr></thead><tbody role="rowgroup">{body}</tbody></table>'
     )
 
 
@@ -164,8 +166,7 @@ def _spans(bounds: Sequence[int]) -> Iterable[tuple[int, int]]:
 def _payload(report: RetrievalReport, items: Sequence[GalleryItem]) -> str:
     """The gallery as JSON that cannot end its script element, within the budget of the page."""
     for count, pictures in [*((count, True) for count in EXAMPLES), (EXAMPLES[-1], False)]:
-        text = json.dumps(_Gallery(items, pictures).of(report, count), separators=(",", ":"), ensure_ascii=True)
-        text = text.replace("<", "\\u003c").replace(">", "\\u003e").replace("&", "\\u0026")
+        text = json_in_html(_Gallery(items, pictures).of(report, count))
         if len(text) <= GALLERY_BYTES:
             break
     return text

@@ -25,7 +25,7 @@ from mmcl.evaluation.report import (
     fingerprint,
     write_report,
 )
-from mmcl.evaluation.tables import markdown, table
+from mmcl.evaluation.tables import table
 from mmcl.types import ConfigError, RunError
 
 SIX = ["text->video", "video->text", "text->audio", "audio->text", "video->audio", "audio->video"]
@@ -174,13 +174,13 @@ def test_hostile_text_stays_text(tmp_path: Path) -> None:
     shown = {text for item in payload(page)["items"].values() for text in item["captions"].values()}
     assert HOSTILE[0] in shown and HOSTILE[2] in shown
     assert max(map(len, shown)) <= template.CAPTION_LETTERS
-    assert "<script>" not in markdown(report)
+    assert "<script>" not in template.render(report, items)[1]
     assert "http" not in re.sub(r"data:image/[^\"]*|http-equiv", "", page)
 
 
 def test_each_picture_is_embedded_once() -> None:
     items = shape_items()
-    page = template.render_html(shape_report(items), items)
+    page = template.render(shape_report(items), items)[0]
     shown = payload(page)["items"].values()
     pictures = [item[kind] for item in shown for kind in ("poster", "waveform") if kind in item]
     assert len(pictures) > 200 and page.count("data:image/") == len(pictures)
@@ -189,7 +189,7 @@ def test_each_picture_is_embedded_once() -> None:
 def test_right_answers_are_marked() -> None:
     items = shape_items()
     report = shape_report(items, noise=0.9)
-    data = payload(template.render_html(report, items))
+    data = payload(template.render(report, items)[0])
     for shown, direction in zip(data["lists"][0]["directions"], report.headline.directions.values(), strict=True):
         for example in shown["examples"]["worst"] + shown["examples"]["best"]:
             own = example["query"][0]
@@ -207,7 +207,7 @@ def test_the_page_keeps_its_budget(bytes_each: int) -> None:
     poster = b"\xff\xd8\xff" + bytes(bytes_each)
     items = [GalleryItem(f"{number}", ("word " * 3000,), poster, poster) for number in range(count)]
     rows = shape_rows(range(count), 3.0)
-    page = template.render_html(RetrievalReport("large", "", (evaluate_list("all", rows),)), items)
+    page = template.render(RetrievalReport("large", "", (evaluate_list("all", rows),)), items)[0]
     assert len(page) < template.GALLERY_BYTES + 100_000
     assert payload(page)["lists"][0]["directions"][0]["examples"]["worst"]
 
@@ -216,7 +216,7 @@ def test_histogram_counts_every_query() -> None:
     rows = shape_rows(range(60), 3.0)
     found = evaluate_list("all", {name: rows[name] for name in ("text", "video")})
     report = RetrievalReport("ranks", "", (found,))
-    page = template.render_html(report, [GalleryItem(str(number)) for number in range(60)])
+    page = template.render(report, [GalleryItem(str(number)) for number in range(60)])[0]
     spoken = re.search(r'aria-label="text-&gt;video: share of queries[^"]*"', page)[0]
     shares = [float(value) for value in re.findall(r": ([\d.]+) %", spoken)]
     assert sum(shares) == pytest.approx(100, abs=0.5)
