@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import itertools
 import json
 from collections.abc import Mapping, Sequence
@@ -176,12 +175,6 @@ class RetrievalReport:
 
 def _or_null(values: Floats) -> list[float | None]:
     return [None if np.isnan(value) else round(float(value), 6) for value in values]
-
-
-def fingerprint(protocol: Mapping[str, Any], keys: Sequence[str]) -> str:
-    """Sixteen hex digits of the SHA-256 of a protocol (anything JSON can hold) and the keys of its items, in order."""
-    text = json.dumps([protocol, list(keys)], sort_keys=True, separators=(",", ":"), ensure_ascii=True)
-    return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
 def evaluate_list(

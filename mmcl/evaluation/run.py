@@ -14,7 +14,8 @@ from mmcl.distributed import Comm
 from mmcl.evaluation.against import compare
 from mmcl.evaluation.embed import EmbeddedItem, EmbeddedShards, default_clips, embed_shards
 from mmcl.evaluation.gallery import GalleryItem, poster_jpeg, waveform_svg
-from mmcl.evaluation.report import ListResult, ModalityRows, RetrievalReport, evaluate_list, fingerprint, write_report
+from mmcl.evaluation.protocols import fingerprint
+from mmcl.evaluation.report import ListResult, ModalityRows, RetrievalReport, evaluate_list, write_report
 from mmcl.folders import check_writable, read_report
 from mmcl.media.clip import MediaReader
 from mmcl.media.image import decode_image

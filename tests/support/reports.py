@@ -6,7 +6,8 @@ import numpy as np
 import torch
 
 from mmcl.evaluation.gallery import GalleryItem, poster_jpeg, waveform_svg
-from mmcl.evaluation.report import ModalityRows, RetrievalReport, evaluate_list, fingerprint
+from mmcl.evaluation.protocols import fingerprint
+from mmcl.evaluation.report import ModalityRows, RetrievalReport, evaluate_list
 
 COLOURS = {
     "red": (214, 69, 65),

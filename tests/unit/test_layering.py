@@ -13,11 +13,11 @@ ROOT = Path(__file__).parents[2]
 
 LAYERS = [
     {"types", "hashing", "progress"},
-    {"config", "folders", "media", "shards", "losses", "layers", "distributed"},
+    {"config", "folders", "shipped", "media", "shards", "losses", "layers", "distributed"},
     {"data", "encoders", "objectives"},
     {"hub", "model", "recipe"},
     {"training", "evaluation", "search"},
-    {"shipped", "catalogue", "demo", "cli", "__main__"},
+    {"catalogue", "demo", "cli", "__main__"},
 ]
 LEVEL = {name: level for level, names in enumerate(LAYERS) for name in names}
 
@@ -31,10 +31,7 @@ NEIGHBOURS = {
     ("recipe", "model"),
     ("__main__", "cli"),
     ("cli", "demo"),
-    ("cli", "shipped"),
     ("cli", "catalogue"),
-    ("catalogue", "shipped"),
-    ("demo", "shipped"),
     ("hashing", "types"),
 }
 TORCH_ALONE = {"losses", "layers"}

@@ -17,12 +17,12 @@ from support.reports import shape_items, shape_report, shape_rows
 
 from mmcl.evaluation import template
 from mmcl.evaluation.gallery import GalleryItem, poster_jpeg, waveform_svg
+from mmcl.evaluation.protocols import fingerprint
 from mmcl.evaluation.ranking import retrieval_metrics
 from mmcl.evaluation.report import (
     ModalityRows,
     RetrievalReport,
     evaluate_list,
-    fingerprint,
     write_report,
 )
 from mmcl.evaluation.tables import table
