@@ -22,8 +22,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from mmcl.folders import CONFIG, model_folder
-from mmcl.hub import WEIGHTS
+from mmcl.model import MultimodalModel
 from mmcl.shards.embedding_files import (
     INDEX,
     ITEMS,
@@ -83,20 +82,13 @@ class EmbedSettings:
     decoder: Decoder = DEFAULT_DECODER
 
 
-def model_checksum(checkpoint: Path | str) -> str:
-    """32 hexadecimal digits of the description and the weights of a model.
-
-    Raises:
-        ConfigError: there is none.
-    """
-    folder = model_folder(Path(checkpoint))
-    digest = hashlib.sha256()
-    try:
-        description = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
-        digest.update(json.dumps(description.get("model"), sort_keys=True).encode())
-        digest.update(_file_digest(folder / WEIGHTS))
-    except (OSError, ValueError, AttributeError) as error:
-        raise ConfigError(f"{folder}: cannot be read: {getattr(error, 'strerror', None) or error}") from None
+def model_checksum(model: MultimodalModel) -> str:
+    """32 hexadecimal digits of all that embeddings depend on: the options, and the weights of towers and heads."""
+    digest = hashlib.sha256(json.dumps(model.options.model_dump(mode="json"), sort_keys=True).encode())
+    for name, value in sorted(model.state_dict().items()):
+        if not name.startswith(("momentum_", "log_scales")):
+            digest.update(f"{name} {value.dtype} {tuple(value.shape)}".encode())
+            digest.update(value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
     return digest.hexdigest()[:32]
 
 
@@ -142,6 +134,13 @@ class EmbeddingStore:
             for shard in range(manifest.num_shards)
         ]
         self._starts = np.cumsum([0, *manifest.sizes.tolist()])
+
+    @classmethod
+    def in_cache(cls, cache: Path, manifest: Manifest, model: str, settings: EmbedSettings) -> EmbeddingStore:
+        """The folder in ``cache`` for the shards at this place, this model and these settings."""
+        facts = json.dumps([manifest.url, model, dataclasses.asdict(settings)])
+        name = file_names([manifest.url.rstrip("/").rpartition("/")[2]])[0]
+        return cls(cache / f"{name}-{hashlib.sha256(facts.encode()).hexdigest()[:16]}", manifest, model, settings)
 
     def has(self, shard: int) -> bool:
         """Whether the files of a shard are there, whole, and made from what is there now."""

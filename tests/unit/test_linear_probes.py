@@ -31,11 +31,11 @@ def test_logistic_regression_is_that_of_scikit_learn() -> None:
     penalties = [1e-3, 0.1, 1.0]
     probes = {probe.penalty: probe for probe in fit_logistic(rows, labels, classes=3, penalties=penalties)}
     for penalty in penalties:
-        peer = LogisticRegression(C=1 / (len(rows) * penalty), solver="newton-cg", tol=1e-12, max_iter=10_000)
+        peer = LogisticRegression(C=1 / (len(rows) * penalty), solver="newton-cholesky", tol=1e-12, max_iter=10_000)
         peer.fit(scaler.transform(rows), labels)
-        assert np.allclose(probes[penalty].weight, peer.coef_, atol=1e-5)
+        assert np.allclose(probes[penalty].weight, peer.coef_, atol=2e-4)
         wanted = peer.predict_proba(scaler.transform(tests))
-        assert np.allclose(probes[penalty].scores(tests), wanted, atol=1e-6)
+        assert np.allclose(probes[penalty].scores(tests), wanted, atol=2e-5)
 
 
 def test_ridge_is_that_of_scikit_learn() -> None:
