@@ -11,6 +11,8 @@ from typing import Annotated
 import typer
 
 import mmcl
+from mmcl.cli_classify import add_commands
+from mmcl.cli_options import Cache, Checkpoint, Clips, Crops, Shards, Workers, check_places
 from mmcl.shards.commands import app as shards_app
 from mmcl.types import MmclError
 
@@ -25,7 +27,6 @@ evaluate_app = typer.Typer(help="Measure a trained model.", no_args_is_help=True
 app.add_typer(shards_app, name="shards")
 app.add_typer(evaluate_app, name="evaluate")
 
-Shards = Annotated[str, typer.Argument(help="A folder of indexed shards, or its URL.")]
 Overrides = Annotated[list[str] | None, typer.Argument(help="Changes to the configuration: dotted.path=value …")]
 
 
@@ -147,27 +148,6 @@ def objectives(
         typer.echo(detail(find_entry(name, entries)))
 
 
-Checkpoint = Annotated[Path, typer.Argument(help="A checkpoint, a run folder, or an exported model.")]
-Clips = Annotated[
-    int | None, typer.Option(min=1, help="Windows per sample whose embeddings are averaged; default: as the run says.")
-]
-Crops = Annotated[int, typer.Option(help="3: also the start and end of the long side of pictures; 1: the centre.")]
-Workers = Annotated[int, typer.Option(min=0, help="Decoding processes.")]
-
-
-def _check_places(checkpoint: Path, shards: str | None, out: Path, against: Path | None = None) -> None:
-    """Says what is wrong with a path before torch is imported, which takes seconds."""
-    from mmcl.folders import check_writable, model_folder, read_report
-    from mmcl.shards.manifest import load_manifest
-
-    check_writable(out)
-    model_folder(checkpoint)
-    if shards is not None:
-        load_manifest(shards)
-    if against is not None:
-        read_report(against)
-
-
 @app.command()
 def embed(
     checkpoint: Checkpoint,
@@ -182,7 +162,7 @@ def embed(
     workers: Workers = 2,
 ) -> None:
     """Embed every sample of some shards; what the folder holds of them already is kept."""
-    _check_places(checkpoint, shards, out)
+    check_places(checkpoint, shards, out)
 
     from mmcl.evaluation.embed import embed_to_folder
 
@@ -216,11 +196,12 @@ def evaluate_retrieval(
         bool, typer.Option(help="Also dual and inverted softmax, apart from plain figures.")
     ] = False,
     bank: Annotated[str | None, typer.Option(help="Training shards: also QB-norm, apart from plain figures.")] = None,
+    cache: Cache = None,
     clips: Clips = None,
     workers: Workers = 2,
 ) -> None:
     """Retrieval between every two modalities, in both directions, with a report to look at."""
-    _check_places(checkpoint, shards, out, against)
+    check_places(checkpoint, shards, out, against)
 
     from mmcl.evaluation.run import evaluate_checkpoint
     from mmcl.evaluation.show import print_evaluation
@@ -238,8 +219,12 @@ def evaluate_retrieval(
             against=against,
             transductive=transductive,
             bank=bank,
+            cache=cache or out / "embeddings",
         )
     )
+
+
+add_commands(evaluate_app)
 
 
 @app.command()
@@ -248,7 +233,7 @@ def export(
     out: Annotated[Path, typer.Option(help="Folder for config.json, model.safetensors and the card.")],
 ) -> None:
     """Write a model that `mmcl.MultimodalModel.from_pretrained` loads."""
-    _check_places(checkpoint, None, out)
+    check_places(checkpoint, None, out)
 
     from mmcl.model import MultimodalModel
 

@@ -58,6 +58,7 @@ def evaluate_checkpoint(
     transductive: bool = False,
     bank: str | None = None,
     against: Path | None = None,
+    cache: Path | None = None,
 ) -> Evaluation:
     """Embeds ``shards``, ranks every ordered pair of modalities and writes the report into ``out``.
 
@@ -74,6 +75,7 @@ def evaluate_checkpoint(
         transductive: also dual and inverted softmax, in figures of their own.
         bank: shards of training samples, whose rows are the bank of QB-norm, in figures of its own.
         against: the folder of an older report: what got better or worse.
+        cache: a folder that keeps embeddings: what it has of this model and these shards is not embedded again.
 
     In a process group every process calls this; each does its share and the first writes.
 
@@ -86,13 +88,13 @@ def evaluate_checkpoint(
     comm = Comm.current()
     model = MultimodalModel.from_pretrained(checkpoint)
     clips = clips or default_clips(checkpoint)
-    embedded = embed_shards(model, shards, clips=clips, workers=workers, decoder=decoder, comm=comm)
+    embedded = embed_shards(model, shards, clips=clips, workers=workers, decoder=decoder, comm=comm, cache=cache)
     further = _Further(
         None if per is None else group_names(embedded.items, per),
         transductive,
         {}
         if bank is None
-        else embed_shards(model, bank, clips=clips, workers=workers, decoder=decoder, comm=comm).rows,
+        else embed_shards(model, bank, clips=clips, workers=workers, decoder=decoder, comm=comm, cache=cache).rows,
         comm,
     )
     lists = split_lists(embedded, by, headline)

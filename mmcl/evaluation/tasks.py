@@ -14,6 +14,7 @@ from mmcl.evaluation.classification import ClassificationResult, average_precisi
 from mmcl.evaluation.probes import choose_probe, few_shot, neighbour_votes
 from mmcl.evaluation.probes.linear import PENALTIES, Kind
 from mmcl.evaluation.zero_shot import Average, Prompts, zero_shot_scores
+from mmcl.shards.members import read_group
 from mmcl.types import ConfigError, Modality
 
 
@@ -207,7 +208,7 @@ def _bank(bank: Labelled, tests: Labelled) -> dict[str, float]:
 def _groups(bank: Labelled) -> list[int]:
     """A number for each sample, equal for those of one group (the same source video)."""
     seen: dict[str, int] = {}
-    return [seen.setdefault(str(item.metadata.get("group") or f"\0{item.draw}"), len(seen)) for item in bank.items]
+    return [seen.setdefault(read_group(item.metadata) or f"\0{item.draw}", len(seen)) for item in bank.items]
 
 
 def _flat(rows: Tensor) -> Tensor:

@@ -17,7 +17,7 @@ LAYERS = [
     {"data", "encoders", "objectives"},
     {"hub", "model", "recipe"},
     {"training", "evaluation", "search"},
-    {"catalogue", "demo", "cli", "__main__"},
+    {"catalogue", "demo", "cli", "cli_classify", "cli_options", "__main__"},
 ]
 LEVEL = {name: level for level, names in enumerate(LAYERS) for name in names}
 
@@ -32,6 +32,9 @@ NEIGHBOURS = {
     ("__main__", "cli"),
     ("cli", "demo"),
     ("cli", "catalogue"),
+    ("cli", "cli_classify"),
+    ("cli", "cli_options"),
+    ("cli_classify", "cli_options"),
     ("hashing", "types"),
 }
 TORCH_ALONE = {"losses", "layers"}
