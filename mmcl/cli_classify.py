@@ -229,10 +229,9 @@ def _run(
     from mmcl.evaluation.task_report import first_lines
 
     chosen = TaskOptions(**options)
-    name = "labels"
-    if protocol is not None:
-        asked = classification_protocol(protocol)
-        chosen, name = options_of(asked, chosen), asked.name
+    asked = None if protocol is None else classification_protocol(protocol)
+    if asked is not None:
+        chosen = options_of(asked, chosen)
     given: dict[str, Any] = {}  # what is said here goes before the protocol
     if named["modality"]:
         given["modalities"] = tuple(named["modality"])
@@ -243,9 +242,15 @@ def _run(
     if named.get("prompts"):
         given["prompts"] = tuple(read_prompts(named["prompts"]))
     run = TaskRun(
-        checkpoint, shards, chosen.but(**given), train=train, cache=cache or out / "embeddings", workers=workers
+        checkpoint,
+        shards,
+        chosen.but(**given),
+        protocol=asked,
+        train=train,
+        cache=cache or out / "embeddings",
+        workers=workers,
     )
-    report = evaluate_all(run, out, protocol=name) if task == "all" else evaluate_task(run, task, out, protocol=name)
+    report = evaluate_all(run, out) if task == "all" else evaluate_task(run, task, out)
     for line in first_lines(report):
         typer.echo(line)
     typer.echo(f"report: {out / 'report.html'}")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -38,6 +38,10 @@ class Labelled:
     classes: tuple[tuple[str, ...], ...]
     """names, one or several per row"""
 
+    def to(self, device: torch.device) -> Labelled:
+        """The same with its rows on a device."""
+        return replace(self, rows=self.rows.to(device))
+
     @property
     def several(self) -> bool:
         """Whether a sample has more than one class."""
@@ -50,7 +54,7 @@ class Labelled:
     def labels(self, names: Sequence[str]) -> Tensor:
         """int64 ``(n,)``: the number of each row's first class among ``names``."""
         number = {name: place for place, name in enumerate(names)}
-        return torch.tensor([number[each[0]] for each in self.classes], dtype=torch.int64)
+        return torch.tensor([number[each[0]] for each in self.classes], dtype=torch.int64, device=self.rows.device)
 
     def relevant(self, names: Sequence[str]) -> Tensor:
         """bool ``(n, C)``: all classes of each row."""
@@ -58,7 +62,7 @@ class Labelled:
         found = torch.zeros(len(self.classes), len(names), dtype=torch.bool)
         for row, each in enumerate(self.classes):
             found[row, [number[name] for name in each]] = True
-        return found
+        return found.to(self.rows.device)
 
 
 def _order(name: str) -> tuple[bool, int, str]:

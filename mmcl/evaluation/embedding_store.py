@@ -182,6 +182,7 @@ class EmbeddingStore:
         head = {
             "key": self.keys[shard],
             "items": hashlib.sha256(text).hexdigest(),
+            "modalities": list(part.rows),
             "skipped": [(draw - first, *why) for draw, *why in part.skipped],
         }
         path = self._path(shard, ROWS)
@@ -248,8 +249,12 @@ def read_part(rows_path: Path, items_path: Path, first: int, samples: int) -> Em
             for name in file.keys():  # noqa: SIM118
                 modality, _, kind = name.rpartition(".")
                 (rows if kind == "rows" else owners)[modality] = file.get_tensor(name)
-            skipped = _facts(file.metadata()).get("skipped", [])
-        parts = tuple((first + int(index), str(key), str(why), str(detail)) for index, key, why, detail in skipped)
+            facts = _facts(file.metadata())
+        skipped = tuple(
+            (first + int(index), str(key), str(why), str(detail))
+            for index, key, why, detail in facts.get("skipped", [])
+        )
+        order = [str(name) for name in facts.get("modalities", [])]
     except (OSError, SafetensorError, ValueError, TypeError) as error:
         raise ConfigError(f"{rows_path}: not embeddings: {error}") from None
     fitting = rows.keys() == owners.keys() and all(
@@ -257,7 +262,8 @@ def read_part(rows_path: Path, items_path: Path, first: int, samples: int) -> Em
     )
     if not fitting or any(not first <= item.draw < first + samples for item in items):
         raise ConfigError(f"{rows_path}: rows and items do not belong together")
-    return EmbeddedShards(items, rows, owners, parts)
+    named = sorted(rows, key=lambda name: order.index(name) if name in order else len(order))
+    return EmbeddedShards(items, {name: rows[name] for name in named}, {name: owners[name] for name in named}, skipped)
 
 
 def _facts(metadata: Mapping[str, str] | None) -> dict[str, Any]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -28,6 +29,8 @@ Task = Literal["classify", "knn", "linear", "few-shot"]
 TASKS: tuple[Task, ...] = ("classify", "knn", "linear", "few-shot")
 PROMPTS = ("{}", "a video of {}.", "a sound of {}.", "this is {}.")
 """what is said of a class where nothing else is asked for"""
+LABELS = "labels"
+"""the name of what is asked without a protocol"""
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,6 +89,8 @@ class TaskRun:
     checkpoint: Path
     shards: str
     options: TaskOptions
+    protocol: ClassificationProtocol | None = None
+    """whose options these are, for the report"""
     train: str | None = None
     cache: Path | None = None
     workers: int = 2
@@ -116,7 +121,7 @@ class TaskRun:
         """The labelled rows to be told apart. Raises ``ConfigError`` as :func:`labelled` does."""
         several = self.clips * self.options.crops > 1
         found = self._embedded(self.shards, self.clips, self.options.crops, level, each_view and several)
-        return labelled(found, modality, self.shards, self.options.column)
+        return labelled(found, modality, self.shards, self.options.column).to(own_device())
 
     def bank(self, modality: Modality, *, each_view: bool = False) -> Labelled:
         """The labelled rows to learn from."""
@@ -124,7 +129,7 @@ class TaskRun:
             raise ConfigError("no training shards are given: --train SHARDS")
         clips = self.options.train_clips
         found = self._embedded(self.train, clips, 1, self.options.level, each_view and clips > 1)
-        return labelled(found, modality, self.train, self.options.column)
+        return labelled(found, modality, self.train, self.options.column).to(own_device())
 
     def _embedded(
         self, shards: str, clips: int, crops: int, level: Literal["joint", "pooled"], each_view: bool
@@ -160,7 +165,7 @@ class TaskRun:
             check_classes(tests, self.shards)
         names, spoken = spoken_names(tests.names(), options.classes, self.shards)
         texts = fill_prompts(spoken, options.prompts)
-        rows = self.model.encode_text(texts).view(len(names), len(options.prompts), -1)
+        rows = self.model.encode_text(texts).view(len(names), len(options.prompts), -1).to(tests.rows.device)
         settings: dict[str, Any] = {
             "windows": self.clips,
             "crops": options.crops,
@@ -214,6 +219,7 @@ class TaskRun:
             kind=self.options.kind,
             penalties=self.options.penalties,
             seed=self.options.seed,
+            quiet=Comm.current().rank > 0,
         )
         return self._with_views(found, average)
 
@@ -235,21 +241,39 @@ class TaskRun:
 
     def report(
         self,
-        protocol: str,
         results: Sequence[TaskResult],
         left_out: Sequence[LeftOut] = (),
         retrieval: Sequence[Table] = (),
     ) -> TaskReport:
         """The report of what was found, with a fingerprint of what was asked and of all samples."""
-        asked = {"name": protocol, "tasks": {each.name: [each.settings, each.class_names] for each in results}}
+        name = LABELS if self.protocol is None else self.protocol.name
+        options = {**dataclasses.asdict(self.options), "clips": self.clips, "name": name}
+        asked = {**options, "tasks": [result.name for result in results]}
         keys = sorted({item.key for embedded in self._made.values() for item in embedded.items})
-        skipped = {skip[:2] for embedded in self._made.values() for skip in embedded.skipped}
+        return TaskReport(
+            name, fingerprint(asked, keys), tuple(results), tuple(left_out), self._facts(results), tuple(retrieval)
+        )
+
+    def _facts(self, results: Sequence[TaskResult]) -> dict[str, str]:
+        """What people should know before they compare figures."""
+        skipped = {(asked[0], *skip[:2]) for asked, made in self._made.items() for skip in made.skipped}
         facts = {"checkpoint": self.checkpoint.absolute().name}
         facts |= {"unreadable samples": str(len(skipped))} if skipped else {}
-        return TaskReport(protocol, fingerprint(asked, keys), tuple(results), tuple(left_out), facts, tuple(retrieval))
+        if self.protocol is None:
+            return facts
+        facts |= {"asked": self.protocol.about} if self.protocol.about else {}
+        samples = {int(result.metrics["samples"]) for result in results}
+        classes = {int(result.metrics["classes"]) for result in results}
+        for what, here, whole in (
+            ("samples", samples, self.protocol.items),
+            ("classes", classes, self.protocol.num_classes),
+        ):
+            if whole is not None and here - {whole}:
+                facts[f"not all {what}"] = f"{min(here)} here, the protocol has {whole}: figures do not compare"
+        return facts
 
 
-def evaluate_task(run: TaskRun, task: Task, out: Path, *, protocol: str = "labels") -> TaskReport:
+def evaluate_task(run: TaskRun, task: Task, out: Path) -> TaskReport:
     """One task on every modality, and its report in ``out``.
 
     In a process group every process calls this; embedding is shared, and the first writes.
@@ -264,7 +288,7 @@ def evaluate_task(run: TaskRun, task: Task, out: Path, *, protocol: str = "label
     for modality, found in attempts.items():
         if isinstance(found, ConfigError) and (not results or modality in run.options.modalities):
             raise found
-    return _written(run, run.report(protocol, results, _left_out(task, attempts)), out)
+    return _written(run, run.report(results, _left_out(task, attempts)), out)
 
 
 def _attempt(run: TaskRun, task: Task, modality: Modality) -> TaskResult | ConfigError:
@@ -278,9 +302,10 @@ def _left_out(task: Task, attempts: Mapping[Modality, TaskResult | ConfigError])
     return [LeftOut(f"{task} of {name}", str(why)) for name, why in attempts.items() if isinstance(why, ConfigError)]
 
 
-def evaluate_all(run: TaskRun, out: Path, *, protocol: str = "labels") -> TaskReport:
-    """Everything that the labels of the shards and the modalities of the model allow: retrieval, zero-shot
-    classification, k-NN, linear and few-shot probes. What is left out is said, with the reason.
+def evaluate_all(run: TaskRun, out: Path) -> TaskReport:
+    """Everything that the labels of the shards and the modalities of the model allow; what is left out, and why.
+
+    That is retrieval, zero-shot classification, k-NN, linear and few-shot probes.
 
     Raises:
         ConfigError: nothing at all could be done; the first reason.
@@ -309,7 +334,7 @@ def evaluate_all(run: TaskRun, out: Path, *, protocol: str = "labels") -> TaskRe
         left_out.append(LeftOut("retrieval", str(error)))
     if not results and not tables:
         raise ConfigError(left_out[0].why)
-    return _written(run, run.report(protocol, results, left_out, tables), out)
+    return _written(run, run.report(results, left_out, tables), out)
 
 
 def _rows(cells: Sequence[Sequence[str]]) -> tuple[tuple[str, ...], ...]:

@@ -18,8 +18,9 @@ TITLES = {
     "linear": "Linear probe",
     "few-shot": "Few-shot episodes",
 }
+SHORT = {"zero-shot": "zero-shot", "k-nn": "k-NN", "linear": "linear", "few-shot": "few-shot"}
 FIGURES = ("top-1", "top-5", "mean-per-class", "mAP")
-COUNTS = ("samples", "classes", "ties", "training samples")
+COUNTS = ("samples", "classes", "ties", "training samples", "also in training", "classes without training samples")
 WORST = 10
 """classes that the report names as the hardest"""
 
@@ -57,13 +58,19 @@ class TaskReport:
         }
 
     def headline(self) -> Table:
-        """A row per task."""
-        rows = []
-        for result in self.results:
-            figures = [_figure(result, name) for name in FIGURES]
-            counts = [str(int(result.metrics[name])) if name in result.metrics else "–" for name in COUNTS]
-            rows.append((f"{TITLES[result.task]} of {result.modality}", *figures, *counts, _how(result)))
-        return Table("Figures in percent, with 95 % intervals", ("task", *FIGURES, *COUNTS, "how"), tuple(rows))
+        """A row per task, a column for each figure that any has."""
+        figures = [name for name in FIGURES if any(name in result.metrics for result in self.results)]
+        counts = [name for name in COUNTS if any(name in result.metrics for result in self.results)]
+        rows = tuple(
+            (
+                SHORT[result.task],
+                result.modality,
+                *(_figure(result, name) for name in figures),
+                *(str(int(result.metrics[name])) if name in result.metrics else "–" for name in counts),
+            )
+            for result in self.results
+        )
+        return Table("Figures in percent, with 95 % intervals", ("task", "of", *figures, *counts), rows)
 
     def write(self, out: str | Path) -> Path:
         """``report.json``, ``report.md`` and ``report.html``; returns the last. Raises ``RunError``."""
@@ -84,19 +91,29 @@ class TaskReport:
         parts = []
         if self.results:
             table = self.headline()
-            parts.append(Section("Classification and probes", table.html(), table.markdown(), name="tables"))
+            how = [(f"{SHORT[result.task]} of {result.modality}", _how(result)) for result in self.results]
+            words, text = _listed(how)
+            parts.append(
+                Section(
+                    "Classification and probes", table.html() + words, f"{table.markdown()}\n\n{text}", name="tables"
+                )
+            )
         if self.retrieval:
             link = '<p class="about"><a href="retrieval/report.html">The report of retrieval, with its gallery</a></p>'
             words = "".join(table.html() for table in self.retrieval)
             text = "\n\n".join(f"{plain(table.title)}\n\n{table.markdown()}" for table in self.retrieval)
             parts.append(Section("Retrieval", link + words, text, name="tables"))
         if self.left_out:
-            items = "".join(f"<li><b>{escape(each.task)}</b>: {escape(each.why)}</li>" for each in self.left_out)
-            text = "\n".join(f"- {plain(each.task)}: {plain(each.why)}" for each in self.left_out)
-            parts.append(Section("Left out", f"<ul>{items}</ul>", text))
+            parts.append(Section("Left out", *_listed([(each.task, each.why) for each in self.left_out])))
         for result in self.results:
             parts += _of(result)
         return parts
+
+
+def _listed(pairs: Sequence[tuple[str, str]]) -> tuple[str, str]:
+    """Name and words as items, in HTML and in Markdown."""
+    items = "".join(f"<li><b>{escape(name)}</b>: {escape(words)}</li>" for name, words in pairs)
+    return f"<ul>{items}</ul>", "\n".join(f"- {plain(name)}: {plain(words)}" for name, words in pairs)
 
 
 def _of(result: TaskResult) -> list[Section]:

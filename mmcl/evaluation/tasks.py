@@ -133,6 +133,7 @@ def linear_task(
     kind: Kind = "logistic",
     penalties: Sequence[float] = PENALTIES,
     seed: int = 0,
+    quiet: bool = True,
 ) -> TaskResult:
     """A linear classifier of frozen features; of several views of a training sample each is a row."""
     names = _joint_names(bank, tests)
@@ -142,7 +143,9 @@ def linear_task(
         views = rows.shape[1]
         rows, labels = rows.flatten(0, 1), labels.repeat_interleave(views)
         groups = [group for group in groups for _ in range(views)]
-    probe = choose_probe(kind, rows, labels, classes=len(names), penalties=penalties, groups=groups, seed=seed)
+    probe = choose_probe(
+        kind, rows, labels, classes=len(names), penalties=penalties, groups=groups, seed=seed, quiet=quiet
+    )
     settings = {
         "kind": kind,
         "penalty": probe.penalty,
@@ -168,7 +171,7 @@ def few_shot_task(
             seed=seed,
         )
     except ValueError as error:
-        raise ConfigError(f"few-shot: {error}") from None
+        raise ConfigError(str(error)) from None
     metrics = {
         "top-1": found.mean,
         "samples": float(len(tests.items)),
@@ -199,7 +202,10 @@ def _one_each(found: Labelled) -> None:
 
 def _bank(bank: Labelled, tests: Labelled) -> dict[str, float]:
     unknown = set(tests.names()) - set(bank.names())
+    known = {item.key for item in bank.items}
+    twice = sum(item.key in known for item in tests.items)
     return {
+        **({"also in training": float(twice)} if twice else {}),
         "training samples": float(len(bank.items)),
         **({"classes without training samples": float(len(unknown))} if unknown else {}),
     }

@@ -94,7 +94,7 @@ def test_everything_in_one_report(places: dict[str, str], tmp_path: Path, encode
     }
     reasons = {each["task"]: each["why"] for each in report["left_out"]}
     assert reasons == dict.fromkeys(
-        ("few-shot of video", "few-shot of audio"), "few-shot: 0 classes have at least 2 rows; 5 are needed"
+        ("few-shot of video", "few-shot of audio"), "0 classes have at least 2 rows; 5 are needed"
     )
     assert "left out: few-shot of video" in said
     for result in report["tasks"].values():
@@ -163,6 +163,9 @@ def test_few_shot_and_sets_of_modalities(places: dict[str, str], tmp_path: Path)
     result = json.loads((tmp_path / "report.json").read_text())["tasks"]["few-shot:video+audio"]
     assert result["settings"]["ways"] == 3 and result["episodes"] == 50
     assert result["samples"] == 14, "two clips are silent"
+    command(places, "knn", "MODEL", "TRAIN", "--train", "TRAIN", "--workers", 1, "--cache", "KEPT", "--out", tmp_path)
+    result = json.loads((tmp_path / "report.json").read_text())["tasks"]["k-nn:video"]
+    assert result["also in training"] == 16 and "also in training" in (tmp_path / "report.md").read_text()
     low, high = result["ci95"]["top-1"]
     assert 33 < low <= result["top-1"] <= high
 
@@ -172,7 +175,14 @@ def test_a_protocol_says_what_is_asked(places: dict[str, str], tmp_path: Path) -
     classes = ["red", "green", HOSTILE, "yellow", "purple", "orange", "white", "cyan", "one that never occurs"]
     protocol.write_text(
         json.dumps(
-            {"name": "mine", "task": "classification", "modality": "audio", "classes": classes, "prompts": ["{}!"]}
+            {
+                "name": "mine",
+                "task": "classification",
+                "modality": "audio",
+                "classes": classes,
+                "prompts": ["{}!"],
+                "items": 9,
+            }
         )
     )
     command(
@@ -190,6 +200,7 @@ def test_a_protocol_says_what_is_asked(places: dict[str, str], tmp_path: Path) -
         tmp_path / "out",
     )
     report = json.loads((tmp_path / "out/report.json").read_text())
+    assert report["facts"]["not all samples"].startswith("8 here, the protocol has 9")
     assert report["protocol"] == "mine" and list(report["tasks"]) == ["zero-shot:audio"]
     found = report["tasks"]["zero-shot:audio"]
     assert found["classes"] == classes and found["settings"]["prompts"] == ["{}!"] and found["per_class"][-1] is None
@@ -218,7 +229,7 @@ PROGRAM = "from mmcl.cli import main; main()"
         (["classify", "MODEL", "TEST", "--modality", "depth"], "the model has no depth tower; it has: video"),
         (["classify", "SILENT", "TEST"], "the model has no text tower"),
         (["classify", "MODEL", "NUMBERS"], "labels are numbers; name them: --classes"),
-        (["few-shot", "MODEL", "TEST", "--modality", "video"], "few-shot: 0 classes have at least 2 rows"),
+        (["few-shot", "MODEL", "TEST", "--modality", "video"], "0 classes have at least 2 rows"),
         (["linear", "MODEL", "TEST", "--train", "OTHERS"], "samples have several classes each"),
         (["knn", "MODEL", "TEST", "--train", "PLAIN"], "no sample has a class"),
         (["classify", "MODEL", "TEST", "--crops", "2"], "crops=2; allowed: 1, 3"),

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from mmcl.evaluation.classification import classify
 from mmcl.hashing import hash64
+from mmcl.progress import show_progress
 
 Kind = Literal["logistic", "ridge"]
 
@@ -132,12 +133,14 @@ def choose_probe(
     penalties: Sequence[float] = PENALTIES,
     groups: Sequence[int] | None = None,
     seed: int = 0,
+    quiet: bool = True,
 ) -> LinearProbe:
     """A probe of all rows with the λ that does best on a held-out fifth of them; of equally good ones the largest.
 
     Args:
         groups: a number for each row; rows of one (views of one video) stay on one side. Default: each its own.
         seed: of what is held out.
+        quiet: shows no progress.
 
     Raises:
         ValueError: as :func:`fit_logistic`.
@@ -146,8 +149,10 @@ def choose_probe(
     held = held_out_rows(labels, groups=groups, seed=seed)
     found: dict[float, float] = {}
     if len(penalties) > 1 and bool(held.any()):
-        for probe in fit(rows[~held], labels[~held], classes=classes, penalties=penalties):
-            found[probe.penalty] = classify(probe.scores(rows[held]), labels[held]).metrics()["top-1"]
+        with show_progress("linear probe", "penalties", quiet=quiet) as show:
+            for probe in fit(rows[~held], labels[~held], classes=classes, penalties=penalties):
+                found[probe.penalty] = classify(probe.scores(rows[held]), labels[held]).metrics()["top-1"]
+                show(len(found), len(penalties), "")
     best = max(found, key=lambda penalty: (found[penalty], penalty), default=max(penalties))
     # down the same path, for the sake of the start
     path = [penalty for penalty in penalties if penalty >= best]
