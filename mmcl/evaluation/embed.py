@@ -211,7 +211,11 @@ def embed_to_folder(
     tensors = {f"{modality}.rows": rows for modality, rows in embedded.rows.items()}
     tensors.update({f"{modality}.items": owners for modality, owners in embedded.owners.items()})
     lines = [
-        json.dumps({"key": item.key, "captions": item.captions, "label": item.label}, ensure_ascii=False) + "\n"
+        json.dumps(
+            {"key": item.key, "captions": item.captions, "label": item.label, "metadata": item.metadata},
+            ensure_ascii=False,
+        )
+        + "\n"
         for item in embedded.items
     ]
     try:

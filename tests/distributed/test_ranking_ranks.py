@@ -43,11 +43,13 @@ def test_ranks_are_the_same_bit_for_bit(gloo: GlooPool) -> None:
 
 
 def evaluates(rank: int, world: int, model: str, shards: str, out: str) -> list[str]:
+    from mmcl.evaluation.protocols import TRANSDUCTIVE, retrieval_protocol
     from mmcl.evaluation.run import evaluate_checkpoint
 
     # the pool's processes are daemons, which may start no decoding processes
     multiprocessing.current_process()._config["daemon"] = False  # type: ignore[attr-defined]
-    found = evaluate_checkpoint(model, shards, Path(out) / str(world), workers=1, transductive=True, per="group")
+    protocol = retrieval_protocol(post=TRANSDUCTIVE)
+    found = evaluate_checkpoint(model, shards, Path(out) / str(world), workers=1, protocol=protocol, per="group")
     return [item.key for item in found.embedded.items]
 
 
