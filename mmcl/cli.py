@@ -241,6 +241,7 @@ def evaluate_retrieval(
         if checkpoint is None or shards is None:
             raise ConfigError("evaluate retrieval needs CHECKPOINT and SHARDS, or --embeddings")
         _check_places(checkpoint, split_of(shards, chosen), out, against)
+    from mmcl.distributed import Comm
     from mmcl.evaluation.run import evaluate_checkpoint, evaluate_embeddings
     from mmcl.evaluation.show import print_evaluation
 
@@ -251,7 +252,8 @@ def evaluate_retrieval(
         assert checkpoint is not None
         assert shards is not None
         found = evaluate_checkpoint(checkpoint, shards, out, clips=clips, workers=workers, bank=bank, **wanted)
-    print_evaluation(found)
+    if Comm.current().rank == 0:
+        print_evaluation(found)
 
 
 @app.command()

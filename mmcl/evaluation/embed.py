@@ -218,6 +218,16 @@ def embed_to_folder(
         + "\n"
         for item in embedded.items
     ]
+    comm = Comm.current()
+    try:
+        if comm.rank == 0:
+            _write_folder(out, lines, tensors)
+    finally:
+        comm.barrier()
+    return len(embedded.items)
+
+
+def _write_folder(out: Path, lines: Sequence[str], tensors: dict[str, Tensor]) -> None:
     try:
         out.mkdir(parents=True, exist_ok=True)
         items, rows = out / ".items.jsonl.partial", out / ".embeddings.safetensors.partial"
@@ -227,4 +237,3 @@ def embed_to_folder(
         rows.replace(out / "embeddings.safetensors")
     except (OSError, SafetensorError) as error:
         raise RunError(f"cannot write embeddings to {out}: {getattr(error, 'strerror', None) or error}") from None
-    return len(embedded.items)
