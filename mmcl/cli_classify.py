@@ -219,19 +219,21 @@ def _run(
     options: dict[str, Any],
     train: str | None = None,
 ) -> None:
-    check_places(checkpoint, shards, out)
-    if train is not None:
-        check_places(checkpoint, train, out)
+    for place in [shards, *([] if train is None else [train])]:
+        if protocol is None or place != shards:  # of a protocol the shards may be a folder of splits
+            check_places(checkpoint, place, out)
 
+    from mmcl.distributed import Comm
     from mmcl.evaluation.class_labels import read_class_names, read_prompts
-    from mmcl.evaluation.protocols import classification_protocol
+    from mmcl.evaluation.protocols import classification_protocol, split_of
     from mmcl.evaluation.run_tasks import TaskOptions, TaskRun, evaluate_all, evaluate_task, options_of
     from mmcl.evaluation.task_report import first_lines
 
     chosen = TaskOptions(**options)
     asked = None if protocol is None else classification_protocol(protocol)
     if asked is not None:
-        chosen = options_of(asked, chosen)
+        shards, chosen = split_of(shards, asked), options_of(asked, chosen)
+        check_places(checkpoint, shards, out)
     given: dict[str, Any] = {}  # what is said here goes before the protocol
     if named["modality"]:
         given["modalities"] = tuple(named["modality"])
@@ -251,6 +253,5 @@ def _run(
         workers=workers,
     )
     report = evaluate_all(run, out) if task == "all" else evaluate_task(run, task, out)
-    for line in first_lines(report):
+    for line in [*first_lines(report), f"report: {out / 'report.html'}"] if Comm.current().rank == 0 else []:
         typer.echo(line)
-    typer.echo(f"report: {out / 'report.html'}")

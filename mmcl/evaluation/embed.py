@@ -65,7 +65,7 @@ def embed_shards(
     in_process: bool = False,
     decoder: Decoder = DEFAULT_DECODER,
     comm: Comm | None = None,
-    device: torch.device | str = "cpu",
+    device: torch.device | str | None = None,
     level: Literal["joint", "pooled"] = "joint",
     each_view: bool = False,
     cache: Path | None = None,
@@ -79,6 +79,7 @@ def embed_shards(
         each_view: gives a row of each window and crop instead of their mean.
         batch: rows per forward of one rank.
         workers: decoding processes of this rank; ``in_process`` decodes in this one.
+        device: where the model goes; default: the GPU of this process, else the CPU.
         comm: with more than one rank each reads its share; every rank returns everything.
         cache: a folder that keeps every shard as soon as it is done. What it holds of the same model, shards and
             options is not embedded again.
@@ -90,7 +91,7 @@ def embed_shards(
     comm, manifest = comm or Comm.current(), load_manifest(shards)
     settings = EmbedSettings(clips, crops, level, each_view, decoder)
     store = None if cache is None else EmbeddingStore.in_cache(cache, manifest, model_checksum(model), settings)
-    embedder = _Embedder(model.eval().to(device), settings, batch, comm)
+    embedder = _Embedder(model.eval().to(own_device() if device is None else device), settings, batch, comm)
     parts = dict(embedder.run(manifest, store, workers=workers, in_process=in_process))
     found = join([parts[shard] for shard in range(manifest.num_shards)])
     if not found.items:

@@ -305,6 +305,13 @@ class StoredEmbeddings:
         """All of it in memory."""
         return join(list(self))
 
+    def joint(self) -> EmbeddedShards:
+        """As :meth:`load`; ``ConfigError`` unless these are rows of the joint space, one of each sample's modality."""
+        settings = self.index.settings
+        if settings.get("level") != "joint" or settings.get("each_view"):
+            raise ConfigError(f"{self.index.folder}: retrieval needs embeddings without --pooled and --each-view")
+        return self.load()
+
 
 def open_embeddings(folder: str | Path) -> StoredEmbeddings:
     """Opens what ``mmcl embed`` wrote.

@@ -6,6 +6,7 @@ gallery's, stands in every report: two reports of one fingerprint answered the s
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 from collections.abc import Sequence
@@ -15,11 +16,17 @@ from typing import Any, Literal, TypeAlias
 from pydantic import Field, field_validator
 
 from mmcl.config import Options, build, read_yaml, unknown_name
+from mmcl.shards.files import join_url
+from mmcl.shards.manifest import load_manifest
 from mmcl.shipped import shipped
 from mmcl.types import ConfigError, Modality
 
 Post: TypeAlias = Literal["dual_softmax", "inverted_softmax", "qb_norm"]
+TRANSDUCTIVE: tuple[Post, ...] = ("dual_softmax", "inverted_softmax")
+"""those that need nothing but the queries"""
 
+ALL = "all"
+"""for ``directions``: every ordered pair of sets of modalities that share none"""
 _FOLDER = "configs/evaluate"
 
 
@@ -36,13 +43,13 @@ class _Named(Options):
     clips: int | None = Field(None, ge=1)
     """windows per item, evenly spaced, whose embeddings are averaged; default: as the checkpoint's run says"""
 
-    def fingerprint(self, keys: Sequence[str] = ()) -> str:
-        """Sixteen hex digits of the SHA-256 of what is asked, and of the keys of the items, in order.
+    def asked(self) -> dict[str, Any]:
+        """All of it that figures depend on, for JSON; ``about`` and ``source`` are for people."""
+        return self.model_dump(mode="json", exclude={"about", "source"})
 
-        ``about`` and ``source`` are for people and do not count.
-        """
-        asked = self.model_dump(mode="json", exclude={"about", "source"})
-        return fingerprint(asked, keys)
+    def fingerprint(self, keys: Sequence[str] = ()) -> str:
+        """:func:`fingerprint` of what is asked and of the items."""
+        return fingerprint(self.asked(), keys)
 
 
 class RetrievalProtocol(_Named):
@@ -50,7 +57,8 @@ class RetrievalProtocol(_Named):
 
     task: Literal["retrieval"] = "retrieval"
     directions: tuple[str, ...] = ()
-    """``QUERY->GALLERY`` each, such as ``text->video`` or ``text->video+audio``; none: every ordered pair"""
+    """``QUERY->GALLERY`` each, such as ``text->video`` or ``text->video+audio``; none: every ordered pair of
+    modalities; ``all`` alone: of sets of them too"""
     captions: int | None = Field(None, ge=1)
     """the first so many captions of an item take part, each as a query and as a gallery row; default: all"""
     text_gallery: Literal["captions", "best"] = "captions"
@@ -63,13 +71,16 @@ class RetrievalProtocol(_Named):
     fusion: Literal["mean"] = "mean"
     """of a set such as ``video+audio``: the mean of an item's unit rows, scaled to unit length"""
     post: tuple[Post, ...] = ()
-    """scores that other queries changed, in figures of their own, marked transductive; ``qb_norm`` needs a bank"""
+    """scores that other queries changed, in figures of their own, marked transductive (none where ``best`` is
+    searched); ``qb_norm`` needs a bank"""
     figures: tuple[str, ...] = ("R@1", "R@5", "R@10", "MedR", "MnR")
     """what the field compares in this protocol; the report holds all others too"""
 
     @field_validator("directions")
     @classmethod
     def _directions(cls, given: tuple[str, ...]) -> tuple[str, ...]:
+        if given == (ALL,):
+            return given
         named = tuple(parse_direction(each).name for each in given)
         if len(set(named)) < len(named):
             raise ValueError(f"a direction stands twice in {', '.join(given)}")
@@ -180,12 +191,22 @@ def fingerprint(protocol: Any, keys: Sequence[str]) -> str:
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
-def retrieval_protocol(name_or_path: str | Path) -> RetrievalProtocol:
-    """As :func:`load_protocol`. Raises ``ConfigError`` also for a protocol of classification."""
+def retrieval_protocol(
+    name_or_path: str | Path = "paired", *, directions: Sequence[str] = (), post: Sequence[Post] = ()
+) -> RetrievalProtocol:
+    """As :func:`load_protocol`; ``directions``: these instead of its own; ``post``: these besides.
+
+    Raises:
+        ConfigError: also for a protocol of classification, and for what is no direction.
+    """
     protocol = load_protocol(name_or_path)
     if not isinstance(protocol, RetrievalProtocol):
         raise ConfigError(f"protocol {protocol.name} is one of {protocol.task}: use `mmcl evaluate classify`")
-    return protocol
+    changes = {
+        "directions": tuple(directions) or protocol.directions,
+        "post": (*protocol.post, *(each for each in post if each not in protocol.post)),
+    }
+    return build(RetrievalProtocol, {**protocol.model_dump(), **changes}, where=f"protocol {protocol.name}")
 
 
 def classification_protocol(name_or_path: str | Path) -> ClassificationProtocol:
@@ -194,3 +215,16 @@ def classification_protocol(name_or_path: str | Path) -> ClassificationProtocol:
     if not isinstance(protocol, ClassificationProtocol):
         raise ConfigError(f"protocol {protocol.name} is one of {protocol.task}: use `mmcl evaluate retrieval`")
     return protocol
+
+
+def split_of(shards: str, protocol: AnyProtocol) -> str:
+    """``shards``, or the folder of the protocol's split below it where they lie there."""
+    try:
+        load_manifest(shards)
+    except ConfigError:
+        below = join_url(shards, protocol.split)
+        with contextlib.suppress(ConfigError):
+            load_manifest(below)
+            return below
+        raise
+    return shards

@@ -146,7 +146,6 @@ class TaskRun:
                 workers=self.workers,
                 decoder=self.decoder,
                 batch=self.batch,
-                device=own_device(),
                 cache=self.cache,
             )
         return self._made[asked]
