@@ -82,8 +82,13 @@ class EmbedSettings:
     decoder: Decoder = DEFAULT_DECODER
 
 
-def model_checksum(model: MultimodalModel) -> str:
-    """32 hexadecimal digits of all that embeddings depend on: the options, and the weights of towers and heads."""
+def model_checksum(model: MultimodalModel | Path | str) -> str:
+    """32 hexadecimal digits of all that embeddings depend on: the options, and the weights of towers and heads.
+
+    ``model`` may be the place of one. Raises ``ConfigError`` where there is none.
+    """
+    if not isinstance(model, MultimodalModel):
+        model = MultimodalModel.from_pretrained(model)
     digest = hashlib.sha256(json.dumps(model.options.model_dump(mode="json"), sort_keys=True).encode())
     for name, value in sorted(model.state_dict().items()):
         if not name.startswith(("momentum_", "log_scales")):

@@ -90,7 +90,7 @@ def rank_folder(rank: int, world: int, model: str, shards: str, out: str) -> int
     return len(embed_to_folder(Path(model), shards, Path(out), batch=2, in_process=True, comm=Comm.current()))
 
 
-@pytest.mark.parametrize("world", [2, 3])
+@pytest.mark.parametrize("world", [pytest.param(2, marks=pytest.mark.slow), 3])
 def test_the_same_files_on_any_number_of_processes(
     world: int, model: Path, shards: Path, whole: Path, tmp_path: Path, gloo
 ) -> None:

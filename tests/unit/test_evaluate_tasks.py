@@ -157,6 +157,7 @@ def test_figures_are_those_of_the_parts(places: dict[str, str], tmp_path: Path) 
     assert found()["confusion"] == wanted.confusion.tolist()
 
 
+@pytest.mark.slow
 def test_few_shot_and_sets_of_modalities(places: dict[str, str], tmp_path: Path) -> None:
     options = ["--ways", 3, "--episodes", 50, "--modality", "video+audio", "--workers", 1, "--cache", "KEPT"]
     command(places, "few-shot", "MODEL", "TRAIN", *options, "--features", "joint", "--out", tmp_path)
