@@ -78,6 +78,10 @@ def test_the_penalty_is_chosen_on_held_out_rows(kind: str) -> None:
     best = max(probe.held_out.values())
     assert probe.penalty == max(penalty for penalty, value in probe.held_out.items() if value == best)
     fit = {"logistic": fit_logistic, "ridge": fit_ridge}[kind]
+    held = held_out_rows(labels)
+    for rest in fit(rows[~held], labels[~held], classes=2, penalties=list(probe.held_out)):
+        share = (rest.scores(rows[held]).argmax(1) == labels[held]).double().mean()
+        assert probe.held_out[rest.penalty] == pytest.approx(100 * float(share)), "what is held out is not learned from"
     (alone,) = fit(rows, labels, classes=2, penalties=[probe.penalty])
     assert torch.allclose(alone.weight, probe.weight, atol=1e-5), "of all rows, not of the rest alone"
 
