@@ -160,10 +160,10 @@ def _pair_scores(grid: _Grid, pairs: tuple[Tensor, Tensor]) -> Tensor:
             scores[ids] = grid.tile(i, j, keep=len(counts) <= _KEPT_TILES)[
                 rows[ids] - i * TILE_ROWS, columns[ids] - j * TILE_COLUMNS
             ]
-    return _shared(scores, grid.comm)
+    return shared_sum(scores, grid.comm)
 
 
-def _shared(x: Tensor, comm: Comm) -> Tensor:
+def shared_sum(x: Tensor, comm: Comm) -> Tensor:
     """Sum over processes, of which one alone holds something for each entry."""
     if comm.world_size == 1:
         return x
@@ -216,9 +216,9 @@ class _Sides:
 
     def standing(self, comm: Comm, *, shared: bool) -> Standing:
         """What all processes found; ``shared``: each has seen a part of every row."""
-        better, tied = _shared(self.better, comm), _shared(self.tied, comm)
+        better, tied = shared_sum(self.better, comm), shared_sum(self.tied, comm)
         if not shared:
-            return Standing(better, tied, _shared(self.top_indices, comm), _shared(self.top_scores, comm))
+            return Standing(better, tied, shared_sum(self.top_indices, comm), shared_sum(self.top_scores, comm))
         if comm.world_size == 1:
             return Standing(better, tied, self.top_indices, self.top_scores)
         device = comm.host_device
