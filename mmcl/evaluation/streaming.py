@@ -326,7 +326,8 @@ class _Best:
         """
         rows, groups = len(self._scores), min(_SEED, entries.shape[1])
         if not self.seeded and groups >= self.top:
-            largest = entries[:rows, : entries.shape[1] // groups * groups].unflatten(1, (-1, groups)).amax(1)
+            whole = entries[:rows, : entries.shape[1] // groups * groups]
+            largest = torch.unflatten(whole, 1, (-1, groups)).amax(1)
             last = largest.topk(self.top, dim=1).values[:, -1]
             self.limit[:rows] = torch.nextafter(last, torch.full_like(last, -torch.inf))
         self.seeded = True
