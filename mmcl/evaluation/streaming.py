@@ -320,10 +320,7 @@ class _Best:
         self._count = 0
 
     def seed(self, entries: Tensor) -> None:
-        """The first limit, from ``(rows, entries)``: whatever equals the last of some of their best still passes.
-
-        Of the largest of each group, which are found fast, the last of the best is nearly that of all entries.
-        """
+        """The first limit: whatever equals the last of the best, of the largest of each group, still passes."""
         rows, groups = len(self._scores), min(_SEED, entries.shape[1])
         if not self.seeded and groups >= self.top:
             whole = entries[:rows, : entries.shape[1] // groups * groups]
