@@ -336,7 +336,9 @@ def _check_rows(queries: Rows, gallery: Rows) -> tuple[Tensor, Tensor]:
     dtype = torch.float64 if torch.float64 in (left.dtype, right.dtype) else torch.float32
     left, right = left.to(right.device, dtype), right.to(dtype)
     for name, tensor in (("queries", left), ("gallery", right)):
-        bad = (~tensor.isfinite().all(1)).nonzero().flatten()
+        # by parts: of all rows at once it takes as much memory again
+        finite = torch.cat([part.isfinite().all(1) for part in torch.split(tensor, _BLOCK_QUERIES)])
+        bad = (~finite).nonzero().flatten()
         if len(bad):
             raise ConfigError(f"{name}: {len(bad)} rows are not finite, the first is row {int(bad[0])}")
     return left, right

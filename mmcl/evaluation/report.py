@@ -259,8 +259,8 @@ def evaluate_list(
     filled = {modality: values for modality, values in rows.items() if len(values.items)}
     diagnostics = {
         "modalities": {
-            modality: modality_figures(values.embeddings, values.items if labels is None else labels[values.items])
-            for modality, values in filled.items()
+            side: modality_figures(values.embeddings, values.items if labels is None else labels[values.items])
+            for side, values in filled.items()
         },
         "pairs": pairs,
         "directions": {each.name: {"hubness": _hubness(each, rows)} for each in ordered.values()},
