@@ -79,7 +79,7 @@ def eats(spec: Spec) -> str:
         rate = f"every {spec.stride}th" if spec.stride else f"at {spec.fps:.3g}/s"
         return f"{spec.frames} frames of {spec.size} px {rate}"
     if isinstance(spec, AudioSpec):
-        return f"{spec.seconds:g} s at {spec.sample_rate_hz} Hz"
+        return f"{spec.seconds:.4g} s at {spec.sample_rate_hz} Hz"
     if isinstance(spec, TextSpec):
         return f"{getattr(spec.tokenizer, 'max_tokens', '?')} tokens"
     return f"{spec.width} numbers"
