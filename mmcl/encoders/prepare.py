@@ -13,6 +13,7 @@ from mmcl.encoders.base import Encoder
 from mmcl.encoders.lora import add_lora, is_update
 from mmcl.encoders.options import Lock, TowerCommon
 from mmcl.encoders.parts import depths
+from mmcl.layers import RankBatchNorm
 from mmcl.types import ConfigError, Features
 
 
@@ -36,6 +37,10 @@ def prepare(encoder: Encoder, options: TowerCommon, path: str) -> Encoder:
         if getattr(options, option) and not blocks:
             raise ConfigError(f"{path}.{option}: this tower has no blocks")
     if options.checkpoint_activations:
+        if any(isinstance(part, RankBatchNorm) for part in encoder.modules()):
+            raise ConfigError(
+                f"{path}.checkpoint_activations: its batch norm would count rows twice; take norm: frozen"
+            )
         for block in blocks:
             block.forward = MethodType(_run_again_in_backward, block)
     if options.drop_path:

