@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, TypeVar
 
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
-from torch import nn
+from torch import Tensor, nn
 
 import mmcl
+from mmcl.distributed.sharded import FOLDER, read_sharded
 from mmcl.folders import CONFIG, model_folder
 from mmcl.types import ConfigError, RunError
 
@@ -33,16 +35,7 @@ class Pretrained(nn.Module):
 
     def save_pretrained(self, folder: str | Path) -> Path:
         """Writes ``config.json`` and ``model.safetensors``; returns the folder."""
-        target = Path(folder)
-        try:
-            target.mkdir(parents=True, exist_ok=True)
-            save_file({k: v.detach().cpu().contiguous() for k, v in self.state_dict().items()}, target / WEIGHTS)
-            config = {"format": "mmcl", "mmcl": mmcl.__version__, **self.description()}
-            (target / CONFIG).write_text(json.dumps(config, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-        except (OSError, SafetensorError) as error:
-            words = getattr(error, "strerror", None) or error
-            raise RunError(f"cannot write the model to {target}: {words}") from None
-        return target
+        return write_model(Path(folder), self.description(), self.state_dict())
 
     @classmethod
     def from_pretrained(cls: type[M], folder: str | Path) -> M:
@@ -61,10 +54,31 @@ class Pretrained(nn.Module):
         config.pop("mmcl", None)
         model = cls.from_description(config, where=str(source / CONFIG))
         try:
-            model.load_state_dict(load_file(source / WEIGHTS))
+            if not (source / WEIGHTS).exists() and (source / FOLDER).is_dir():
+                read_sharded(source / FOLDER, {f"model.{k}": v for k, v in model.state_dict().items()}, alone=True)
+            else:
+                model.load_state_dict(load_file(source / WEIGHTS))
         except Exception as error:  # safetensors raises its own types, torch a RuntimeError: both mean a bad file
             raise ConfigError(f"{source / WEIGHTS}: {' '.join(str(error).split())[:300]}") from None
         return model.eval()
+
+
+def write_model(target: Path, description: Mapping[str, Any], tensors: Mapping[str, Tensor] | None) -> Path:
+    """Writes ``config.json`` and, unless None, ``model.safetensors``; returns the folder.
+
+    Raises:
+        RunError: the folder cannot be written.
+    """
+    try:
+        target.mkdir(parents=True, exist_ok=True)
+        if tensors is not None:
+            save_file({k: v.detach().cpu().contiguous() for k, v in tensors.items()}, target / WEIGHTS)
+        config = {"format": "mmcl", "mmcl": mmcl.__version__, **description}
+        (target / CONFIG).write_text(json.dumps(config, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    except (OSError, SafetensorError) as error:
+        words = getattr(error, "strerror", None) or error
+        raise RunError(f"cannot write the model to {target}: {words}") from None
+    return target
 
 
 def write_card(folder: Path, facts: dict[str, str]) -> None:
