@@ -14,22 +14,28 @@ import torch.distributed as dist
 from mmcl.distributed import Comm
 from mmcl.types import RunError
 
-LEFT = "left"
+LEFT = b"left"
 
 
 class Peers:
     """Within the context, this rank counts, several times within ``timeout_seconds``.
 
-    Where one computer loses its power or its network, nothing tells the others: their next exchange waits for ever. So
-    the first rank of each computer also looks whether the others count, and ends this one when one has not for
-    ``timeout_seconds``; its launcher ends the rest. Of processes that die, the next exchange fails at once, and
-    :meth:`explain` names them.
+    Of processes that die, the next exchange fails at once; on the way out of the context that error becomes one that
+    names them. Of a computer that loses its power or its network nothing is heard: every exchange waits. So the first
+    rank of each computer watches, and ends this one when a rank, or the store, which lies with rank 0, has not
+    answered for ``timeout_seconds``; its launcher ends the rest.
     """
 
     def __init__(self, comm: Comm, timeout_seconds: float) -> None:
         self.comm, self.timeout_seconds = comm, timeout_seconds
         self.beat_seconds = min(max(timeout_seconds / 10, 0.2), 5.0)
         self._over = threading.Event()
+        self._watches = os.environ.get("LOCAL_RANK", "0") == "0"
+        self._counts = [b""] * comm.world_size
+        self._seen_at = [time.monotonic()] * comm.world_size
+        """when each rank was last seen to count"""
+        self._answered_at = time.monotonic()
+        """when the store last answered"""
 
     def __enter__(self) -> Peers:
         if self.comm.world_size > 1:
@@ -41,68 +47,66 @@ class Peers:
             )
             self._store.set(self._key(self.comm.rank), "0")
             self.comm.barrier()
-            self._thread = threading.Thread(target=self._beat, name="peers", daemon=True)
-            self._thread.start()
+            # two, since a store that is out of reach keeps the first one waiting
+            self._beating = threading.Thread(target=self._beat, name="beat", daemon=True)
+            self._beating.start()
+            threading.Thread(target=self._watch, name="peers", daemon=True).start()
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
     ) -> None:
+        if self.comm.world_size == 1:
+            return
+        if isinstance(value, (RuntimeError, OSError)):
+            gone = self._gone_by_now()
+            if gone:
+                raise self._error(gone, " ".join(str(value).split())[:200]) from value
         self._over.set()
-        if self.comm.world_size > 1:
-            self._thread.join(timeout=self.beat_seconds)
-        if value is not None and self.comm.world_size > 1 and isinstance(value, (RuntimeError, OSError)):
-            raise self.explain(value) from value
+        self._beating.join(timeout=2 * self.beat_seconds)
 
-    def explain(self, error: BaseException) -> BaseException:
-        """The error of an exchange as one that names the ranks that are gone; the same error where none is."""
-        try:
-            before = self._counts()
-            time.sleep(2.5 * self.beat_seconds)
-            after = self._counts()
-        except (RuntimeError, OSError):
-            where = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
-            return self._gone([0], f"and with it the store at {where}", error)
-        gone = [
-            rank for rank, (a, b) in enumerate(zip(before, after, strict=True)) if a == b and rank != self.comm.rank
-        ]
-        return self._gone(gone, "", error) if gone else error
+    def _gone_by_now(self) -> list[int]:
+        """Ranks that do not count any more; goes on counting meanwhile, for others that ask the same."""
+        self._watches, start = True, time.monotonic()
+        time.sleep(3.5 * self.beat_seconds)
+        if self._answered_at < start:
+            return [0]
+        # the first look after the start may see for the first time what was counted before it
+        late = start + 1.5 * self.beat_seconds
+        return [rank for rank, seen in enumerate(self._seen_at) if seen < late and rank != self.comm.rank]
 
-    def _gone(self, ranks: list[int], more: str, error: BaseException) -> RunError:
-        names = ", ".join(map(str, ranks))
-        said = " ".join(str(error).split())[:200]
+    def _error(self, ranks: list[int], why: str) -> RunError:
+        store = f" and with it the store at {os.environ['MASTER_ADDR']}" if 0 in ranks else ""
         return RunError(
-            f"rank {names} of {self.comm.world_size} is gone{' ' if more else ''}{more}, and this one cannot go on "
-            f"without it ({said}); --resume auto goes on from the last checkpoint, on any number of processes"
+            f"rank {', '.join(map(str, ranks))} of {self.comm.world_size} is gone{store}, this one cannot go on alone "
+            f"({why}); --resume auto goes on from the last checkpoint, on any number of processes"
         )
 
     def _key(self, rank: int) -> str:
         return f"mmcl/beat/{rank}"
 
-    def _counts(self) -> list[bytes]:
-        counts: list[bytes] = self._store.multi_get([self._key(rank) for rank in range(self.comm.world_size)])
-        return counts
-
     def _beat(self) -> None:
-        """Counts until the run is over, also while another thread waits for a verdict."""
-        number, seen, since = 0, [b""] * self.comm.world_size, [time.monotonic()] * self.comm.world_size
-        looks = os.environ.get("LOCAL_RANK", "0") == "0"
+        number, keys = 0, [self._key(rank) for rank in range(self.comm.world_size)]
         while True:
             number += 1
+            over = self._over.wait(self.beat_seconds)
             try:
-                over = self._over.wait(self.beat_seconds)
-                self._store.set(self._key(self.comm.rank), LEFT if over else str(number))
-                if over:
-                    return
-                counts = self._counts() if looks else []
+                self._store.set(self._key(self.comm.rank), LEFT.decode() if over else str(number))
+                counts = self._store.multi_get(keys) if self._watches and not over else []
             except (RuntimeError, OSError):
-                return  # the store went with its rank: the next exchange fails
-            now = time.monotonic()
+                return  # the store went with its rank
+            if over:
+                return
+            self._answered_at = time.monotonic()
             for rank, count in enumerate(counts):
-                if count != seen[rank] or count == LEFT.encode():
-                    seen[rank], since[rank] = count, now
-            silent = [rank for rank, last in enumerate(since) if looks and now - last > self.timeout_seconds]
+                if count != self._counts[rank] or count == LEFT:
+                    self._counts[rank], self._seen_at[rank] = count, self._answered_at
+
+    def _watch(self) -> None:
+        while self._watches and not self._over.wait(self.beat_seconds):
+            limit = time.monotonic() - self.timeout_seconds
+            silent = [0] if self._answered_at < limit else [n for n, seen in enumerate(self._seen_at) if seen < limit]
             if silent:
-                error = self._gone(silent, "", TimeoutError(f"no sign of it for {self.timeout_seconds:g} s"))
+                error = self._error(silent, f"no sign of it for {self.timeout_seconds:g} s")
                 print(f"[rank {self.comm.rank}] error: {error}", file=sys.stderr, flush=True)
-                os._exit(1)
+                os._exit(error.exit_code)
