@@ -86,7 +86,7 @@ class NonFiniteLimit:
         if self._in_a_row <= self.limit:
             print(f"step {step} skipped: not finite: {wrong}", flush=True)
             return
-        before = f" (the {self._in_a_row}th step in a row, train.nonfinite_limit: {self.limit})" if self.limit else ""
+        before = f" ({self._in_a_row} steps in a row, train.nonfinite_limit: {self.limit})" if self.limit else ""
         raise RunError(
             f"step {step}: not finite: {wrong}{before}; nothing was changed by this step; "
             f"keys of its batch: {', '.join(sorted({key for key in keys if key}))}"

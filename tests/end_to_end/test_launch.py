@@ -11,10 +11,11 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
-from support.launched import CPU_2, PRETRAIN, finish, started, steps_logged
+from support.launched import ACCELERATE, CPU_2, PRETRAIN, finish, started, steps_logged
 from support.recipes import ROOT, TINY, tiny_overrides
 
 from mmcl import load_config
+from mmcl.model import MultimodalModel
 from mmcl.training.launch import pretrain
 
 STEPS = 20
@@ -129,6 +130,29 @@ def test_three_processes_resume_bit_for_bit_and_a_stop_file_ends_them_cleanly(
     assert (out / f"checkpoints/step_{taken:08d}").exists()
     launch(3, *overrides(shards_folder, out), "--resume")
     assert_same_weights(out, whole)
+
+
+@pytest.mark.slow
+def test_a_run_split_over_two_processes_equals_one_which_goes_on_with_it(
+    shards_folder: Path, alone: Path, tmp_path: Path
+) -> None:
+    """FSDP2, as the launch file asks for; its checkpoint is a model, and that of a run on one process."""
+    out = tmp_path / "run"
+    launcher = [*ACCELERATE, str(ROOT / "configs/accelerate/fsdp2_8.yaml"), "--num_processes", "2"]
+    finish([*launcher, PRETRAIN, str(TINY), *overrides(shards_folder, out, "train.keep_checkpoints=4")])
+    for step, (a, b) in enumerate(zip(losses(alone), losses(out), strict=True), 1):
+        assert abs(a - b) <= 1e-4 * abs(a), f"step {step}: {a} and {b}"
+    last = out / "checkpoints" / f"step_{STEPS:08d}"
+    assert not (last / "model.safetensors").exists()
+    assert len(list((last / "sharded").iterdir())) == 2
+    exported = MultimodalModel.from_pretrained(last).export(tmp_path / "model")
+    found, wanted = load_file(exported / "model.safetensors"), weights(alone)
+    for name, value in found.items():
+        assert torch.allclose(value, wanted[name], rtol=1e-2, atol=1e-4), name
+    resumed = tmp_path / "resumed"
+    pretrain(load_config(TINY, overrides(shards_folder, resumed)), resume=str(out / "checkpoints/step_00000010"))
+    for a, b in zip(losses(alone)[10:], losses(resumed), strict=True):
+        assert abs(a - b) <= 1e-4 * abs(a)
 
 
 def test_a_wrong_config_is_one_line_and_exit_code_2(tmp_path: Path) -> None:
