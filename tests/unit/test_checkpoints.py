@@ -1,4 +1,4 @@
-"""Checkpoints are written while the run goes on; the best one stays, a full disk costs one, changed recipes are seen."""
+"""Checkpoints are written while the run goes on; the best stays, a full disk costs one, changed recipes are seen."""
 
 from __future__ import annotations
 
