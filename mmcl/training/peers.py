@@ -66,14 +66,17 @@ class Peers:
         self._beating.join(timeout=2 * self.beat_seconds)
 
     def _gone_by_now(self) -> list[int]:
-        """Ranks that do not count any more; goes on counting meanwhile, for others that ask the same."""
+        """Ranks that ended or do not count any more; goes on counting meanwhile, for others that ask the same."""
         self._watches, start = True, time.monotonic()
-        time.sleep(3.5 * self.beat_seconds)
+        time.sleep(2 * self.beat_seconds)
+        ended = {rank for rank, count in enumerate(self._counts) if count == LEFT}  # those that ask too end later
+        time.sleep(1.5 * self.beat_seconds)
         if self._answered_at < start:
             return [0]
         # the first look after the start may see for the first time what was counted before it
         late = start + 1.5 * self.beat_seconds
-        return [rank for rank, seen in enumerate(self._seen_at) if seen < late and rank != self.comm.rank]
+        stale = {rank for rank, seen in enumerate(self._seen_at) if seen < late}
+        return sorted((stale | ended) - {self.comm.rank})
 
     def _error(self, ranks: list[int], why: str) -> RunError:
         store = f" and with it the store at {os.environ['MASTER_ADDR']}" if 0 in ranks else ""

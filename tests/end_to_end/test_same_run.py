@@ -28,13 +28,3 @@ def test_two_processes_are_one_in_losses_gradients_and_retrieval(tmp_path: Path)
     (line,) = json.loads((tmp_path / "out.json").read_text())["runs"]
     assert line["same"] and line["processes"] == 2
     assert line["loss"][1] < line["loss"][0]
-
-
-def test_the_published_figures_hold_the_claim() -> None:
-    report = json.loads((BENCH / "results/same_run.json").read_text())
-    assert report["steps"] == 200
-    families = {"cross_modal", "persistency", "tcl", "compositional_distillation"}
-    assert {(line["family"], line["processes"]) for line in report["runs"]} == {
-        (f, w) for f in families for w in (2, 4)
-    }
-    assert all(line["same"] for line in report["runs"])

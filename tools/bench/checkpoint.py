@@ -30,11 +30,11 @@ from mmcl.training.saving import Saver
 from mmcl.training.snapshot import Snapshot
 from mmcl.training.trainer import Trainer
 
-VIDEO = "{name: tiny_video, width: 768, channels: 384, size: 32, frames: 2, fps: 4}"
+VIDEO = "{name: tiny_video, width: 128, channels: 32, size: 32, frames: 2, fps: 4}"
 
 
 def config(shards: Path, out: Path, batch: int) -> RunConfig:
-    towers = f"model.towers={{video: {VIDEO}, text: {{name: tiny_text, width: 512, depth: 8}}}}"
+    towers = f"model.towers={{video: {VIDEO}, text: {{name: tiny_text, width: 768, depth: 2}}}}"
     options = [towers, f"data.shards={shards}", f"train.out={out}", "train.steps=100000", f"train.global_batch={batch}"]
     return mmcl.load_config(ROOT / "configs/pretrain/tiny_cpu.yaml", [*options, "data.in_process=true"])
 
@@ -76,7 +76,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--steps", type=int, default=20)
     parser.add_argument("--every", type=int, default=20, help="steps between two checkpoints")
-    parser.add_argument("--batch", type=int, default=16)
+    parser.add_argument("--batch", type=int, default=8)
     parser.add_argument("--out", type=Path, help="also write the JSON here")
     options = parser.parse_args()
     torch.set_num_threads(1)
