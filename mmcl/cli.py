@@ -110,6 +110,9 @@ def train(
         str | None,
         typer.Option(help="Go on: 'auto' (newest checkpoint of the run folder, or a new run) or a checkpoint."),
     ] = None,
+    allow: Annotated[
+        list[str] | None, typer.Option(metavar="KEY", help="A dotted key that may differ from the checkpoint's.")
+    ] = None,
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Show what would run, and one batch; train nothing.")
     ] = False,
@@ -128,7 +131,7 @@ def train(
     if dry_run:
         typer.echo(describe(resolved))
     else:
-        pretrain(resolved, resume=resume)
+        pretrain(resolved, resume=resume, allow=allow or [])
 
 
 @app.command()
