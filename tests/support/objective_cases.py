@@ -130,6 +130,10 @@ CASES: dict[str, Case] = {
     "mutual: in the batch": Case("mutual", {"queue": 0, "keys": "online", "temperature": 0.3}, cold=_COLD),
     "mutual: labels": Case("mutual", {"queue": 7, "classes": 3, "temperature": 0.3, "ensemble": 0.5}, cold=_COLD),
     "mutual: labels in the batch": Case("mutual", {"queue": 0, "classes": 3, "temperature": 0.3}, cold=_COLD),
+    "stor": Case("stor", {"tower": "video", **HEAD, "predictor_hidden": 4, "head_hidden": 7}),
+    "stor: overlap alone": Case(
+        "stor", {"tower": "video", **HEAD, "predictor_hidden": 4, "head_hidden": 7, "speed": 0, "rotation": 0}
+    ),
     "tcl": Case("tcl", {**TCL, "pairs": (("video", "text"),)}),
     "tcl: sound": Case("tcl", {**TCL, "pairs": (("audio", "video"),), "mlm": None}),
 }
