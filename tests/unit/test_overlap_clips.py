@@ -19,6 +19,7 @@ from support.shards import write_shards
 from mmcl.config import build
 from mmcl.data import ClipStream
 from mmcl.data.views import ViewMaker
+from mmcl.media import video_pyav
 from mmcl.media.augment import augment
 from mmcl.media.augment_video import quarter_turns
 from mmcl.media.augmentation import Augmentation
@@ -190,6 +191,21 @@ def test_the_same_on_ranks_and_workers_and_anew_in_each_epoch(counted: Path) -> 
     assert alone[0].views[views[2]].params.keys() == {"start_seconds"}, "other views are sampled as ever"
 
 
+def test_a_sample_is_opened_and_decoded_once_for_all_its_views(counted: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    opened, decoded = [], []
+    real, picture = video_pyav.open_container, video_pyav.PyAVReader._decode
+    monkeypatch.setattr(video_pyav, "open_container", lambda data: opened.append(1) or real(data))
+    monkeypatch.setattr(
+        video_pyav.PyAVReader, "_decode", lambda self, pts, *a, **k: decoded.append(pts) or picture(self, pts, *a, **k)
+    )
+    data = next((counted.parent).glob("long0.mp4")).read_bytes()
+    for epoch in range(5):
+        opened.clear(), decoded.clear()
+        values, _ = ViewMaker((*PAIR, View(SPEC)), augmentations=MILD)(Sample(key="a", video=data), epoch=epoch)
+        times = [pts for group in decoded for pts in group]
+        assert len(values) == 3 and len(opened) == 1 and len(times) == len(set(times)) <= 12
+
+
 def test_crops_are_turned_after_they_are_cut(counted: Path) -> None:
     """A picture whose pixels tell where they are: what is seen is the box, mirrored, then turned."""
     size = 64
@@ -202,6 +218,8 @@ def test_crops_are_turned_after_they_are_cut(counted: Path) -> None:
     for view in views:
         batch.views[view].data.copy_(torch.from_numpy(pixels).permute(2, 0, 1).expand(6, 4, 3, size, size))
     done, turns = augment(batch), set()
+    chosen = [batch.views[view].params["turns"] for view in views]
+    assert not torch.equal(*chosen), "each clip draws its own"
     for view in views:
         params = batch.views[view].params
         for row in range(6):

@@ -43,7 +43,7 @@ class Sizes:
 
 
 FULL = Sizes(clips_per_kind=64, test_clips_per_kind=40, seconds=4.0, steps=300, batch=64, seeds=3)
-QUICK = Sizes(clips_per_kind=12, test_clips_per_kind=8, seconds=4.0, steps=10, batch=16, seeds=2)
+QUICK = Sizes(clips_per_kind=6, test_clips_per_kind=4, seconds=4.0, steps=10, batch=16, seeds=2)
 
 
 def background_erasing() -> Iterator[tuple[str, Tree]]:
