@@ -1,4 +1,4 @@
-"""The comparisons of ``tools/bench/learning.py`` and its sibling at their tiny size, from recordings to the JSON."""
+"""The comparisons of ``tools/bench/learning.py``: one of them at its tiny size, from recordings to the JSON."""
 
 from __future__ import annotations
 
@@ -33,23 +33,6 @@ def test_a_comparison_runs_and_its_runs_are_kept(tmp_path: Path) -> None:
     written = kept.stat().st_mtime_ns
     assert subprocess.run(command, check=True, capture_output=True, text=True).stdout == first
     assert kept.stat().st_mtime_ns == written, "a run that is there is not made again"
-
-
-@pytest.mark.slow
-def test_what_overlap_teaches_is_compared(tmp_path: Path) -> None:
-    out = tmp_path / "motion.json"
-    command = [sys.executable, str(ROOT / "tools/bench/learning_stor.py"), "--quick", "--stor", "--seeds", "1"]
-    subprocess.run(
-        [*command, "--steps", "1", "--work", str(tmp_path), "--out", str(out)], check=True, capture_output=True
-    )
-    found = json.loads(out.read_text(encoding="utf-8"))
-    assert (
-        found["settings"]["steps"] == 1 and len(found["background_erasing"]["arms"]) == len(found["stor"]["arms"]) == 5
-    )
-    for experiment in ("background_erasing", "stor"):
-        for arm in found[experiment]["arms"].values():
-            assert all(0 <= arm[probe]["mean"] <= 100 for probe in ("5-NN", "linear"))
-        assert len(found[experiment]["differences, seed by seed"]) == 3
 
 
 @pytest.mark.slow
