@@ -211,6 +211,37 @@ TIMED = (VideoSpec, AudioSpec)
 
 
 @dataclass(frozen=True, slots=True)
+class Overlap:
+    """How the two clips of a pair are drawn: ``mmcl.media.windows.overlap_clips``."""
+
+    rates: tuple[float, ...] = (1.0, 0.8, 0.6, 0.4, 0.2)
+    """shares of a clip's time, and of its picture's area, that the other shows too; a rate's place is its class"""
+    speeds: tuple[int, ...] = (1, 2, 4, 8)
+    """a clip takes every such frame of the source at the tower's rate; a speed's place is its class"""
+    turned: bool = True
+    """each clip is turned by 0 to 3 quarters, after it was cropped"""
+    area: tuple[float, float] = (0.15, 0.35)
+    """share of the picture that a clip shows, uniform"""
+    aspect: tuple[float, float] = (0.75, 4 / 3)
+    """width ÷ height of that, log-uniform"""
+    oversample: float = 2.0
+    """decode pictures this many times larger than the view"""
+
+
+DEFAULT_OVERLAP = Overlap()
+
+
+@dataclass(frozen=True, slots=True)
+class Erase:
+    """One frame of a clip, drawn for each clip, is laid over all of them (``mmcl.media.augment.background_erase``)."""
+
+    strength: tuple[float, float] = (0.0, 0.3)
+    """share of that frame, uniform"""
+    per: Literal["sample", "batch"] = "sample"
+    """each sample draws a share of its own, or all rows of a global batch have the same"""
+
+
+@dataclass(frozen=True, slots=True)
 class View:
     """What one objective wants to see of a sample. Equal views are made once and shared.
 
@@ -223,6 +254,10 @@ class View:
     """a name in ``data.augmentations``"""
     copy: int = 0
     """views that differ in this alone are independent draws of the same augmentation"""
+    erase: Erase | None = None
+    """background erasing, after the augmentation; the other draws are those of the view without"""
+    overlap: Overlap | None = None
+    """the clips 0 and 1 of such a pair lie and are cropped as this says, not as ``data.sampling`` does"""
 
     @property
     def modality(self) -> Modality:
@@ -230,6 +265,7 @@ class View:
 
     def __str__(self) -> str:
         suffix = "" if self.augmentation == "none" else f",{self.augmentation}"
+        suffix += ",erased" * (self.erase is not None) + ",overlap" * (self.overlap is not None)
         return f"{self.modality}[{self.clip}{suffix}{f'#{self.copy}' if self.copy else ''}]"
 
 

@@ -163,7 +163,7 @@ def read_row(
         if short_name(key) in plan.quarantine:
             raise SampleError("quarantined", "stopped a decoding worker before")
         sample = parse_sample(stored if isinstance(stored, RawSample) else stored.read())
-        values, caption = plan.maker(sample, epoch=epoch)
+        values, caption = plan.maker(sample, epoch=epoch, batch=draw // plan.global_batch)
     except SampleError as error:
         return Row(draw, skipped=(key, error.reason, error.detail))
     return Row(

@@ -6,18 +6,40 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
+import numpy as np
+
 from mmcl.data.collate import Value, blank_value
 from mmcl.data.options import SamplingOptions
 from mmcl.hashing import text_hash, uniform
-from mmcl.media.augmentation import Augmentation, Params, blank_params, check_views, decoded_spec, draw_params
+from mmcl.media.augmentation import Augmentation, Params, check_views, decoded_spec, draw_erase, draw_params
 from mmcl.media.clip import MediaReader, own_window
-from mmcl.media.windows import Rule, Short, Window, place_windows, sample_windows
+from mmcl.media.windows import (
+    TOLERANCE_SECONDS,
+    ClipPair,
+    Rule,
+    Short,
+    Window,
+    overlap_clips,
+    place_windows,
+    sample_windows,
+)
 from mmcl.shards.members import Sample
 from mmcl.shards.vectors import read_vector
-from mmcl.types import DEFAULT_DECODER, TIMED, AudioSpec, Decoder, SampleError, TextSpec, VectorSpec, VideoSpec, View
+from mmcl.types import (
+    DEFAULT_DECODER,
+    TIMED,
+    AudioSpec,
+    Decoder,
+    SampleError,
+    Spec,
+    TextSpec,
+    VectorSpec,
+    VideoSpec,
+    View,
+)
 
 # what a random number is for, so that no two uses share their numbers
-_WINDOW, _CAPTION = 16, 17
+_WINDOW, _CAPTION, _PAIR, _TURN = 16, 17, 18, 19
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,8 +66,8 @@ class ViewMaker:
     def __post_init__(self) -> None:
         check_views(self.views, self.augmentations, path="data.augmentations")
 
-    def __call__(self, sample: Sample, *, epoch: int) -> tuple[dict[View, Value], str]:
-        """The views that this sample has, and the caption chosen for clip 0.
+    def __call__(self, sample: Sample, *, epoch: int, batch: int = 0) -> tuple[dict[View, Value], str]:
+        """The views that this sample has, and the caption chosen for clip 0; ``batch``: number of its global batch.
 
         Raises:
             SampleError: a member of the sample is damaged; the whole sample is then a hole.
@@ -69,14 +91,20 @@ class ViewMaker:
             ) as media:
                 specs = [media.resolved(spec) for spec in specs]
                 windows = self._windows(timed, specs, media.duration_seconds, words)
-                wanted = [(windows[view.clip], spec) for view, spec in zip(timed, specs, strict=True)]
-                for view, (window, spec), data in zip(timed, wanted, media.read_all(wanted), strict=True):
+                placed = [
+                    (windows[view.clip], spec, {})
+                    if view.overlap is None
+                    else _half(view, spec, media.duration_seconds, words)
+                    for view, spec in zip(timed, specs, strict=True)
+                ]
+                read = media.read_all([(window, spec) for window, spec, _ in placed])
+                for view, (window, spec, params), data in zip(timed, placed, read, strict=True):
                     if data is not None:
                         start_seconds = own_window(window, spec).start_seconds
-                        values[view] = Value(data, start_seconds, self._params(view, words))
+                        values[view] = Value(data, start_seconds, {**params, **self._params(view, words, batch)})
         for view in self.views:
             if isinstance(view.spec, TextSpec) and view.clip < len(captions):
-                values[view] = Value(captions[view.clip], params=self._params(view, words))
+                values[view] = Value(captions[view.clip], params=self._params(view, words, batch))
             if isinstance(view.spec, VectorSpec) and view.spec.member in sample.vectors:
                 values[view] = Value(read_vector(sample.vectors[view.spec.member], view.spec.width))
         if not values:
@@ -95,9 +123,12 @@ class ViewMaker:
         duration_seconds: float,
         words: tuple[int, ...],
     ) -> Mapping[int, Window]:
-        """One window per clip number, as long as the longest view asks for."""
-        clips = sorted({view.clip for view in timed})
-        length_seconds = max(spec.seconds for spec in specs)
+        """One window per clip number, as long as the longest view asks for; views of pairs have their own."""
+        sampled = [(view, spec) for view, spec in zip(timed, specs, strict=True) if view.overlap is None]
+        if not sampled:
+            return {}
+        clips = sorted({view.clip for view, _ in sampled})
+        length_seconds = max(spec.seconds for _, spec in sampled)
         if "even" in (self.rule, self.sampling.rule):
             windows = place_windows(duration_seconds, length_seconds, len(clips), rule="even")
         else:
@@ -115,18 +146,43 @@ class ViewMaker:
         """What to decode for a view of picture or sound."""
         assert isinstance(view.spec, TIMED)
         augmentation = self.augmentations.get(view.augmentation)
-        if augmentation is None or isinstance(view.spec, AudioSpec):
+        if isinstance(view.spec, AudioSpec):
             return view.spec
-        return decoded_spec(view.spec, augmentation)
+        if view.overlap is not None:
+            return replace(view.spec, size=round(view.spec.size * view.overlap.oversample))
+        return view.spec if augmentation is None else decoded_spec(view.spec, augmentation)
 
-    def _params(self, view: View, words: tuple[int, ...]) -> Params:
+    def _params(self, view: View, words: tuple[int, ...], batch: int) -> Params:
         augmentation = self.augmentations.get(view.augmentation)
-        return {} if augmentation is None else draw_params(augmentation, view, words)
+        params = {} if augmentation is None else draw_params(augmentation, view, words)
+        return params if view.erase is None else {**params, **draw_erase(view, words, batch)}
 
     def blank(self, view: View) -> Value:
         """What an absent row of a view holds: zeros in the shapes of the others."""
-        augmentation = self.augmentations.get(view.augmentation)
-        if augmentation is None:
-            return blank_value(view)
         like = replace(view, spec=self._decoded(view)) if isinstance(view.spec, TIMED) else view
-        return replace(blank_value(like), params=blank_params(augmentation, view))
+        params = self._params(view, (0,), 0)
+        if view.overlap is not None:
+            params = {**_half(view, view.spec, 0.0, (0,))[2], **params}
+        return replace(blank_value(like), params={name: np.zeros_like(value) for name, value in params.items()})
+
+
+def _half(view: View, spec: Spec, duration_seconds: float, words: tuple[int, ...]) -> tuple[Window, VideoSpec, Params]:
+    """One clip of a pair: its window, its spec at the speed drawn, and how it is cropped, with its labels.
+
+    Labels are int64 classes, the same for both but for ``turns``; −1: the source is too short to have one.
+    """
+    assert view.overlap is not None and isinstance(spec, VideoSpec)
+    how, side = view.overlap, round(view.spec.size * view.overlap.oversample)  # type: ignore[union-attr]
+    frames = int((duration_seconds + TOLERANCE_SECONDS) * spec.fps)
+    pair: ClipPair = overlap_clips(frames, (side, side), frames=spec.frames, words=(*words, _PAIR), how=how)
+    shown = replace(spec, fps=spec.fps / (pair.speed or min(how.speeds)))
+    start_seconds = pair.starts[view.clip] / spec.fps
+    labels = {
+        "overlap_time": -1 if pair.time_rate is None else how.rates.index(pair.time_rate),
+        "overlap_space": how.rates.index(pair.space_rate),
+        "speed": -1 if pair.speed is None else how.speeds.index(pair.speed),
+        "turns": int(4 * uniform(*words, _TURN, view.clip)) if how.turned else 0,
+    }
+    params = {name: np.asarray(label, dtype=np.int64) for name, label in labels.items()}
+    params["crop_box"] = np.asarray(pair.boxes[view.clip], dtype=np.int64)
+    return Window(start_seconds, start_seconds + shown.seconds), shown, params

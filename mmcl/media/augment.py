@@ -3,9 +3,10 @@
 Parameters by name, one row each (``mmcl.media.augmentation`` draws them):
 
 video, uint8 ``(B, T, C, H, W)``, the same for all frames of a row, in this order
-    ``crop_box`` int64 ``(B, 4)`` top, left, height, width in pixels · ``flip`` bool · ``rotation_degrees`` float32 ·
-    ``brightness``, ``contrast``, ``saturation`` float32 factors · ``hue`` float32 in full circles · ``grey`` bool ·
-    ``blur_sigma`` float32 pixels · ``erase_frame`` int64 · ``erase_strength`` float32
+    ``crop_box`` int64 ``(B, 4)`` top, left, height, width in pixels · ``flip`` bool · ``turns`` int64 quarters and
+    ``rotation_degrees`` float32, counter-clockwise · ``brightness``, ``contrast``, ``saturation`` float32 factors ·
+    ``hue`` float32 in full circles · ``grey`` bool · ``blur_sigma`` float32 pixels · ``erase_frame`` int64 ·
+    ``erase_strength`` float32
 audio, float32 ``(B, S)``
     ``gain`` float32 factor · ``shift_samples`` int64 · ``frequency_masks`` float32 ``(B, n, 2)`` lowest and highest Hz
     · ``time_masks`` int64 ``(B, n, 2)`` start and length in samples

@@ -179,6 +179,8 @@ def check_views(views: Sequence[View], augmentations: Mapping[str, Augmentation]
     for view in views:
         if view.augmentation != NONE and view.augmentation not in augmentations:
             raise unknown_name(path, view.augmentation, [*augmentations, NONE])
+        if view.augmentation != NONE:
+            _check_once(view, augmentations[view.augmentation].video, f"{path}.{view.augmentation}.video")
         if isinstance(view.spec, TextSpec) and view.augmentation != NONE:
             text = augmentations[view.augmentation].text
             if text.mask and mask_id(view.spec) is None:
@@ -190,6 +192,15 @@ def check_views(views: Sequence[View], augmentations: Mapping[str, Augmentation]
                     f"{path}.{view.augmentation}.text.mask_random: {text.mask_random}, but {view.spec.tokenizer!r} "
                     "does not say how large its vocabulary is"
                 )
+
+
+def _check_once(view: View, options: VideoAugmentation, path: str) -> None:
+    """ConfigError where an augmentation does what a view has of itself."""
+    if view.erase is not None and options.erase is not None:
+        raise ConfigError(f"{path}.erase: the objective erases these views itself; leave one of the two out")
+    if view.overlap is not None and (options.crop is not None or options.oversample != 1):
+        name = "crop" if options.crop is not None else "oversample"
+        raise ConfigError(f"{path}.{name}: the objective crops these views itself, so that their overlap is known")
 
 
 def mask_id(spec: TextSpec) -> int | None:
@@ -224,9 +235,17 @@ def draw_params(augmentation: Augmentation, view: View, words: Sequence[int]) ->
     return _text_params(augmentation.text, draws) if isinstance(view.spec, TextSpec) else {}
 
 
-def blank_params(augmentation: Augmentation, view: View) -> Params:
-    """The same names and shapes, zeros: an absent row."""
-    return {name: np.zeros_like(value) for name, value in draw_params(augmentation, view, (0,)).items()}
+def draw_erase(view: View, words: Sequence[int], batch: int) -> Params:
+    """Parameters of the erasing that a view itself asks for; ``words`` as for :func:`draw_params`.
+
+    ``batch``: number of the global batch, which decides a strength that all its rows share.
+    """
+    assert view.erase is not None and isinstance(view.spec, VideoSpec)
+    own = (view.clip, text_hash(view.augmentation), view.copy)
+    _, where, frame = _Draws((*words, *own))(_ERASE, 3)
+    if view.erase.per == "batch":
+        where = _Draws((words[0], batch, *own))(_ERASE, 1)[0]
+    return _erase_params(view.erase.strength, where, frame, view.spec.frames)
 
 
 class _Draws:
@@ -264,12 +283,20 @@ def _video_params(options: VideoAugmentation, size: int, frames: int, draws: _Dr
         params["blur_sigma"] = np.float32(sigma if chance < options.blur.probability else 0.0)
     if options.erase is not None:
         chance, where, frame = draws(_ERASE, 3)
-        strength = _between(options.erase.strength, where)
-        params["erase_frame"] = np.asarray(int(frame * frames))
-        params["erase_strength"] = np.float32(strength if chance < options.erase.probability else 0.0)
+        params.update(_erase_params(options.erase.strength, where, frame, frames))
+        if chance >= options.erase.probability:
+            params["erase_strength"] = np.zeros((), dtype=np.float32)
     if options.mix is not None:
         params.update(_mix_share(options.mix, draws))
     return {name: np.asarray(value) for name, value in params.items()}
+
+
+def _erase_params(strength: tuple[float, float], where: float, frame: float, frames: int) -> Params:
+    """Strength and frame for two uniform numbers."""
+    return {
+        "erase_frame": np.asarray(int(frame * frames)),
+        "erase_strength": np.asarray(_between(strength, where), dtype=np.float32),
+    }
 
 
 def _between(limits: tuple[float, float], u: float) -> float:

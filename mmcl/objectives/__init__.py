@@ -17,6 +17,7 @@ from mmcl.objectives import (
     multi_view,
     mutual,
     persistency,
+    stor,
     tcl,
 )
 from mmcl.objectives.base import Objective
@@ -28,6 +29,7 @@ from mmcl.objectives.intra_modal import IntraModalOptions
 from mmcl.objectives.multi_view import MultiViewOptions
 from mmcl.objectives.mutual import MutualOptions
 from mmcl.objectives.persistency import PersistencyOptions
+from mmcl.objectives.stor import STOROptions
 from mmcl.objectives.tcl import TCLOptions
 
 
@@ -46,6 +48,7 @@ OBJECTIVES: dict[str, ObjectiveEntry] = {
     "multi_view": ObjectiveEntry(MultiViewOptions, multi_view.build),
     "mutual": ObjectiveEntry(MutualOptions, mutual.build),
     "persistency": ObjectiveEntry(PersistencyOptions, persistency.build),
+    "stor": ObjectiveEntry(STOROptions, stor.build),
     "tcl": ObjectiveEntry(TCLOptions, tcl.build),
 }
 
@@ -58,6 +61,7 @@ ObjectiveOptions: TypeAlias = Annotated[
     | MultiViewOptions
     | MutualOptions
     | PersistencyOptions
+    | STOROptions
     | TCLOptions,
     Field(discriminator="name"),
 ]

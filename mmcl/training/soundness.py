@@ -65,8 +65,8 @@ def remarks(config: RunConfig, model: MultimodalModel, mix: ObjectiveMix) -> lis
             changes = getattr(chosen, view.modality, None)
             if (changes is not None and changes != type(changes)()) or _has_dropout(model.tower(need.tower)):
                 continue
-            clip = 0 if one_time and isinstance(view.spec, TIMED) else view.clip
-            first = seen.setdefault((need.tower, view.spec, clip), view)
+            clip = 0 if one_time and isinstance(view.spec, TIMED) and view.overlap is None else view.clip
+            first = seen.setdefault((need.tower, view.spec, clip, view.erase), view)
             if first != view:
                 lines.append(
                     f"objectives.{number}: two views of tower {need.tower!r} are equal, to agree teaches nothing: "

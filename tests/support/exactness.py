@@ -20,7 +20,7 @@ from torch.nn.parallel import DistributedDataParallel
 from mmcl.distributed import Comm
 from mmcl.objectives.base import ObjectiveMix, Term
 from mmcl.training.momentum import advance
-from mmcl.types import AudioSpec, Batch, Embeddings, Level, TextSpec, TowerInfo, VideoSpec, View, ViewBatch
+from mmcl.types import TIMED, AudioSpec, Batch, Embeddings, Level, TextSpec, TowerInfo, VideoSpec, View, ViewBatch
 
 INPUT_WIDTH, WIDTH, JOINT_WIDTH, TOKENS, VOCABULARY = 8, 10, 6, 4, 9
 
@@ -126,7 +126,7 @@ def make_batch(views: Sequence[View], step: int, kind: str, rows: int = 12) -> B
         present = ~(hole | absent[view.modality])
         x = torch.randn(rows, INPUT_WIDTH, generator=random, dtype=torch.float64)
         mask, params = _text_parts(view, present, step)
-        data[view] = ViewBatch(x * present[:, None], present, mask, params)
+        data[view] = ViewBatch(x * present[:, None], present, mask, {**params, **_times_and_labels(view, rows, step)})
     groups = torch.randint(0, rows, (rows, 2), generator=random)
     return Batch(
         views=data,
@@ -146,6 +146,22 @@ def _text_parts(view: View, present: Tensor, step: int) -> tuple[Tensor | None, 
     targets = torch.randint(0, VOCABULARY, (len(present), TOKENS), generator=random)
     hidden = ~mask | ~present[:, None] | (torch.rand(len(present), TOKENS, generator=random) < 0.5)
     return mask, {"token_targets": targets.masked_fill(hidden, -1)}
+
+
+def _times_and_labels(view: View, rows: int, step: int) -> dict[str, Tensor]:
+    """When clips begin, some of them at the same time as others; classes of pairs, some of them missing."""
+    if not isinstance(view.spec, TIMED):
+        return {}
+    random = torch.Generator().manual_seed(700 + step)
+    later = torch.randint(0, 3, (rows,), generator=random) * view.spec.seconds
+    params = {"start_seconds": view.clip * later.double()}
+    if view.overlap is not None:
+        for name, classes in (("overlap_time", 5), ("overlap_space", 5), ("speed", 4), ("turns", 4)):
+            params[name] = torch.randint(
+                -1 if name in ("overlap_time", "speed") else 0, classes, (rows,), generator=random
+            )
+        params["turns"] = (params["turns"] + view.clip) % 4
+    return params
 
 
 def pick_rows(batch: Batch, index: Tensor) -> Batch:

@@ -22,6 +22,7 @@ from support.tcl import SMALL as TCL
 from support.view_methods import EXTRAS, INTRA_MODAL, PERSISTENCY
 from support.view_methods import SMALL as HEAD
 
+NO_TEMPERATURE = ("byol", "simsiam", "barlow", "vicreg", "triplet", "mse")
 SWITCHES = ("estimator", "method")
 """options that say how: a word, or options of their own that bear one"""
 
@@ -58,7 +59,7 @@ def _merged(options: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str,
 
 def _view_method(objective: str, method: str, how: Mapping[str, Any] = {}, **more: Any) -> Case:
     chosen = {"name": method, **HEAD, **EXTRAS.get(method, {}), **how}
-    cold = None if objective == "intra_modal" and method in ("byol", "simsiam", "barlow", "vicreg") else 0.01
+    cold = None if objective == "intra_modal" and method in NO_TEMPERATURE else 0.01
     return Case(
         objective,
         {"tower": "video", "method": chosen, **more},
@@ -88,6 +89,11 @@ CASES: dict[str, Case] = {
     "intra_modal: swav with a queue": _view_method(
         "intra_modal", "swav", {"queue": 6, "frozen_batches": 0, "crops": 1}
     ),
+    "intra_modal: moco, erased, with hard negatives": _view_method(
+        "intra_modal", "moco", {"hard_negative": True}, erase={}
+    ),
+    "intra_modal: byol, all erased": _view_method("intra_modal", "byol", erase={"views": "all"}),
+    "persistency: moco, all erased": _view_method("persistency", "moco", erase={"views": "all"}, other="audio"),
     **{f"persistency: {method}": _view_method("persistency", method) for method in PERSISTENCY},
     **{
         f"persistency: {method} with sound": _view_method("persistency", method, other="audio")
@@ -130,6 +136,10 @@ CASES: dict[str, Case] = {
     "mutual: in the batch": Case("mutual", {"queue": 0, "keys": "online", "temperature": 0.3}, cold=_COLD),
     "mutual: labels": Case("mutual", {"queue": 7, "classes": 3, "temperature": 0.3, "ensemble": 0.5}, cold=_COLD),
     "mutual: labels in the batch": Case("mutual", {"queue": 0, "classes": 3, "temperature": 0.3}, cold=_COLD),
+    "stor": Case("stor", {"tower": "video", **HEAD, "predictor_hidden": 4, "head_hidden": 7}),
+    "stor: overlap alone": Case(
+        "stor", {"tower": "video", **HEAD, "predictor_hidden": 4, "head_hidden": 7, "speed": 0, "rotation": 0}
+    ),
     "tcl": Case("tcl", {**TCL, "pairs": (("video", "text"),)}),
     "tcl: sound": Case("tcl", {**TCL, "pairs": (("audio", "video"),), "mlm": None}),
 }

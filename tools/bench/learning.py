@@ -20,7 +20,7 @@ import shutil
 import statistics
 import time
 from collections.abc import Iterable, Iterator, Sequence
-from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures import Executor, ProcessPoolExecutor, as_completed
 from contextlib import redirect_stderr, redirect_stdout
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -46,6 +46,8 @@ TAUGHT_BY = {"audio": "sound", "image": "pictures"}
 CLASSES = 128
 """outputs of a classifier: at least as many as there are games"""
 NEIGHBOURS = 5
+RIDGE = 0.1
+"""of a linear map: a share of the variance of a feature"""
 UNTRAINED = "untrained"
 
 
@@ -83,7 +85,8 @@ class Job(NamedTuple):
     bank: tuple[str, ...]
     """splits that nearest neighbours are looked for in"""
     measure: str
-    """``neighbours`` (of the first tower), ``classes`` (these, and the student's own) or ``retrieval``"""
+    """``neighbours`` (of the first tower), ``classes`` (these, and the student's own), ``linear`` (these, and a linear
+    map) or ``retrieval``"""
 
 
 # --- the arms ---------------------------------------------------------------------------------------------------------
@@ -166,24 +169,30 @@ def jobs_of(experiment: str, sizes: Sizes, work: Path, teachers: Sequence[str] =
         shards = work / camera / "shards"
         for seed in range(1 if experiment == "teacher" else sizes.seeds):
             folder = run_folder(work, experiment, arm, seed)
-            data = {
-                "sources": [{"shards": str(shards / split)} for split in bank],
-                "augmentations": AUGMENTATIONS,
-                "in_process": True,
-                "decoder": "pyav",
-            }
-            train = {
-                "out": str(folder),
-                "steps": sizes.steps[experiment],
-                "global_batch": sizes.batch[experiment],
-                "seed": seed,
-                "threads": 1,
-                "checkpoint_every": sizes.steps[experiment],
-                "optimizer": {"learning_rate": 2e-3},
-            }
-            whole = {**tree, "data": data, "train": train}
+            sources = [shards / split for split in bank]
+            whole = {**tree, **data_and_train(sources, folder, sizes.steps[experiment], sizes.batch[experiment], seed)}
             found.append(Job(experiment, arm, seed, whole, folder, shards, bank, measure.get(experiment, "neighbours")))
     return found
+
+
+def data_and_train(sources: Sequence[Path], folder: Path, steps: int, batch: int, seed: int) -> Tree:
+    """What all runs have in common."""
+    data = {
+        "sources": [{"shards": str(source)} for source in sources],
+        "augmentations": AUGMENTATIONS,
+        "in_process": True,
+        "decoder": "pyav",
+    }
+    train = {
+        "out": str(folder),
+        "steps": steps,
+        "global_batch": batch,
+        "seed": seed,
+        "threads": 1,
+        "checkpoint_every": steps,
+        "optimizer": {"learning_rate": 2e-3},
+    }
+    return {"data": data, "train": train}
 
 
 # --- one run ----------------------------------------------------------------------------------------------------------
@@ -195,7 +204,8 @@ def run(job: Job) -> tuple[Job, Figures]:
     job.folder.parent.mkdir(parents=True, exist_ok=True)
     with job.folder.with_suffix(".log").open("a") as log, redirect_stdout(log), redirect_stderr(log):
         model, cpu_seconds = _trained(job)
-        figures = {"retrieval": retrieval, "classes": classes}.get(job.measure, neighbours)(model, job)
+        measures = {"retrieval": retrieval, "classes": classes, "linear": linear}
+        figures = measures.get(job.measure, neighbours)(model, job)
     return job, {**figures, "cpu_seconds": cpu_seconds}
 
 
@@ -228,19 +238,31 @@ def _embed(model: Any, job: Job, split: str, level: Any) -> Any:
     return embed_shards(model, str(job.shards / split), level=level, in_process=True, decoder="pyav")
 
 
+def _labelled(model: Any, job: Job, splits: Iterable[str]) -> tuple[torch.Tensor, torch.Tensor]:
+    """Features of the first tower and the labels of their recordings."""
+    modality = next(iter(model.tower_infos().values())).modality
+    each = [_embed(model, job, split, "pooled") for split in splits]
+    labels = [torch.tensor([item.label for item in e.items])[e.owners[modality]] for e in each]
+    return torch.cat([e.rows[modality] for e in each]), torch.cat(labels)
+
+
 def neighbours(model: Any, job: Job) -> Figures:
     """Percent of test recordings whose nearest recordings in the bank are of the same game."""
     from mmcl.evaluation.probes import neighbour_accuracy
 
-    modality = next(iter(model.tower_infos().values())).modality
+    found = (*_labelled(model, job, ["test"]), *_labelled(model, job, job.bank))
+    return {f"{NEIGHBOURS}-NN": neighbour_accuracy(*found, neighbours=NEIGHBOURS)}
 
-    def rows(splits: Iterable[str]) -> tuple[torch.Tensor, torch.Tensor]:
-        each = [_embed(model, job, split, "pooled") for split in splits]
-        labels = [torch.tensor([item.label for item in e.items])[e.owners[modality]] for e in each]
-        return torch.cat([e.rows[modality] for e in each]), torch.cat(labels)
 
-    accuracy = neighbour_accuracy(*rows(["test"]), *rows(job.bank), neighbours=NEIGHBOURS)
-    return {f"{NEIGHBOURS}-NN": accuracy}
+def linear(model: Any, job: Job) -> Figures:
+    """The same, and percent of test recordings that a linear map names, fitted to the bank by ridge regression."""
+    (rows, labels), (test, answers) = (_labelled(model, job, splits) for splits in (job.bank, ["test"]))
+    mean, std = rows.double().mean(0), rows.double().std(0).clamp_min(1e-6)
+    x, y = ((part.double() - mean) / std for part in (rows, test))
+    targets = torch.nn.functional.one_hot(labels).double()
+    weight = torch.linalg.solve(x.T @ x + len(x) * RIDGE * torch.eye(x.shape[1]), x.T @ (targets - targets.mean(0)))
+    named = (y @ weight + targets.mean(0)).argmax(1)
+    return {**neighbours(model, job), "linear": 100 * float((named == answers).double().mean())}
 
 
 def classes(model: Any, job: Job) -> Figures:
@@ -290,7 +312,18 @@ def spread(values: list[float]) -> Tree:
     }
 
 
-def summary(experiment: str, measured: dict[tuple[str, int], Figures]) -> Tree:
+def measure(pool: Executor, experiment: str, jobs: Sequence[Job], compared: Sequence[tuple[str, str]]) -> Tree:
+    """The summary of these runs, each of which is printed as it ends."""
+    measured = {}
+    for future in as_completed([pool.submit(run, job) for job in jobs]):
+        job, figures = future.result()
+        measured[job.arm, job.seed] = figures
+        shown = "  ".join(f"{name} {value:.1f}" for name, value in figures.items())
+        print(f"{experiment}: {job.arm}, seed {job.seed}: {shown}", flush=True)
+    return summary({(job.arm, job.seed): measured[job.arm, job.seed] for job in jobs}, compared)
+
+
+def summary(measured: dict[tuple[str, int], Figures], compared: Sequence[tuple[str, str]]) -> Tree:
     arms = list(dict.fromkeys(arm for arm, _ in measured))
     seeds = sorted({seed for _, seed in measured})
 
@@ -301,7 +334,7 @@ def summary(experiment: str, measured: dict[tuple[str, int], Figures]) -> Tree:
         x, y = values(a), values(b)
         return {n: [u - v for u, v in zip(x[n], y[n], strict=True)] for n in x if n in y and n != "cpu_seconds"}
 
-    pairs = {f"{a} − {b}": differences(a, b) for a, b in COMPARED.get(experiment, []) if a in arms}
+    pairs = {f"{a} − {b}": differences(a, b) for a, b in compared if a in arms}
     return {
         "seeds": seeds,
         "arms": {arm: {name: spread(x) for name, x in values(arm).items()} for arm in arms},
@@ -342,14 +375,8 @@ def main() -> None:
     summaries: Tree = {}
     with ProcessPoolExecutor(options.jobs, mp_context=multiprocessing.get_context("spawn")) as pool:
         for experiment in (["teacher"] if "distillation" in chosen else []) + chosen:
-            measured = {}
             jobs = jobs_of(experiment, sizes, work, options.teachers)
-            for future in as_completed([pool.submit(run, job) for job in jobs]):
-                job, figures = future.result()
-                measured[job.arm, job.seed] = figures
-                shown = "  ".join(f"{name} {value:.1f}" for name, value in figures.items())
-                print(f"{experiment}: {job.arm}, seed {job.seed}: {shown}", flush=True)
-            summaries[experiment] = summary(experiment, {(j.arm, j.seed): measured[j.arm, j.seed] for j in jobs})
+            summaries[experiment] = measure(pool, experiment, jobs, COMPARED.get(experiment, []))
     print(table(summaries))
     if options.out is not None:
         settings = {
