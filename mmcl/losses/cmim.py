@@ -66,7 +66,7 @@ def cmim_contrast_rows(
         logits = own @ everyone.T / (temperature * math.sqrt(own.shape[1]))
     count = others.sum(1)
     positives = logits.gather(1, itself[:, None])[:, 0]
-    negatives = masked_logsumexp(logits, ~others).masked_fill(count == 0, 0) - count.clamp_min(1).log()
+    negatives = masked_logsumexp(logits, ~others).masked_fill(count == 0, 0) - count.clamp_min(1).to(logits.dtype).log()
     return (torch.logaddexp(positives, negatives) - positives).masked_fill(count == 0, 0)
 
 

@@ -23,9 +23,9 @@ def video_patches(video: Tensor, patch: tuple[int, int, int], detail: int | None
     parts = parts.permute(0, 1, 4, 6, 2, 3, 5, 7).reshape(rows, t * h * w, patch[0], channels, *patch[1:])
     if detail is None:
         return parts.flatten(2)
-    means = parts.mean(2).flatten(0, 1)
-    pooled: Tensor = F.adaptive_avg_pool2d(means, (min(detail, patch[1]), min(detail, patch[2])))
-    return pooled.reshape(rows, t * h * w, -1)
+    side = (min(detail, patch[1]), min(detail, patch[2]))
+    pooled: Tensor = F.adaptive_avg_pool2d(parts.mean(2).flatten(0, 1), side)
+    return pooled.reshape(rows, t * h * w, channels * side[0] * side[1])
 
 
 def audio_patches(wave: Tensor, samples: int, bands: int) -> Tensor:

@@ -84,7 +84,7 @@ def as_rows(data: Tensor, dtype: torch.dtype) -> Tensor:
     if data.is_floating_point():
         return data
     x = data.to(dtype)
-    return x.view(len(x), INPUT_WIDTH, -1).mean(2) / 64 if x.ndim == 5 else x.repeat_interleave(2, 1) / VOCABULARY
+    return x.view(len(x), INPUT_WIDTH, 6).mean(2) / 64 if x.ndim == 5 else x.repeat_interleave(2, 1) / VOCABULARY
 
 
 def raw(view: View, x: Tensor, step: int) -> Tensor:

@@ -17,7 +17,7 @@ from mmcl.objectives.generative.decoders import Decoder, likelihood, over_rows
 from mmcl.objectives.generative.options import CMIMOptions
 from mmcl.objectives.generative.targets import Targets, build_targets
 from mmcl.objectives.views import learning_tower
-from mmcl.types import Embeddings, Need, TowerInfo, View
+from mmcl.types import Embeddings, Need, TowerInfo, View, ViewBatch
 
 _DRAWS = text_hash("cmim first draw"), text_hash("cmim second draw")
 """what the random numbers are for"""
@@ -37,9 +37,8 @@ class CMIM(Objective):
         self.expand = nn.Linear(options.latent, options.latents * options.latent)
         self.decoder = Decoder(targets.vocabulary, options.decoder, memory=options.latent)
 
-    def posterior(self, embeddings: Embeddings) -> tuple[Tensor, Tensor]:
+    def posterior(self, pooled: Tensor) -> tuple[Tensor, Tensor]:
         """Mean and clamped logarithm of the deviation, ``(B, latent)`` each, float32 or float64."""
-        pooled = embeddings.get(self.need)
         with torch.autocast(pooled.device.type, enabled=False):
             pooled = pooled.to(self.mean.weight.dtype)
             return self.mean(pooled), self.log_scale(pooled).clamp(*self.options.log_scale)
@@ -54,7 +53,7 @@ class CMIM(Objective):
     def forward(self, embeddings: Embeddings, comm: Comm) -> Term:
         options, batch = self.options, embeddings.batch
         present = embeddings.present(self.need.view)
-        mean, log_scale = self.posterior(embeddings)
+        mean, log_scale = self.posterior(embeddings.get(self.need))
         z = mean + log_scale.exp() * self.noise(batch.draws, 0).to(mean.dtype)
         other = mean
         if options.other == "draw":
@@ -104,18 +103,19 @@ class CMIM(Objective):
         return expanded.view(len(z), self.options.latents, self.options.latent)
 
     @torch.no_grad()
-    def informative(self, embeddings: Embeddings) -> Tensor:
+    def informative(self, pooled: Tensor, view: ViewBatch) -> Tensor:
         """Informative embeddings ``(B, width of the decoder)``: its states before the last linear map, given the true
         tokens and the mean of the posterior, averaged over a row's tokens; 0 for absent rows.
+
+        ``pooled`` ``(B, D)`` is the tower's of this view.
         """
-        view = embeddings.batch.views[self.need.view]
         ids, real = self.targets(view)
 
         def states(ids: Tensor, real: Tensor, z: Tensor) -> Tensor:
             hidden = self.decoder.hidden(ids, real, self.memory(z)).masked_fill(~real[..., None], 0)
             return hidden.sum(1) / real.sum(1, keepdim=True).clamp_min(1)
 
-        mean, _ = self.posterior(embeddings)
+        mean, _ = self.posterior(pooled)
         return over_rows(states, view.present, self.options.decoder.chunk, ids, real, mean)
 
 

@@ -102,7 +102,7 @@ class Likelihood:
     def bits_per_dim(self, dims: int, comm: Comm) -> Tensor:
         """Of all ranks, 0-d; 0 where no token is. ``dims``: numbers of the data that a token stands for."""
         nats, tokens = comm.sum(self.nats.detach().sum()), comm.sum(self.tokens.sum())
-        return nats / (math.log(2) * dims * tokens.clamp_min(1))
+        return nats / tokens.clamp_min(1) / (math.log(2) * dims)
 
 
 def likelihood(
