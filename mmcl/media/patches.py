@@ -38,6 +38,8 @@ def audio_patches(wave: Tensor, samples: int, bands: int) -> Tensor:
     with torch.autocast(wave.device.type, enabled=False):
         blocks = wave[:, : count * samples].reshape(len(wave), count, samples)
         blocks = blocks if blocks.dtype == torch.float64 else blocks.float()
+        if not blocks.numel():  # which some builds cannot transform
+            return blocks.new_zeros(len(wave), count, bands)
         power = torch.fft.rfft(blocks, norm="forward").abs().square() * 2
         each: Tensor = F.adaptive_avg_pool1d(power, bands) * power.shape[-1] / bands
         return (1 - 10 * (each + 1e-12).log10() / FLOOR_DB).clamp(0, 1)

@@ -165,7 +165,7 @@ def test_bits_are_of_data_without_augmentation() -> None:
     view = objective.plain.view
     assert view.augmentation == "none" and {need.view.augmentation for need in objective.pair} == {"worn"}
     nats = objective.likelihood(embeddings, objective.plain, embeddings.present(view))
-    expected = float(nats.nats.sum() / nats.tokens.sum() / math.log(2))
+    expected = float(nats.nats.detach().sum() / nats.tokens.sum() / math.log(2))
     assert math.isclose(float(term.metrics["bits_per_dim"]), expected, rel_tol=1e-9)
     assert float(term.metrics["bits_per_dim_augmented"]) != pytest.approx(expected)
     leaf = embeddings.get(objective.plain)
