@@ -44,7 +44,7 @@ def fall(lines: list[dict[str, float]], name: str) -> tuple[float, float]:
 
 @pytest.mark.slow
 def test_bits_per_dim_fall_on_captions_and_clips(shards_folder: Path, tmp_path: Path) -> None:
-    lines = trained("generative_contrastive_cross", shards_folder / "train", tmp_path / "cross", "train.steps=60")
+    lines = trained("generative_contrastive_cross", shards_folder / "train", tmp_path / "cross", "train.steps=40")
     for name, start in (("generative_contrastive", 4.0), ("generative_contrastive_2", 8.006)):
         first, last = fall(lines, f"{name}/bits_per_dim")
         assert abs(lines[0][f"{name}/bits_per_dim"] - start) < 0.02, "all tokens are equally likely at first"
@@ -55,7 +55,7 @@ def test_bits_per_dim_fall_on_captions_and_clips(shards_folder: Path, tmp_path: 
 @pytest.mark.slow
 def test_a_trained_cmim_gives_informative_embeddings_to_probes(shards_folder: Path, tmp_path: Path) -> None:
     run = tmp_path / "cmim"
-    lines = trained("cmim", shards_folder / "train", run, "train.steps=60", "model.towers.video.size=32")
+    lines = trained("cmim", shards_folder / "train", run, "train.steps=40", "model.towers.video.size=32")
     first, last = fall(lines, "cmim/bits_per_dim")
     assert last < 0.75 * first
     found = embed_informative(run, str(shards_folder / "train"), in_process=True, batch=4)

@@ -95,11 +95,11 @@ def test_the_contrast_of_the_objective_does_not_feel_it_either() -> None:
 
 @pytest.mark.parametrize("other", ["draw", "mean"])
 def test_the_loss_is_the_formula(other: str) -> None:
-    objective = make(other=other, contrast=0.6, temperature=0.4)
+    objective = make(other=other, contrast=0.6, temperature=0.4, log_scale=(-0.1, 0.2))
     embeddings = seen(objective)
     present = embeddings.present(objective.need.view)
     mean, log_scale = objective.posterior(embeddings.get(objective.need)[present])
-    assert log_scale.min() >= -4 and log_scale.max() <= 2
+    assert log_scale.min() == -0.1 and log_scale.max() == 0.2, "both bounds are reached"
     draws = embeddings.batch.draws[present]
     z = mean + log_scale.exp() * objective.noise(draws, 0)
     second = mean if other == "mean" else mean + log_scale.exp() * objective.noise(draws, 1)
@@ -116,7 +116,7 @@ def test_the_loss_is_the_formula(other: str) -> None:
     tokens = int((view.mask & present[:, None]).sum())
     bits = float(-torch.stack(log_p).sum()) / tokens / math.log(2)
     assert math.isclose(float(term.metrics["bits_per_dim"]), bits, rel_tol=1e-9)
-    per_token = make(other=other, likelihood="mean")
+    per_token = make(other=other, likelihood="mean", log_scale=(-0.1, 0.2))
     per_token.load_state_dict(objective.state_dict())
     found = per_token(embeddings, Comm()).metrics["reconstruction"]
     lengths = view.mask[present].sum(1)
