@@ -114,7 +114,7 @@ def test_the_loss_is_the_formula(other: str) -> None:
     term = objective(embeddings, Comm())
     torch.testing.assert_close(term.loss, expected)
     tokens = int((view.mask & present[:, None]).sum())
-    bits = float(-torch.stack(log_p).sum()) / tokens / math.log(2)
+    bits = float(-torch.stack(log_p).sum().detach()) / tokens / math.log(2)
     assert math.isclose(float(term.metrics["bits_per_dim"]), bits, rel_tol=1e-9)
     per_token = make(other=other, likelihood="mean", log_scale=(-0.1, 0.2))
     per_token.load_state_dict(objective.state_dict())

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal, TypeAlias
+from typing import Annotated, Any, Literal, TypeAlias
 
-from pydantic import Field, model_validator
+from pydantic import Discriminator, Field, Tag, model_validator
 
 from mmcl.config import Options
 from mmcl.objectives.views import NotNegative, PositiveFloat, PositiveInt
@@ -61,7 +61,14 @@ class PaletteOptions(PatchOptions):
     """of each number; ``levels³`` tokens for pictures, ``levels`` for sound"""
 
 
-TargetOptions: TypeAlias = Annotated[CodesOptions | PaletteOptions, Field(discriminator="name")]
+def _kind(options: Any) -> Any:
+    """Codes where no name is given."""
+    return options.get("name", "codes") if isinstance(options, dict) else getattr(options, "name", None)
+
+
+TargetOptions: TypeAlias = Annotated[
+    Annotated[CodesOptions, Tag("codes")] | Annotated[PaletteOptions, Tag("palette")], Discriminator(_kind)
+]
 """What the tokens of pictures and sound are; those of a text are its tokenizer's."""
 
 
@@ -100,6 +107,8 @@ class GenerativeContrastiveOptions(Options):
     plain: bool = True
     """under an augmentation: run the tower on a view without it too, for ``bits_per_dim``"""
     targets: TargetOptions = CodesOptions()
+    """of pictures and sound: ``codes`` (frames, pixels, samples, count, detail, momentum), learned means of patches, or
+    ``palette`` (frames, pixels, samples, levels), uniformly quantised colours and loudness"""
     decoder: DecoderOptions = DecoderOptions()
     layers: Annotated[int, Field(ge=1, le=4)] = 2
     """linear maps of the projector, an MLP from ``pooled``"""
@@ -142,6 +151,8 @@ class CMIMOptions(Options):
     latents: Annotated[int, Field(ge=1, le=16)] = 4
     """vectors that the decoder sees, all linear maps of z"""
     targets: TargetOptions = CodesOptions()
+    """of pictures and sound: ``codes`` (frames, pixels, samples, count, detail, momentum), learned means of patches, or
+    ``palette`` (frames, pixels, samples, levels), uniformly quantised colours and loudness"""
     decoder: DecoderOptions = DecoderOptions()
     seed: int = 0
     """of the noise"""
