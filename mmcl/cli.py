@@ -110,6 +110,9 @@ def train(
         str | None,
         typer.Option(help="Go on: 'auto' (newest checkpoint of the run folder, or a new run) or a checkpoint."),
     ] = None,
+    allow: Annotated[
+        list[str] | None, typer.Option(metavar="KEY", help="A dotted key that may differ from the checkpoint's.")
+    ] = None,
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Show what would run, and one batch; train nothing.")
     ] = False,
@@ -128,7 +131,7 @@ def train(
     if dry_run:
         typer.echo(describe(resolved))
     else:
-        pretrain(resolved, resume=resume)
+        pretrain(resolved, resume=resume, allow=allow or [])
 
 
 @app.command()
@@ -298,6 +301,33 @@ def search(
 
     hits = find(Index.open(index), query, checkpoint=checkpoint, top=top, modality=modality, method=method)
     typer.echo(hits_json(hits) if as_json else hit_lines(hits))
+
+
+@app.command()
+def serve(
+    checkpoint: Checkpoint,
+    index: Annotated[Path, typer.Argument(help="A folder that `mmcl embed` wrote with this model.")],
+    shards: Annotated[
+        str | None, typer.Option(help="The shards, for pictures and sounds; default: where they were then.")
+    ] = None,
+    port: Annotated[int, typer.Option(min=0, max=65535, help="0: any that is free.")] = 8000,
+    host: Annotated[
+        str, typer.Option(help="Where to listen. Anybody who reaches it may search and upload.")
+    ] = "127.0.0.1",
+) -> None:
+    """Search embedded shards in a browser: by text, or by a picture, video or sound."""
+    from mmcl.folders import model_folder
+    from mmcl.shards.embedding_files import read_index
+
+    model_folder(checkpoint)
+    read_index(index)
+    try:
+        from mmcl.serve.app import serve as answer
+    except ModuleNotFoundError as error:
+        raise ConfigError(f"serve needs {error.name}: pip install 'mmcl[serve]'") from None
+    from mmcl.serve.library import Library
+
+    answer(Library.open(checkpoint, index, shards), host=host, port=port)
 
 
 @app.command()
