@@ -1,4 +1,4 @@
-"""Parts of heads: MLPs, and a batch norm whose statistics do not depend on how rows are spread over ranks."""
+"""Parts of heads and decoders: MLPs, causal layers, a batch norm that does not depend on how rows lie on ranks."""
 
 from __future__ import annotations
 
@@ -152,3 +152,61 @@ class MLPHead(nn.Module):
             x = self.activation(norm(x, mask) if isinstance(norm, RankBatchNorm) else norm(x))
         out: Tensor = self.linears[-1](x)
         return out
+
+
+class CausalBlock(nn.Module):
+    """A transformer layer in which nothing sees what comes after it: self-attention, cross-attention to a memory where
+    ``memory`` asks for it, and an MLP, each after a layer norm and added to its input.
+    """
+
+    def __init__(self, width: int, heads: int, hidden: int, dropout: float = 0.0, *, memory: bool = False) -> None:
+        super().__init__()
+        if width % heads:
+            raise ValueError(f"width {width} must be a multiple of heads, {heads}")
+        self.heads, self.dropout = heads, nn.Dropout(dropout)
+        self.norm, self.qkv, self.out = nn.LayerNorm(width), nn.Linear(width, 3 * width), nn.Linear(width, width)
+        self.cross: nn.ModuleDict | None = None
+        if memory:
+            parts = {"norm": nn.LayerNorm(width), "q": nn.Linear(width, width), "kv": nn.Linear(width, 2 * width)}
+            self.cross = nn.ModuleDict({**parts, "out": nn.Linear(width, width)})
+        self.mlp = nn.Sequential(
+            nn.LayerNorm(width), nn.Linear(width, hidden), nn.GELU(), nn.Dropout(dropout), nn.Linear(hidden, width)
+        )
+
+    def forward(self, x: Tensor, memory: Tensor | None = None, real: Tensor | None = None) -> Tensor:
+        """float ``(B, L, D)`` to the same.
+
+        ``memory`` ``(B, M, D)``, for a block that was made with it; ``real`` bool ``(B, L)``: what may be seen, True at
+        the first place (None: everything).
+        """
+        q, k, v = (self._split(part) for part in self.qkv(self.norm(x)).chunk(3, -1))
+        seen = None
+        if real is not None:
+            length = x.shape[1]
+            seen = torch.ones(length, length, dtype=torch.bool, device=x.device).tril() & real[:, None, None]
+        attended = F.scaled_dot_product_attention(q, k, v, attn_mask=seen, is_causal=seen is None)
+        x = x + self.dropout(self.out(self._joined(attended)))
+        if self.cross is not None:
+            assert memory is not None
+            q = self._split(self.cross["q"](self.cross["norm"](x)))
+            k, v = (self._split(part) for part in self.cross["kv"](memory).chunk(2, -1))
+            attended = F.scaled_dot_product_attention(q, k, v)
+            x = x + self.dropout(self.cross["out"](self._joined(attended)))
+        out: Tensor = x + self.dropout(self.mlp(x))
+        return out
+
+    def _split(self, x: Tensor) -> Tensor:
+        """``(B, L, D)`` to ``(B, heads, L, D / heads)``."""
+        return x.view(*x.shape[:2], self.heads, -1).transpose(1, 2)
+
+    @staticmethod
+    def _joined(x: Tensor) -> Tensor:
+        return x.transpose(1, 2).flatten(2)
+
+
+def sinusoids(length: int, width: int, like: Tensor) -> Tensor:
+    """Positions ``(length, width)`` of any length, sines before cosines (Vaswani et al. 2017); dtype of ``like``."""
+    half = (width + 1) // 2
+    rates = 10_000.0 ** (-torch.arange(half, device=like.device, dtype=torch.float64) / half)
+    angles = torch.arange(length, device=like.device, dtype=torch.float64)[:, None] * rates
+    return torch.cat([angles.sin(), angles.cos()], 1)[:, :width].to(like.dtype)

@@ -251,6 +251,7 @@ class MultimodalModel(Encodes, Pretrained):
                 learns,
                 tower.stages,
                 not self.head_locked(name),
+                tower.causal_patch,
             )
         return infos
 

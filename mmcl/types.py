@@ -364,6 +364,8 @@ class TowerInfo:
     """(name, ``D``) of the feature maps that it offers as levels ``stage:NAME``"""
     trainable_head: bool = False
     """whether its head learns where the tower itself does not"""
+    causal_patch: tuple[int, ...] | None = None
+    """what part of the input each token stands for, where no token sees what comes later; None: they may"""
 
     @property
     def modality(self) -> Modality:

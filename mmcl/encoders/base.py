@@ -19,6 +19,9 @@ class Encoder(nn.Module):
     """``D`` of ``pooled`` and ``tokens``"""
     stages: tuple[tuple[str, int], ...] = ()
     """(name, ``D``) of the feature maps in ``Features.stages``"""
+    causal_patch: tuple[int, ...] | None = None
+    """for a tower whose tokens see nothing that comes later: what part of the input each stands for, in order: (frames,
+    pixels, pixels) of a video, (samples,) of sound, (1,) of a text"""
     locked: tuple[str, ...] = ()
     """names of the modules in it that never leave eval mode; ``""`` is the whole tower"""
 

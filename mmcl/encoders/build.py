@@ -10,6 +10,14 @@ from pydantic import Discriminator, Tag
 from mmcl.config import Options, unknown_name
 from mmcl.encoders.audio import TinyAudio, TinyAudioOptions
 from mmcl.encoders.base import Encoder
+from mmcl.encoders.causal import (
+    CausalAudio,
+    CausalAudioOptions,
+    CausalText,
+    CausalTextOptions,
+    CausalVideo,
+    CausalVideoOptions,
+)
 from mmcl.encoders.cnn_audio import Cnn14, Cnn14Options, ResnetMel, ResnetMelOptions, SfxCnn, SfxCnnOptions
 from mmcl.encoders.frames import TimmFrames, TimmOptions
 from mmcl.encoders.hf_audio import AUDIO_KINDS, HfAudioOptions, build_hf_audio
@@ -45,6 +53,9 @@ TOWERS: Mapping[str, TowerEntry] = {
     "tiny_video": TowerEntry(TinyVideoOptions, TinyVideo, "video"),
     "tiny_audio": TowerEntry(TinyAudioOptions, TinyAudio, "audio"),
     "tiny_text": TowerEntry(TinyTextOptions, TinyText, "text"),
+    "causal_video": TowerEntry(CausalVideoOptions, CausalVideo, "video"),
+    "causal_audio": TowerEntry(CausalAudioOptions, CausalAudio, "audio"),
+    "causal_text": TowerEntry(CausalTextOptions, CausalText, "text"),
     "precomputed": TowerEntry(PrecomputedOptions, Precomputed, "stored embeddings"),
     "open_clip:": TowerEntry(
         OpenClipOptions, build_open_clip, "video, text", "open_clip's; the card of each states its licence"
@@ -109,6 +120,9 @@ TowerOptions: TypeAlias = Annotated[
     Annotated[TinyVideoOptions, Tag("tiny_video")]
     | Annotated[TinyAudioOptions, Tag("tiny_audio")]
     | Annotated[TinyTextOptions, Tag("tiny_text")]
+    | Annotated[CausalVideoOptions, Tag("causal_video")]
+    | Annotated[CausalAudioOptions, Tag("causal_audio")]
+    | Annotated[CausalTextOptions, Tag("causal_text")]
     | Annotated[PrecomputedOptions, Tag("precomputed")]
     | Annotated[OpenClipOptions, Tag("open_clip:")]
     | Annotated[TimmOptions, Tag("timm:")]

@@ -33,7 +33,7 @@ class Shared(Encoder):
             if not isinstance(other.spec, VideoSpec):
                 raise ConfigError(f"{path}.frames: {options.frames}, but tower {options.tower!r} does not take video")
             self.spec = dataclasses.replace(other.spec, frames=options.frames)
-        self.width, self.stages = other.width, other.stages
+        self.width, self.stages, self.causal_patch = other.width, other.stages, other.causal_patch
         # in a tuple, a module is not registered: no second name for the same weights
         self._other: tuple[nn.Module] = (other,)
 
@@ -42,6 +42,7 @@ class Shared(Encoder):
         twin = Shared.__new__(Shared)
         nn.Module.__init__(twin)
         twin.spec, twin.width, twin.stages, twin._other = self.spec, self.width, self.stages, (other,)
+        twin.causal_patch = self.causal_patch
         return twin
 
     def forward(self, x: Tensor, mask: Tensor | None = None) -> Features:

@@ -13,6 +13,7 @@ from mmcl.objectives import (
     contrastive_distillation,
     cross_modal,
     distillation,
+    generative,
     intra_modal,
     multi_view,
     mutual,
@@ -25,6 +26,7 @@ from mmcl.objectives.compositional_distillation import CompositionalDistillation
 from mmcl.objectives.contrastive_distillation import ContrastiveDistillationOptions
 from mmcl.objectives.cross_modal import CrossModalOptions
 from mmcl.objectives.distillation import DistillationOptions
+from mmcl.objectives.generative import CMIMOptions, GenerativeContrastiveOptions
 from mmcl.objectives.intra_modal import IntraModalOptions
 from mmcl.objectives.multi_view import MultiViewOptions
 from mmcl.objectives.mutual import MutualOptions
@@ -40,10 +42,12 @@ class ObjectiveEntry(NamedTuple):
 
 
 OBJECTIVES: dict[str, ObjectiveEntry] = {
+    "cmim": ObjectiveEntry(CMIMOptions, generative.build_cmim),
     "compositional_distillation": ObjectiveEntry(CompositionalDistillationOptions, compositional_distillation.build),
     "contrastive_distillation": ObjectiveEntry(ContrastiveDistillationOptions, contrastive_distillation.build),
     "cross_modal": ObjectiveEntry(CrossModalOptions, cross_modal.build),
     "distillation": ObjectiveEntry(DistillationOptions, distillation.build),
+    "generative_contrastive": ObjectiveEntry(GenerativeContrastiveOptions, generative.build_generative_contrastive),
     "intra_modal": ObjectiveEntry(IntraModalOptions, intra_modal.build),
     "multi_view": ObjectiveEntry(MultiViewOptions, multi_view.build),
     "mutual": ObjectiveEntry(MutualOptions, mutual.build),
@@ -53,10 +57,12 @@ OBJECTIVES: dict[str, ObjectiveEntry] = {
 }
 
 ObjectiveOptions: TypeAlias = Annotated[
-    CompositionalDistillationOptions
+    CMIMOptions
+    | CompositionalDistillationOptions
     | ContrastiveDistillationOptions
     | CrossModalOptions
     | DistillationOptions
+    | GenerativeContrastiveOptions
     | IntraModalOptions
     | MultiViewOptions
     | MutualOptions

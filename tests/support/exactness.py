@@ -37,6 +37,18 @@ TOWERS = {
     for name, spec in {"video": VideoSpec(), "audio": AudioSpec(), "text": TextSpec(_NoTokens())}.items()
 }
 
+
+class _Ids(_NoTokens):
+    """… but with token numbers: what decoders predict."""
+
+
+RAW = {
+    "video": TowerInfo("video", VideoSpec(frames=4, size=2), WIDTH, JOINT_WIDTH, causal_patch=(1, 2, 2)),
+    "audio": TowerInfo("audio", AudioSpec(sample_rate_hz=8, seconds=1), WIDTH, JOINT_WIDTH, causal_patch=(2,)),
+    "text": TowerInfo("text", TextSpec(_Ids()), WIDTH, JOINT_WIDTH, causal_patch=(1,)),
+}
+"""towers that eat what real ones do, tiny; their tokens are causal"""
+
 KINDS = ("mixed", "rank_1_of_2_empty", "rank_2_of_3_empty", "no_audio", "full", "all_absent")
 """batches: uneven masks; no row at all on one rank; a modality absent everywhere; nothing absent; nothing present"""
 
@@ -56,7 +68,7 @@ class Tower(nn.Module):
     def forward(self, view: ViewBatch, level: Level) -> Tensor:
         rows = view.present.nonzero()[:, 0]
         dummy = len(rows) == 0
-        x = view.data[:1] if dummy else view.data[rows]
+        x = as_rows(view.data[:1] if dummy else view.data[rows], next(self.parameters()).dtype)
         if level in ("tokens", "joint_tokens"):
             out = torch.tanh(self.token(x.unflatten(1, (TOKENS, -1))))
             out = F.normalize(self.joint(out), dim=-1) if level == "joint_tokens" else out
@@ -65,6 +77,24 @@ class Tower(nn.Module):
             out = F.normalize(self.joint(out), dim=-1) if level == "joint" else out
         full = out.new_zeros(len(view), *out.shape[1:])
         return full + 0 * out.sum() if dummy else full.index_copy(0, rows, out)
+
+
+def as_rows(data: Tensor, dtype: torch.dtype) -> Tensor:
+    """Any view as ``(B, INPUT_WIDTH)``; of four frames, or tokens, each makes two numbers of its own."""
+    if data.is_floating_point():
+        return data
+    x = data.to(dtype)
+    return x.view(len(x), INPUT_WIDTH, 6).mean(2) / 64 if x.ndim == 5 else x.repeat_interleave(2, 1) / VOCABULARY
+
+
+def raw(view: View, x: Tensor, step: int) -> Tensor:
+    """What a tower of ``RAW`` eats in place of rows ``(B, INPUT_WIDTH)``; those of other towers as they are."""
+    if view.spec == RAW["video"].spec:
+        random = torch.Generator().manual_seed(700 + 10 * step + 2 * view.clip + view.copy)
+        return torch.randint(0, 256, (len(x), 4, 3, 2, 2), generator=random, dtype=torch.uint8)
+    if view.spec == RAW["audio"].spec:
+        return 0.02 * x.exp() * x.sign()
+    return (3 * x[:, ::2]).long() % VOCABULARY if view.spec == RAW["text"].spec else x
 
 
 class Subject(nn.Module):
@@ -126,7 +156,9 @@ def make_batch(views: Sequence[View], step: int, kind: str, rows: int = 12) -> B
         present = ~(hole | absent[view.modality])
         x = torch.randn(rows, INPUT_WIDTH, generator=random, dtype=torch.float64)
         mask, params = _text_parts(view, present, step)
-        data[view] = ViewBatch(x * present[:, None], present, mask, {**params, **_times_and_labels(view, rows, step)})
+        x = raw(view, x, step)
+        params = {**params, **_times_and_labels(view, rows, step)}
+        data[view] = ViewBatch(x * present.view(-1, *[1] * (x.ndim - 1)), present, mask, params)
     groups = torch.randint(0, rows, (rows, 2), generator=random)
     return Batch(
         views=data,
@@ -139,7 +171,7 @@ def make_batch(views: Sequence[View], step: int, kind: str, rows: int = 12) -> B
 
 def _text_parts(view: View, present: Tensor, step: int) -> tuple[Tensor | None, dict[str, Tensor]]:
     """Texts under an augmentation are of several lengths, and some of their tokens were masked."""
-    if view.modality != "text" or view.augmentation == "none":
+    if view.modality != "text" or (view.augmentation == "none" and view.spec != RAW["text"].spec):
         return None, {}
     random = torch.Generator().manual_seed(500 + step)
     mask = torch.arange(TOKENS) < torch.randint(1, TOKENS + 1, (len(present), 1), generator=random)

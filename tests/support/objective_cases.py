@@ -16,14 +16,14 @@ from mmcl.config import build as build_options
 from mmcl.objectives import OBJECTIVES
 from mmcl.objectives.base import Objective, ObjectiveMix
 from mmcl.types import Batch, Embeddings, TowerInfo
-from support.exactness import TOWERS, Subject
+from support.exactness import RAW, TOWERS, Subject
 from support.objectives import FROZEN, SHAPES
 from support.tcl import SMALL as TCL
 from support.view_methods import EXTRAS, INTRA_MODAL, PERSISTENCY
 from support.view_methods import SMALL as HEAD
 
 NO_TEMPERATURE = ("byol", "simsiam", "barlow", "vicreg", "triplet", "mse")
-SWITCHES = ("estimator", "method")
+SWITCHES = ("estimator", "layout", "method")
 """options that say how: a word, or options of their own that bear one"""
 
 
@@ -34,6 +34,8 @@ class Case:
     objective: str
     options: Mapping[str, Any]
     taught: bool = False
+    raw: bool = False
+    """towers eat pictures, waves and token numbers"""
     cold: Mapping[str, Any] | None = None
     """what makes its temperature 0.01; None: it has none, or takes the model's"""
     smooth: Mapping[str, Any] | None = None
@@ -43,7 +45,7 @@ class Case:
 
     def build(self, towers: Mapping[str, TowerInfo] | None = None, *, seed: int = 3, **changes: Any) -> Objective:
         """A float32 objective with weights from this seed."""
-        infos = towers or (FROZEN if self.taught else TOWERS)
+        infos = towers or (FROZEN if self.taught else RAW if self.raw else TOWERS)
         torch.manual_seed(seed)
         entry = OBJECTIVES[self.objective]
         options = build_options(entry.options, _merged({"name": self.objective, **self.options}, changes))
@@ -76,6 +78,16 @@ def _zoo(method: str, **more: Any) -> Case:
 _TOKENS = ("tokens", "tokens")
 _CCL, _CRD = "compositional_distillation", "contrastive_distillation"
 _COLD = {"temperature": 0.01}
+
+_HEAD = {"hidden": 6, "out": 5}
+_DECODER = {"width": 8, "layers": 1, "heads": 2, "hidden": 12, "chunk": 5}
+_CODES = {"name": "codes", "count": 5, "detail": 1, "samples": 2, "momentum": 0.5}
+
+
+def _decoding(objective: str, tower: str, **more: Any) -> Case:
+    options = {"tower": tower, "temperature": 0.3, "decoder": _DECODER, "targets": _CODES, **more}
+    return Case(objective, options, raw=True, cold=_COLD)
+
 
 CASES: dict[str, Case] = {
     "cross_modal": Case("cross_modal", {}),
@@ -125,6 +137,15 @@ CASES: dict[str, Case] = {
     "neuron_selectivity": _zoo("neuron_selectivity"),
     "flow": _zoo("flow", levels=(_TOKENS, _TOKENS)),
     "kdsvd": _zoo("kdsvd", levels=(_TOKENS, _TOKENS)),
+    "generative_contrastive: prefix": _decoding("generative_contrastive", "video", layout="prefix", **_HEAD),
+    "generative_contrastive: cross": _decoding(
+        "generative_contrastive", "text", layout="cross", latents=2, augmentation="worn", **_HEAD
+    ),
+    "generative_contrastive: palette": _decoding(
+        "generative_contrastive", "audio", targets={"name": "palette", "samples": 2}, windows="different", **_HEAD
+    ),
+    "cmim": _decoding("cmim", "text", latent=5),
+    "cmim: codes": _decoding("cmim", "audio", latent=3, latents=1, critic="dot", other="mean", likelihood="mean"),
     "multi_view: mv_dhel": Case(
         "multi_view", {"temperature": 0.3, "views": {"video": 2, "audio": 1, "text": 1}}, cold=_COLD
     ),
