@@ -103,7 +103,7 @@ class PartStream(IterableDataset[Any]):
         *,
         name: Callable[[str], None],
     ) -> Row:
-        if self.plan.last_draw is not None and draw >= self.plan.last_draw:
+        if index < 0 or (self.plan.last_draw is not None and draw >= self.plan.last_draw):
             return Row(draw)
         stored = Stored(readers[source], shard, index) if ahead is None else ahead.next()
         return read_row(self.plan, stored, draw, self.plan.place(source, shard, index), epoch, name=name)
@@ -127,7 +127,7 @@ class PartStream(IterableDataset[Any]):
             (source, shard, index)
             for step in self._places(worker)
             for draw, source, _, shard, index in step
-            if draw < end
+            if draw < end and index >= 0
         )
         first = plan.global_batch // plan.world_size // plan.workers
         return ReadAhead(readers, places, first=first, skip=plan.is_quarantined)

@@ -356,6 +356,7 @@ def build_stream(config: RunConfig, views: tuple[View, ...], comm: Comm) -> Clip
         workers=data.workers,
         streams=data.streams,
         block=data.block,
+        clusters=data.pseudo_labels,
         decoder=data.decoder,
         short=data.short,
         sampling=data.sampling,
