@@ -6,13 +6,15 @@ import os
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
 import mmcl
+from mmcl.cli_classify import add_commands
+from mmcl.cli_options import Cache, Checkpoint, Clips, Crops, Shards, Workers, check_places
 from mmcl.shards.commands import app as shards_app
-from mmcl.types import MmclError
+from mmcl.types import ConfigError, MmclError
 
 app = typer.Typer(
     help="Train one embedding space of video, audio and text on streamed shards.",
@@ -25,7 +27,6 @@ evaluate_app = typer.Typer(help="Measure a trained model.", no_args_is_help=True
 app.add_typer(shards_app, name="shards")
 app.add_typer(evaluate_app, name="evaluate")
 
-Shards = Annotated[str, typer.Argument(help="A folder of indexed shards, or its URL.")]
 Overrides = Annotated[list[str] | None, typer.Argument(help="Changes to the configuration: dotted.path=value …")]
 
 
@@ -109,6 +110,9 @@ def train(
         str | None,
         typer.Option(help="Go on: 'auto' (newest checkpoint of the run folder, or a new run) or a checkpoint."),
     ] = None,
+    allow: Annotated[
+        list[str] | None, typer.Option(metavar="KEY", help="A dotted key that may differ from the checkpoint's.")
+    ] = None,
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Show what would run, and one batch; train nothing.")
     ] = False,
@@ -127,7 +131,7 @@ def train(
     if dry_run:
         typer.echo(describe(resolved))
     else:
-        pretrain(resolved, resume=resume)
+        pretrain(resolved, resume=resume, allow=allow or [])
 
 
 @app.command()
@@ -159,27 +163,6 @@ def encoders(
     typer.echo(overview() if name is None else detail(name))
 
 
-Checkpoint = Annotated[Path, typer.Argument(help="A checkpoint, a run folder, or an exported model.")]
-Clips = Annotated[
-    int | None, typer.Option(min=1, help="Windows per sample whose embeddings are averaged; default: as the run says.")
-]
-Crops = Annotated[int, typer.Option(help="3: also the start and end of the long side of pictures; 1: the centre.")]
-Workers = Annotated[int, typer.Option(min=0, help="Decoding processes.")]
-
-
-def _check_places(checkpoint: Path, shards: str | None, out: Path, against: Path | None = None) -> None:
-    """Says what is wrong with a path before torch is imported, which takes seconds."""
-    from mmcl.folders import check_writable, model_folder, read_report
-    from mmcl.shards.manifest import load_manifest
-
-    check_writable(out)
-    model_folder(checkpoint)
-    if shards is not None:
-        load_manifest(shards)
-    if against is not None:
-        read_report(against)
-
-
 @app.command()
 def embed(
     checkpoint: Checkpoint,
@@ -194,8 +177,9 @@ def embed(
     workers: Workers = 2,
 ) -> None:
     """Embed every sample of some shards; what the folder holds of them already is kept."""
-    _check_places(checkpoint, shards, out)
+    check_places(checkpoint, shards, out)
 
+    from mmcl.distributed import Comm
     from mmcl.evaluation.embed import embed_to_folder
 
     stored = embed_to_folder(
@@ -208,14 +192,36 @@ def embed(
         each_view=each_view,
         workers=workers,
     )
-    typer.echo(f"{len(stored)} samples embedded into {out}")
+    if Comm.current().rank == 0:
+        typer.echo(f"{len(stored)} samples embedded into {out}")
 
 
 @evaluate_app.command("retrieval")
 def evaluate_retrieval(
-    checkpoint: Checkpoint,
-    shards: Shards,
     out: Annotated[Path, typer.Option(help="Folder for report.json, report.md and report.html.")],
+    checkpoint: Annotated[
+        Path | None, typer.Argument(help="A checkpoint, a run folder, or an exported model; not with --embeddings.")
+    ] = None,
+    shards: Annotated[
+        str | None, typer.Argument(help="A folder of indexed shards, or of splits, or its URL; not with --embeddings.")
+    ] = None,
+    protocol: Annotated[
+        str,
+        typer.Option(
+            help="What counts: a name (paired, msrvtt_1k_a, msrvtt_full, msvd, didemo, activitynet, lsmdc, vatex, "
+            "audiocaps, clotho), or a YAML file."
+        ),
+    ] = "paired",
+    directions: Annotated[
+        str,
+        typer.Option(
+            help="Instead of the protocol's: QUERY->GALLERY, by commas, such as 'text->video,text->video+audio'; "
+            "or all: of all sets of modalities."
+        ),
+    ] = "",
+    embeddings: Annotated[
+        Path | None, typer.Option(help="A folder that `mmcl embed` wrote, instead of CHECKPOINT and SHARDS.")
+    ] = None,
     by: Annotated[
         str | None, typer.Option(help="A metadata column: one list per value, each searched on its own.")
     ] = None,
@@ -227,31 +233,46 @@ def evaluate_retrieval(
     transductive: Annotated[
         bool, typer.Option(help="Also dual and inverted softmax, apart from plain figures.")
     ] = False,
-    bank: Annotated[str | None, typer.Option(help="Training shards: also QB-norm, apart from plain figures.")] = None,
+    bank: Annotated[
+        str | None, typer.Option(help="Training shards, or embeddings of them: also QB-norm, apart from plain figures.")
+    ] = None,
+    cache: Cache = None,
     clips: Clips = None,
     workers: Workers = 2,
 ) -> None:
-    """Retrieval between every two modalities, in both directions, with a report to look at."""
-    _check_places(checkpoint, shards, out, against)
+    """Retrieval between modalities, or sets of them, with a report to look at."""
+    from mmcl.evaluation.protocols import TRANSDUCTIVE, retrieval_protocol, split_of
 
-    from mmcl.evaluation.run import evaluate_checkpoint
+    chosen = retrieval_protocol(
+        protocol,
+        directions=[each.strip() for each in directions.split(",") if each.strip()],
+        post=TRANSDUCTIVE if transductive else (),
+    )
+    if embeddings is not None and (checkpoint is not None or clips is not None):
+        raise ConfigError("--embeddings: rows that are there need neither CHECKPOINT and SHARDS nor --clips")
+    if embeddings is None:
+        if checkpoint is None or shards is None:
+            raise ConfigError("evaluate retrieval needs CHECKPOINT and SHARDS, or --embeddings")
+        check_places(checkpoint, split_of(shards, chosen), out, against)
+    from mmcl.distributed import Comm
+    from mmcl.evaluation.run import evaluate_checkpoint, evaluate_embeddings
     from mmcl.evaluation.show import print_evaluation
 
-    print_evaluation(
-        evaluate_checkpoint(
-            checkpoint,
-            shards,
-            out,
-            by=by,
-            headline=headline,
-            clips=clips,
-            workers=workers,
-            per=per,
-            against=against,
-            transductive=transductive,
-            bank=bank,
+    wanted: dict[str, Any] = {"by": by, "headline": headline, "per": per, "against": against, "protocol": chosen}
+    if embeddings is not None:
+        found = evaluate_embeddings(embeddings, out, bank=None if bank is None else Path(bank), **wanted)
+    else:
+        assert checkpoint is not None
+        assert shards is not None
+        kept = cache or out / "embeddings"
+        found = evaluate_checkpoint(
+            checkpoint, shards, out, clips=clips, workers=workers, bank=bank, cache=kept, **wanted
         )
-    )
+    if Comm.current().rank == 0:
+        print_evaluation(found)
+
+
+add_commands(evaluate_app)
 
 
 @app.command()
@@ -293,7 +314,7 @@ def export(
     ] = None,
 ) -> None:
     """Write a model that `mmcl.MultimodalModel.from_pretrained` loads, or a tower for another library."""
-    _check_places(checkpoint, None, out)
+    check_places(checkpoint, None, out)
 
     from mmcl.formats import export_checkpoint
 

@@ -23,6 +23,8 @@ from torch import Tensor, nn
 import mmcl
 from mmcl.card import card_text
 from mmcl.config import nearest
+from mmcl.distributed.sharded import FOLDER as SHARDED
+from mmcl.distributed.sharded import read_sharded
 from mmcl.encoders.stored import FOLDER as TOWERS_FOLDER
 from mmcl.folders import CONFIG, HUB, model_folder
 from mmcl.types import ConfigError, RunError
@@ -141,7 +143,13 @@ class Pretrained(nn.Module, ModelHubMixin, library_name="mmcl", tags=["mmcl"]): 
             raise ConfigError(f"{source / CONFIG}: cannot be built: {' '.join(str(error).split())[:300]}") from None
         if (source / PREPROCESSOR).exists():  # checkpoints of version 0.1.0 before it had the file
             check_preprocessing(source / PREPROCESSOR, _read_json(source / PREPROCESSOR), model.preprocessing())
-        load_weights(model, source / WEIGHTS)
+        if not (source / WEIGHTS).exists() and (source / SHARDED).is_dir():  # a run that is split over ranks
+            try:
+                read_sharded(source / SHARDED, {f"model.{k}": v for k, v in model.state_dict().items()}, alone=True)
+            except ValueError as error:
+                raise ConfigError(f"{source / SHARDED}: {error}") from None
+        else:
+            load_weights(model, source / WEIGHTS)
         if (source / CARD).is_file():
             model._card = (source / CARD).read_text(encoding="utf-8", errors="replace")
         return model.eval()

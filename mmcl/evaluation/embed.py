@@ -65,10 +65,10 @@ def embed_shards(
     in_process: bool = False,
     decoder: Decoder = DEFAULT_DECODER,
     comm: Comm | None = None,
-    device: torch.device | str = "cpu",
+    device: torch.device | str | None = None,
     level: Literal["joint", "pooled"] = "joint",
     each_view: bool = False,
-    store: EmbeddingStore | None = None,
+    cache: Path | None = None,
 ) -> EmbeddedShards:
     """Embeds every sample of ``shards`` with the first tower of each modality; all captions of a sample are embedded.
 
@@ -79,17 +79,19 @@ def embed_shards(
         each_view: gives a row of each window and crop instead of their mean.
         batch: rows per forward of one rank.
         workers: decoding processes of this rank; ``in_process`` decodes in this one.
+        device: where the model goes; default: the GPU of this process, else the CPU.
         comm: with more than one rank each reads its share; every rank returns everything.
-        store: keeps every shard as soon as it is done, and takes from there those that are; its settings say what is
-            embedded, in place of ``clips``, ``crops``, ``level``, ``each_view`` and ``decoder``.
+        cache: a folder that keeps every shard as soon as it is done. What it holds of the same model, shards and
+            options is not embedded again.
 
     Raises:
         ConfigError: crops that a tower has no use for.
-        RunError: no sample could be read, or ``store`` cannot be written.
+        RunError: no sample could be read, or ``cache`` cannot be written.
     """
     comm, manifest = comm or Comm.current(), load_manifest(shards)
-    settings = EmbedSettings(clips, crops, level, each_view, decoder) if store is None else store.settings
-    embedder = _Embedder(model.eval().to(device), settings, batch, comm)
+    settings = EmbedSettings(clips, crops, level, each_view, decoder)
+    store = None if cache is None else EmbeddingStore.in_cache(cache, manifest, model_checksum(model), settings)
+    embedder = _Embedder(model.eval().to(own_device() if device is None else device), settings, batch, comm)
     parts = dict(embedder.run(manifest, store, workers=workers, in_process=in_process))
     found = join([parts[shard] for shard in range(manifest.num_shards)])
     if not found.items:
@@ -126,7 +128,7 @@ def embed_to_folder(
     model = MultimodalModel.from_pretrained(checkpoint)
     settings = EmbedSettings(clips or default_clips(checkpoint), crops, level, each_view, decoder)
     place = os.path.relpath(model_folder(checkpoint).resolve(), out.resolve())
-    store = EmbeddingStore(out, load_manifest(shards), model_checksum(checkpoint), settings, checkpoint=place)
+    store = EmbeddingStore(out, load_manifest(shards), model_checksum(model), settings, checkpoint=place)
     embedder = _Embedder(model.to(own_device()), settings, batch, comm)
     for _ in embedder.run(store.manifest, store, workers=workers, in_process=in_process, read=False):
         pass  # each shard is on disk by now

@@ -22,8 +22,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from mmcl.folders import CONFIG, model_folder
-from mmcl.hub import WEIGHTS
+from mmcl.model import MultimodalModel
 from mmcl.shards.embedding_files import (
     INDEX,
     ITEMS,
@@ -83,20 +82,18 @@ class EmbedSettings:
     decoder: Decoder = DEFAULT_DECODER
 
 
-def model_checksum(checkpoint: Path | str) -> str:
-    """32 hexadecimal digits of the description and the weights of a model.
+def model_checksum(model: MultimodalModel | Path | str) -> str:
+    """32 hexadecimal digits of all that embeddings depend on: the options, and the weights of towers and heads.
 
-    Raises:
-        ConfigError: there is none.
+    ``model`` may be the place of one. Raises ``ConfigError`` where there is none.
     """
-    folder = model_folder(Path(checkpoint))
-    digest = hashlib.sha256()
-    try:
-        description = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
-        digest.update(json.dumps(description.get("model"), sort_keys=True).encode())
-        digest.update(_file_digest(folder / WEIGHTS))
-    except (OSError, ValueError, AttributeError) as error:
-        raise ConfigError(f"{folder}: cannot be read: {getattr(error, 'strerror', None) or error}") from None
+    if not isinstance(model, MultimodalModel):
+        model = MultimodalModel.from_pretrained(model)
+    digest = hashlib.sha256(json.dumps(model.options.model_dump(mode="json"), sort_keys=True).encode())
+    for name, value in sorted(model.state_dict().items()):
+        if not name.startswith(("momentum_", "log_scales")):
+            digest.update(f"{name} {value.dtype} {tuple(value.shape)}".encode())
+            digest.update(value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
     return digest.hexdigest()[:32]
 
 
@@ -146,6 +143,13 @@ class EmbeddingStore:
         ]
         self._starts = np.cumsum([0, *manifest.sizes.tolist()])
 
+    @classmethod
+    def in_cache(cls, cache: Path, manifest: Manifest, model: str, settings: EmbedSettings) -> EmbeddingStore:
+        """The folder in ``cache`` for the shards at this place, this model and these settings."""
+        facts = json.dumps([manifest.url, model, dataclasses.asdict(settings)])
+        name = file_names([manifest.url.rstrip("/").rpartition("/")[2]])[0]
+        return cls(cache / f"{name}-{hashlib.sha256(facts.encode()).hexdigest()[:16]}", manifest, model, settings)
+
     def has(self, shard: int) -> bool:
         """Whether the files of a shard are there, whole, and made from what is there now."""
         return self._head(shard).get("key") == self.keys[shard]
@@ -186,6 +190,7 @@ class EmbeddingStore:
         head = {
             "key": self.keys[shard],
             "items": hashlib.sha256(text).hexdigest(),
+            "modalities": list(part.rows),
             "skipped": [(draw - first, *why) for draw, *why in part.skipped],
         }
         path = self._path(shard, ROWS)
@@ -253,8 +258,12 @@ def read_part(rows_path: Path, items_path: Path, first: int, samples: int) -> Em
             for name in file.keys():  # noqa: SIM118
                 modality, _, kind = name.rpartition(".")
                 (rows if kind == "rows" else owners)[modality] = file.get_tensor(name)
-            skipped = _facts(file.metadata()).get("skipped", [])
-        parts = tuple((first + int(index), str(key), str(why), str(detail)) for index, key, why, detail in skipped)
+            facts = _facts(file.metadata())
+        skipped = tuple(
+            (first + int(index), str(key), str(why), str(detail))
+            for index, key, why, detail in facts.get("skipped", [])
+        )
+        order = [str(name) for name in facts.get("modalities", [])]
     except (OSError, SafetensorError, ValueError, TypeError) as error:
         raise ConfigError(f"{rows_path}: not embeddings: {error}") from None
     fitting = rows.keys() == owners.keys() and all(
@@ -262,7 +271,8 @@ def read_part(rows_path: Path, items_path: Path, first: int, samples: int) -> Em
     )
     if not fitting or any(not first <= item.draw < first + samples for item in items):
         raise ConfigError(f"{rows_path}: rows and items do not belong together")
-    return EmbeddedShards(items, rows, owners, parts)
+    named = sorted(rows, key=lambda name: order.index(name) if name in order else len(order))
+    return EmbeddedShards(items, {name: rows[name] for name in named}, {name: owners[name] for name in named}, skipped)
 
 
 def _facts(metadata: Mapping[str, str] | None) -> dict[str, Any]:
@@ -303,6 +313,13 @@ class StoredEmbeddings:
     def load(self) -> EmbeddedShards:
         """All of it in memory."""
         return join(list(self))
+
+    def joint(self) -> EmbeddedShards:
+        """As :meth:`load`; ``ConfigError`` unless these are rows of the joint space, one of each sample's modality."""
+        settings = self.index.settings
+        if settings.get("level") != "joint" or settings.get("each_view"):
+            raise ConfigError(f"{self.index.folder}: retrieval needs embeddings without --pooled and --each-view")
+        return self.load()
 
 
 def open_embeddings(folder: str | Path) -> StoredEmbeddings:

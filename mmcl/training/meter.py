@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any
 
+import torch
+from torch import Tensor
+
 from mmcl.data.health import skip_records
+from mmcl.objectives.base import Term
 from mmcl.types import Batch
 
 
@@ -54,3 +58,14 @@ class Meter:
         """Captions of this rank that were longer than their tower takes, since the last call."""
         cut, self._cut = self._cut, 0
         return cut
+
+
+def mean_term(terms: list[Term]) -> Term:
+    """Losses and metrics of the parts of one step, averaged, for the log."""
+    if len(terms) == 1:
+        return terms[0]
+    loss = torch.stack([term.loss.detach() for term in terms]).mean()
+    metrics: Mapping[str, Tensor] = {
+        name: torch.stack([term.metrics[name].float() for term in terms]).mean() for name in terms[0].metrics
+    }
+    return Term(loss, metrics)

@@ -4,6 +4,7 @@ norms keep their bits, and those of transformers give what their library gives f
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -166,6 +167,16 @@ def test_frozen_batch_norm_keeps_its_bits(kind: str, tmp_path: Path) -> None:
         assert torch.equal(norm.running_mean, mean) and torch.equal(norm.running_var, variance)
 
 
+@pytest.mark.parametrize("kind", [*(kind for kind in SMALL if kind != "wav2vec2"), *OWN])
+def test_front_ends_run_where_the_weights_are(kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a device that computes nothing: whatever lies on the CPU instead is refused."""
+    monkeypatch.setattr(torch, "autocast", lambda *told, **more: nullcontext())  # which that device does not have
+    tower = make(kind, tmp_path).to("meta")
+    features = tower(torch.zeros(2, tower.spec.samples, device="meta"))
+    assert features.pooled.device.type == features.tokens.device.type == "meta"
+    assert features.pooled.shape == (2, tower.width)
+
+
 @pytest.mark.parametrize("kind", SMALL)
 def test_published_weights_give_what_their_library_gives(kind: str, tmp_path: Path) -> None:
     """Front end, names of weights and pooling in one: their extractor and model against our tower, on a short wave."""
@@ -176,7 +187,7 @@ def test_published_weights_give_what_their_library_gives(kind: str, tmp_path: Pa
     tensors = tower.foreign(load_file(tmp_path / "model.safetensors"))
     assert tower.load_state_dict(tensors, strict=False).missing_keys == []
     assert tower.foreign(tower.state_dict()).keys() == tower.state_dict().keys()
-    x = waves(tower, 1)[:, : tower.spec.samples - 100]
+    x = waves(tower, 1)[:, : tower.spec.samples * 3 // 4]
     inputs = extractor(x[0].numpy(), sampling_rate=tower.spec.sample_rate_hz, return_tensors="pt")
     inputs = {key: value.float() if value.is_floating_point() else value for key, value in inputs.items()}
     with torch.no_grad():
@@ -186,7 +197,16 @@ def test_published_weights_give_what_their_library_gives(kind: str, tmp_path: Pa
         else:
             found = model(**inputs)
             theirs = found.last_hidden_state.mean(1) if kind == "wav2vec2" else found.pooler_output
-        torch.testing.assert_close(tower.eval()(x).pooled, theirs, rtol=1e-3, atol=1e-3)
+        features = tower.eval()(x)
+        torch.testing.assert_close(features.pooled, theirs, rtol=1e-3, atol=1e-3)
+        if kind == "audio-spectrogram-transformer":  # its tokens run along time first, ours along frequency
+            time, bands = features.grid
+            tokens = found.last_hidden_state[0, 2:].unflatten(0, (bands, time))
+            torch.testing.assert_close(features.tokens[0, 3 * bands + 1], tokens[1, 3], rtol=1e-3, atol=1e-3)
+        if kind == "clap_audio_model":
+            time, bands = features.grid
+            maps = found.last_hidden_state[0]
+            torch.testing.assert_close(features.tokens[0, 3 * bands + 1], maps[:, 1, 3], rtol=1e-3, atol=1e-3)
 
 
 def test_weights_of_another_shape_are_refused(tmp_path: Path) -> None:

@@ -13,11 +13,11 @@ ROOT = Path(__file__).parents[2]
 
 LAYERS = [
     {"types", "hashing", "progress"},
-    {"config", "folders", "media", "shards", "losses", "layers", "distributed"},
+    {"config", "folders", "shipped", "media", "shards", "losses", "layers", "distributed"},
     {"data", "encoders", "objectives"},
     {"card", "encode", "formats", "hub", "model", "onnx_format", "recipe"},
     {"training", "evaluation", "search", "search_faiss"},
-    {"shipped", "catalogue", "demo", "cli", "__main__"},
+    {"catalogue", "demo", "cli", "cli_classify", "cli_options", "__main__"},
 ]
 LEVEL = {name: level for level, names in enumerate(LAYERS) for name in names}
 
@@ -38,10 +38,10 @@ NEIGHBOURS = {
     ("search", "evaluation"),  # what `mmcl embed` writes
     ("__main__", "cli"),
     ("cli", "demo"),
-    ("cli", "shipped"),
     ("cli", "catalogue"),
-    ("catalogue", "shipped"),
-    ("demo", "shipped"),
+    ("cli", "cli_classify"),
+    ("cli", "cli_options"),
+    ("cli_classify", "cli_options"),
     ("hashing", "types"),
 }
 TORCH_ALONE = {"losses", "layers"}
