@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TypeAlias
 
 import torch
 import torch.nn.functional as F
@@ -31,7 +32,7 @@ class ConcatenatedModel(Encodes):
         super().__init__()
         if not models or any(list(each.towers) != list(models[0].towers) for each in models):
             raise ValueError("needs at least one model, and the same towers in all")
-        self.models = nn.ModuleList(models)
+        self.models = nn.ModuleList(models).eval()
         self.joint_width = sum(each.joint_width for each in models)
 
     @classmethod
@@ -47,12 +48,14 @@ class ConcatenatedModel(Encodes):
             raise ConfigError(f"{folder}: holds no stages of pipelines/multistage.py")
         return cls([MultimodalModel.from_pretrained(folder / name) for name in names])
 
+    def stages(self) -> list[MultimodalModel]:
+        """The models, the first stage first."""
+        return [model for model in self.models if isinstance(model, MultimodalModel)]
+
     @property
     def first(self) -> MultimodalModel:
         """The model whose towers say what is decoded."""
-        model = self.models[0]
-        assert isinstance(model, MultimodalModel)
-        return model
+        return self.stages()[0]
 
     @property
     def towers(self) -> nn.ModuleDict:
@@ -67,13 +70,17 @@ class ConcatenatedModel(Encodes):
     def head_locked(self, tower: str) -> bool:
         return self.first.head_locked(tower)
 
+    def scales(self) -> dict[str, Tensor]:
+        """None: cosines are means of the models', whose temperatures may differ."""
+        return {}
+
     def width(self, tower: str, level: Level) -> int:
-        return sum(each.width(tower, level) for each in self.models if isinstance(each, MultimodalModel))
+        return sum(each.width(tower, level) for each in self.stages())
 
     def encode_view(self, tower: str, view: ViewBatch, levels: Sequence[Level]) -> dict[Level, Tensor]:
         """Levels ``joint`` and ``pooled`` of one tower on one view; absent rows hold zeros."""
-        each = [model.encode_view(tower, view, levels) for model in self.models if isinstance(model, MultimodalModel)]
-        rows = {level: torch.cat([found[level].float() for found in each], -1) for level in levels}
+        found = [model.encode_view(tower, view, levels) for model in self.stages()]
+        rows = {level: torch.cat([values[level].float() for values in found], -1) for level in levels}
         return {level: F.normalize(row, dim=-1) if level == "joint" else row for level, row in rows.items()}
 
 
@@ -92,7 +99,10 @@ def write_stages(folder: Path, names: Sequence[str]) -> None:
     write_atomically(folder / CONFIG, (json.dumps({STAGES: list(names)}, indent=1) + "\n").encode())
 
 
-def open_model(place: str | Path) -> MultimodalModel | ConcatenatedModel:
+AnyModel: TypeAlias = MultimodalModel | ConcatenatedModel
+
+
+def open_model(place: str | Path) -> AnyModel:
     """The model of a folder, a checkpoint, a run folder, a hub's name, or all models of a folder of stages.
 
     Raises:

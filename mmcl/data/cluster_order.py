@@ -1,10 +1,10 @@
 """The order of samples where every batch holds samples of one pseudo-label: arithmetic, as in ``order``.
 
-One epoch: a label of ``n`` samples has ``m = ⌈n / B⌉`` batches; batch j holds its in-label draws ``⌊jn/m⌋ … ⌊(j+1)n/m⌋``
-and then holes, so that what does not fill a batch is spread over all batches of the label, none of which is less than
-half full where ``n > B``. The S batches of all labels come in an order of hashed keys. So an epoch is ``S·B`` draws,
-draw g is row ``g mod B`` of batch ``(g div B) mod S`` of epoch ``g div S·B``, and every labelled sample comes once.
-In-label draws of an epoch follow :class:`~mmcl.data.order.EpochOrder` over the label's samples of each shard.
+One epoch: a label of ``n`` samples has ``m = ⌈n / B⌉`` batches; batch j holds its in-label draws ``⌊jn/m⌋`` up to
+``⌊(j+1)n/m⌋`` and then holes: what does not fill a batch is spread over all batches of the label, none of which is less
+than half full where ``n > B``. The S batches of all labels come in an order of hashed keys. So an epoch is ``S·B``
+draws, draw g is row ``g mod B`` of batch ``(g div B) mod S`` of epoch ``g div S·B``, and every labelled sample comes
+once. In-label draws of an epoch follow :class:`~mmcl.data.order.EpochOrder` over the label's samples of each shard.
 """
 
 from __future__ import annotations

@@ -80,7 +80,9 @@ def read_clusters(path: Path) -> Clusters:
             found = Clusters(file.get_tensor("labels"), tuple(map(int, facts["radix"])), str(facts["manifest"]))
         whole = found.labels.dtype == np.int64 and found.labels.ndim == 1 and found.checksum == facts["checksum"]
     except (OSError, SafetensorError, ValueError, KeyError, TypeError) as error:
-        raise ConfigError(f"data.clusters: {path} cannot be read: {getattr(error, 'strerror', None) or error}") from None
+        raise ConfigError(
+            f"data.clusters: {path} cannot be read: {getattr(error, 'strerror', None) or error}"
+        ) from None
     if not whole:
         raise ConfigError(f"data.clusters: {path} is damaged")
     return found

@@ -1,6 +1,9 @@
-"""Multistage contrastive learning: stages that each draw their batches from clusters of those before."""
+"""Multistage contrastive learning: stages that each draw their batches from clusters of those before.
+
+Zhang, Lan et al. 2024 (arXiv 2402.11816).
+"""
 
 from mmcl.multistage.kmeans import assign, kmeans
-from mmcl.multistage.run import Outcome, evaluate_stages, run_stages
+from mmcl.multistage.run import run_stages
 
-__all__ = ["Outcome", "assign", "evaluate_stages", "kmeans", "run_stages"]
+__all__ = ["assign", "kmeans", "run_stages"]

@@ -27,7 +27,7 @@ def kmeans(
     tolerance: float = 1e-5,
     fit_rows: int = 1_000_000,
 ) -> Tensor:
-    """Centroids float32 ``(clusters, D)`` by Lloyd's rounds from a greedy k-means++ start (Arthur & Vassilvitskii 2007).
+    """Centroids float32 ``(clusters, D)`` by Lloyd's rounds from a greedy start of k-means++ (Arthur 2007).
 
     A cluster that loses all its rows starts again at the row that lies farthest from its centroid. Where there are
     fewer different rows than clusters, some stay empty: :func:`assign` then never names them.
@@ -75,7 +75,7 @@ def _nearest(rows: Tensor, centroids: Tensor) -> tuple[Tensor, Tensor]:
 def _distances(rows: Tensor, points: Tensor) -> Iterator[Tensor]:
     """Squared distances ``(≤ CHUNK, P)``, chunk after chunk of rows."""
     squares = points.square().sum(1)
-    for part in rows.split(CHUNK):
+    for part in torch.split(rows, CHUNK):
         yield (part.square().sum(1, keepdim=True) + squares - 2 * part @ points.T).clamp_min_(0)
 
 

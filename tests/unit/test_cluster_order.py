@@ -20,16 +20,20 @@ from mmcl.types import Batch, ConfigError, TextSpec, View
 
 TEXT = View(TextSpec(ByteTokenizer(16)))
 
-labelled = st.lists(st.tuples(st.integers(0, 8), st.integers(0, 2**31)), min_size=1, max_size=12).flatmap(
-    lambda shards: st.tuples(
-        st.just([size for size, _ in shards]),
-        st.lists(
-            st.sampled_from([-1, 0, 3, 7, 70]),
-            min_size=sum(size for size, _ in shards),
-            max_size=sum(size for size, _ in shards),
-        ),
+labelled = (
+    st.lists(st.tuples(st.integers(0, 8), st.integers(0, 2**31)), min_size=1, max_size=12)
+    .flatmap(
+        lambda shards: st.tuples(
+            st.just([size for size, _ in shards]),
+            st.lists(
+                st.sampled_from([-1, 0, 3, 7, 70]),
+                min_size=sum(size for size, _ in shards),
+                max_size=sum(size for size, _ in shards),
+            ),
+        )
     )
-).filter(lambda both: any(label >= 0 for label in both[1]))
+    .filter(lambda both: any(label >= 0 for label in both[1]))
+)
 
 
 def clusters_of(labels: list[int] | np.ndarray, manifest: str = "") -> Clusters:
