@@ -22,8 +22,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from mmcl.concatenated import AnyModel, open_model
-from mmcl.model import MultimodalModel
+from mmcl.concatenated import AnyModel, ConcatenatedModel, open_model
 from mmcl.shards.embedding_files import (
     INDEX,
     ITEMS,
@@ -90,8 +89,9 @@ def model_checksum(model: AnyModel | Path | str) -> str:
     """
     if isinstance(model, (str, Path)):
         model = open_model(model)
-    if not isinstance(model, MultimodalModel):
-        return hashlib.sha256("".join(map(model_checksum, model.stages())).encode()).hexdigest()[:32]
+    if isinstance(model, ConcatenatedModel):
+        joined: ConcatenatedModel = model
+        return hashlib.sha256("".join(map(model_checksum, joined.stages())).encode()).hexdigest()[:32]
     digest = hashlib.sha256(json.dumps(model.options.model_dump(mode="json"), sort_keys=True).encode())
     for name, value in sorted(model.state_dict().items()):
         if not name.startswith(("momentum_", "log_scales")):
