@@ -116,7 +116,10 @@ class DataOptions(Options):
     """that ``cache_dir`` holds at most; what was not used for longest goes first"""
     clusters: str | None = None
     """file of pseudo-labels that ``pipelines/multistage.py`` wrote of these shards: every batch then holds samples of
-    one, with holes where they do not fill it"""
+    one, with holes where they do not fill it; see ``cluster_batches``"""
+    cluster_batches: Literal["pure", "mixed"] = "pure"
+    """with ``clusters``: batches of one pseudo-label, or batches of all whose negatives keep to their own (cross_modal,
+    and contrast of views)"""
     short: Literal["loop", "hold"] = "loop"
     """what fills a window that is longer than its source: start again, or stay on the last frame (audio: silence)"""
     sampling: SamplingOptions = SamplingOptions()

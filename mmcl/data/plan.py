@@ -44,7 +44,9 @@ class Plan:
     samples: Integers | None = None
     """int64: the draws that are made, in this order, instead of 0, 1, 2, …; ``last_draw`` stands for a hole"""
     clusters: Clusters | None = None
-    """pseudo-labels of the only manifest: each batch holds samples of one"""
+    """pseudo-labels of the only manifest"""
+    mixed: bool = False
+    """batches hold samples of all labels, each row with its own; else samples of one"""
 
     @property
     def steps(self) -> float:
@@ -53,7 +55,7 @@ class Plan:
         return math.inf if draws is None else -(-draws // self.global_batch)
 
     def order(self) -> Order:
-        if self.clusters is not None:
+        if self.clusters is not None and not self.mixed:
             return ClusterOrder(
                 self.manifests[0].sizes,
                 self.clusters,
@@ -70,6 +72,12 @@ class Plan:
             block=self.block,
             shuffle=self.shuffle,
         )
+
+    def pool(self, shard: int, index: int) -> int:
+        """The pseudo-label of a sample, where rows carry theirs."""
+        if self.clusters is None or not self.mixed:
+            return -1
+        return int(self.clusters.labels[int(self.manifests[0].sizes[:shard].sum()) + index])
 
     def worker_remote(self) -> RemoteOptions:
         """The share of one worker in what its rank may ask for ahead."""

@@ -51,6 +51,7 @@ class ClipStream:
         samples: without shuffle, the numbers of the samples to read, in this order, instead of all; −1 is a hole.
         clusters: with shuffle, pseudo-labels of the samples: every global batch holds samples of one, and holes where
             a label's samples do not fill its batches (see ``mmcl.data.cluster_order``).
+        mixed_clusters: batches in the usual order instead, whose rows carry their pseudo-label (``Batch.pools``).
         rule: ``random`` windows and captions, or ``even`` ones.
         sampling: where random windows lie.
         augmentations: what views may name; their parameters come with the batch, ``mmcl.media.augment`` applies them.
@@ -80,6 +81,7 @@ class ClipStream:
         shuffle: bool = True,
         samples: Sequence[int] | None = None,
         clusters: Clusters | None = None,
+        mixed_clusters: bool = False,
         rule: Rule = "random",
         decoder: Decoder = DEFAULT_DECODER,
         short: Short = "loop",
@@ -111,7 +113,7 @@ class ClipStream:
         self.workers = fitting_workers(workers, rows)
         self.in_process, self.timeout_seconds, self.quarantine_file = in_process, timeout_seconds, quarantine_file
         self.sharing = 1
-        if shuffle and tars is None and clusters is None:  # a label's samples are read by all workers
+        if shuffle and tars is None and (clusters is None or mixed_clusters):  # all workers read a label's samples
             self.sharing = stream_sharing(streams, world_size * (1 if in_process else self.workers))
         """workers that read each stream"""
         if self.sharing > 1 and not allow_shared_streams and any(is_remote(manifest.url) for manifest in manifests):
@@ -147,6 +149,7 @@ class ClipStream:
             tars=tars,
             samples=None if samples is None else _padded(samples, global_batch, manifests[0].num_samples),
             clusters=clusters,
+            mixed=clusters is not None and mixed_clusters,
         )
         self.draws = 0
         """samples drawn so far by all ranks together: the position"""
@@ -193,7 +196,9 @@ class ClipStream:
             "block": self.plan.block,
         }
         if self.plan.clusters is not None:
-            same |= {"clusters": self.plan.clusters.checksum, "global batch": self.plan.global_batch}
+            same["clusters"] = self.plan.clusters.checksum
+            if not self.plan.mixed:
+                same["global batch"] = self.plan.global_batch
         if len(manifests) == 1:
             return {"manifest": manifests[0].fingerprint, "samples": manifests[0].num_samples, **same}
         return {

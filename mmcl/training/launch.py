@@ -24,7 +24,7 @@ from mmcl.training.peers import Peers
 from mmcl.training.processes import build_accelerator
 from mmcl.training.run_folder import RunFolder
 from mmcl.training.signals import StopRequest
-from mmcl.training.soundness import check_labels, remarks
+from mmcl.training.soundness import check_labels, check_pools, remarks
 from mmcl.training.trainer import Trainer, build_stream
 from mmcl.types import Batch, MmclError, RunError
 
@@ -187,6 +187,7 @@ def describe(config: RunConfig) -> str:
     torch.manual_seed(config.train.seed)
     model, mix = build_model(config)
     check_labels(config, mix)
+    check_pools(config, mix)
     views = tuple(dict.fromkeys(need.view for need in mix.needs))
     batch = next(iter(build_stream(config, views, Comm())))
     lines = [to_yaml(config).rstrip(), "", "# parameters that learn"]

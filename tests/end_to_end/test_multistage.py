@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import subprocess
@@ -23,6 +24,7 @@ from mmcl.multistage import run_stages
 from mmcl.multistage.run import labels_file
 from mmcl.recipe import RunConfig
 from mmcl.training.checkpoint import find_checkpoint, load_tensors
+from mmcl.training.launch import pretrain
 from mmcl.types import ConfigError
 
 CONFIG = ROOT / "configs/pretrain/multistage.yaml"
@@ -127,6 +129,29 @@ def test_the_stages_together_are_one_model(shards_folder: Path, whole: Path, tmp
     report = evaluate_checkpoint(whole, test, tmp_path / "report", workers=0).report
     assert {"text->video", "video->text"} <= set(report.lists[0].directions)
     assert len({model_checksum(place) for place in (whole, whole / "stage_0/run", whole / "stage_1/run")}) == 3
+
+
+@pytest.mark.slow
+def test_mixed_batches_learn_too_and_micro_batches_change_nothing(
+    shards_folder: Path, whole: Path, tmp_path: Path
+) -> None:
+    labels = f"data.clusters={labels_file(whole, 0)}"
+    mixed = (labels, "data.cluster_batches=mixed", "train.steps=4", "train.log_every=1")
+    runs = {"base": mixed[2:], "pure": (labels, *mixed[2:]), "mixed": mixed, "micro": (*mixed, "train.micro_batch=3")}
+    lines = {}
+    for name, more in runs.items():
+        pretrain(config(shards_folder, tmp_path / name, "train.global_batch=8", *more))
+        text = (tmp_path / name / "metrics.jsonl").read_text()
+        lines[name] = [json.loads(line) for line in text.splitlines()]
+    found = {name: [line["loss"] for line in each] for name, each in lines.items()}
+    assert found["micro"] == pytest.approx(found["mixed"], rel=1e-4)
+    assert all(few < many for few, many in zip(found["mixed"], found["base"], strict=True)), "fewer negatives"
+    assert all(0 < line["negatives"] < 7 for line in lines["mixed"])
+    with pytest.raises(ConfigError, match=r"objectives\.0 \(mutual\) does not keep"):
+        objective = "objectives=[{name: mutual}]"
+        pretrain(config(shards_folder, tmp_path / "deaf", objective, *mixed))
+    with pytest.raises(ConfigError, match=r"mixed needs data\.clusters"):
+        pretrain(config(shards_folder, tmp_path / "none", mixed[1]))
 
 
 @pytest.mark.slow

@@ -172,6 +172,22 @@ def test_the_stream_draws_pure_batches_on_ranks_and_workers_and_goes_on(shards_f
     assert [batch.keys for batch in take(second, 4)] == [batch.keys for batch in whole[3:7]]
 
 
+def test_mixed_batches_carry_the_label_of_each_row(shards_folder: Path) -> None:
+    bare = take(ClipStream(load_manifest(str(shards_folder / "train")), [TEXT], global_batch=4, seed=3), 4)
+    assert all(batch.pools is None for batch in bare)
+    plain = next(iter(ClipStream(load_manifest(str(shards_folder / "train")), [TEXT], global_batch=16, shuffle=False)))
+    source = stream(shards_folder / "train", mixed_clusters=True)
+    label_of = dict(zip(plain.keys, source.plan.clusters.labels.tolist(), strict=True))  # type: ignore[union-attr]
+    whole = take(source, 4)
+    for batch, same in zip(whole, bare, strict=True):
+        assert batch.keys == same.keys, "the usual order"
+        assert batch.pools is not None and batch.pools.tolist() == [label_of[key] for key in batch.keys]
+    workers = take(stream(shards_folder / "train", mixed_clusters=True, in_process=False, workers=2), 4)
+    assert [batch.pools.tolist() for batch in workers] == [batch.pools.tolist() for batch in whole]  # type: ignore[union-attr]
+    assert "global batch" not in source.fingerprint() and "clusters" in source.fingerprint()
+    assert all(batch.pools is None for batch in take(stream(shards_folder / "train"), 1))
+
+
 def test_a_state_of_other_labels_or_batches_is_refused(shards_folder: Path) -> None:
     state = stream(shards_folder / "train").state_dict()
     with pytest.raises(ConfigError, match="clusters"):
