@@ -32,7 +32,7 @@ PIPELINE = str(ROOT / "pipelines/multistage.py")
 
 
 def settings(shards: Path, out: Path, *more: str) -> list[str]:
-    quick = ("train.steps=10", "train.global_batch=4", "multistage.clusters=3", "train.threads=1")
+    quick = ("train.steps=6", "train.global_batch=4", "multistage.clusters=3", "train.threads=1")
     decoding = ("data.decoder=pyav", "data.in_process=true")
     return [*quick, *decoding, f"data.shards={shards / 'train'}", f"train.out={out}", *more]
 
@@ -66,7 +66,7 @@ def test_killed_between_stages_it_goes_on_to_the_same(shards_folder: Path, whole
     """The first time by SIGKILL as soon as the labels of stage 0 are there, then by a stop file."""
     out = tmp_path / "out"
     process = subprocess.Popen(
-        [sys.executable, PIPELINE, str(CONFIG), *settings(shards_folder, out, "train.steps=10")],
+        [sys.executable, PIPELINE, str(CONFIG), *settings(shards_folder, out)],
         cwd=ROOT,
         start_new_session=True,
         stdout=subprocess.DEVNULL,

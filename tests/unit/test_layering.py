@@ -16,8 +16,8 @@ LAYERS = [
     {"config", "folders", "shipped", "media", "shards", "losses", "layers", "distributed"},
     {"data", "encoders", "objectives"},
     {"card", "concatenated", "encode", "formats", "hub", "model", "onnx_format", "recipe"},
-    {"training", "evaluation", "search", "search_faiss"},
-    {"catalogue", "demo", "cli", "cli_classify", "cli_options", "multistage", "__main__"},
+    {"evaluation", "search", "search_faiss", "serve", "training"},
+    {"catalogue", "cli", "cli_classify", "cli_options", "demo", "multistage", "__main__"},
 ]
 LEVEL = {name: level for level, names in enumerate(LAYERS) for name in names}
 
@@ -37,6 +37,8 @@ NEIGHBOURS = {
     ("model", "hub"),
     ("recipe", "model"),
     ("search", "search_faiss"),
+    ("serve", "evaluation"),
+    ("serve", "search"),
     ("search", "evaluation"),  # what `mmcl embed` writes
     ("__main__", "cli"),
     ("cli", "demo"),
