@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from mmcl.encoders.base import Encoder
 from mmcl.media.inputs import Media, decode_windows
 from mmcl.progress import show_progress
-from mmcl.types import TIMED, Clip, TextSpec, ViewBatch
+from mmcl.types import TIMED, Clip, Level, TextSpec, ViewBatch
 
 Rows: TypeAlias = Iterator[tuple[list[int], ViewBatch]]
 """batches, and which item each of their rows is of"""
@@ -32,6 +32,10 @@ class Encodes(nn.Module):
     def tower_of(self, modality: str) -> str:
         """The first tower of a modality."""
         raise NotImplementedError
+
+    def width(self, tower: str, level: Level) -> int:
+        """Numbers in a row of ``joint`` or ``pooled``."""
+        return self.joint_width if level == "joint" else self.tower(tower).width
 
     def encode_view(self, tower: str, view: ViewBatch, levels: Sequence[str]) -> dict[str, Tensor]:
         """Levels of one tower on one view."""

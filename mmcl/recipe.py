@@ -145,6 +145,21 @@ class EvaluateOptions(Options):
     """evenly spaced windows of a sample whose embeddings are averaged"""
 
 
+class MultistageOptions(Options):
+    """Stages of ``pipelines/multistage.py``: each draws its batches from clusters of all earlier ones (2402.11816)."""
+
+    stages: PositiveInt = 2
+    """models that are trained one after the other, each from the same start"""
+    clusters: Annotated[int, Field(ge=1, le=100_000)] = 10
+    """that the embeddings of each stage are parted into"""
+    modality: str | None = None
+    """whose rows are clustered; null: the first tower's that reads no text"""
+    level: Literal["joint", "pooled"] = "joint"
+    """rows of the joint space, or what is before every head, for objectives that train no head (intra_modal)"""
+    fit_rows: PositiveInt = 1_000_000
+    """rows that centroids are fitted to, at most; all are assigned"""
+
+
 class RunConfig(Options):
     """A run, whole."""
 
@@ -153,6 +168,7 @@ class RunConfig(Options):
     data: DataOptions
     train: TrainOptions
     evaluate: EvaluateOptions = EvaluateOptions()
+    multistage: MultistageOptions = MultistageOptions()
 
     @field_validator("objectives", mode="before")
     @classmethod

@@ -20,12 +20,12 @@ import torch.nn.functional as F
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from mmcl.concatenated import AnyModel, open_model
 from mmcl.config import unknown_name
 from mmcl.evaluation.embedding_store import model_checksum
 from mmcl.media.inputs import PICTURES
 from mmcl.media.probe import probe
 from mmcl.media.text import clean_caption
-from mmcl.model import MultimodalModel
 from mmcl.search_faiss import near_index
 from mmcl.shards.embedding_files import INDEX, EmbeddingIndex, read_index, read_items
 from mmcl.types import ConfigError, Modality, SampleError
@@ -299,7 +299,7 @@ class Index:
         return digest.hexdigest()
 
 
-def encode_query(model: MultimodalModel, query: str) -> Tensor:
+def encode_query(model: AnyModel, query: str) -> Tensor:
     """A unit row ``(1, D)`` of a text, or of a file: with a picture by the video tower, else by the audio tower.
 
     Raises:
@@ -345,7 +345,7 @@ def search(
     """
     place = index.checkpoint() if checkpoint is None else Path(checkpoint)
     index.check_model(place)
-    model = MultimodalModel.from_pretrained(place)
+    model = open_model(place)
     return index.query(encode_query(model, query), top, modality=modality, method=method)[0]
 
 

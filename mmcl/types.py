@@ -315,6 +315,9 @@ class Batch:
     captions: tuple[tuple[str, ...], ...] = ()
     """all captions of each row; only where the stream was asked for metadata"""
 
+    pools: Tensor | None = None
+    """int64 ``(B,)``: only rows of an equal number are each other's negatives, −1: of none; None: no matter"""
+
     def __len__(self) -> int:
         return len(self.keys)
 
@@ -326,6 +329,7 @@ class Batch:
             draws=function(self.draws),
             groups=function(self.groups),
             labels=function(self.labels),
+            pools=None if self.pools is None else function(self.pools),
         )
 
     def to(self, device: torch.device | str) -> Batch:

@@ -46,6 +46,8 @@ class Row:
     """the caption that was chosen for this draw"""
     captions: tuple[str, ...] = ()
     metadata: Mapping[str, Any] = field(default_factory=dict)
+    pool: int = -1
+    """its pseudo-label, where negatives keep to one"""
     skipped: tuple[str, str, str] | None = None
     """(key or position, reason, detail) of a bad sample"""
 
@@ -63,6 +65,7 @@ def collate(
     views: Sequence[View],
     *,
     with_metadata: bool = False,
+    with_pools: bool = False,
     blank: Callable[[View], Value] = blank_value,
 ) -> Batch:
     """One padded batch of rows, in their order; ``blank`` says what an absent row of a view holds."""
@@ -75,6 +78,7 @@ def collate(
         skipped=tuple((row.draw, *row.skipped) for row in rows if row.skipped is not None),
         metadata=tuple(row.metadata for row in rows) if with_metadata else (),
         captions=tuple(row.captions for row in rows) if with_metadata else (),
+        pools=torch.tensor([row.pool for row in rows], dtype=torch.int64) if with_pools else None,
     )
 
 
@@ -151,6 +155,9 @@ def interleave(parts: Sequence[Batch]) -> Batch:
         skipped=tuple(sorted(skip for part in parts for skip in part.skipped)),
         metadata=_interleave_tuples([part.metadata for part in parts]),
         captions=_interleave_tuples([part.captions for part in parts]),
+        pools=None
+        if first.pools is None
+        else _interleave_tensors([part.pools for part in parts if part.pools is not None]),
     )
 
 

@@ -17,6 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from mmcl.concatenated import AnyModel, open_model
 from mmcl.config import read_yaml
 from mmcl.data import ClipStream
 from mmcl.distributed import Comm
@@ -31,7 +32,7 @@ from mmcl.evaluation.embedding_store import (
     open_embeddings,
 )
 from mmcl.folders import check_writable, model_folder
-from mmcl.model import MultimodalModel, average_windows
+from mmcl.model import average_windows
 from mmcl.progress import show_progress
 from mmcl.shards import load_manifest
 from mmcl.shards.manifest import Manifest
@@ -55,7 +56,7 @@ TEXTS = 64
 
 
 def embed_shards(
-    model: MultimodalModel,
+    model: AnyModel,
     shards: str,
     *,
     clips: int = 1,
@@ -125,7 +126,7 @@ def embed_to_folder(
     """
     check_writable(out)
     comm = comm or Comm.current()
-    model = MultimodalModel.from_pretrained(checkpoint)
+    model = open_model(checkpoint)
     settings = EmbedSettings(clips or default_clips(checkpoint), crops, level, each_view, decoder)
     place = os.path.relpath(model_folder(checkpoint).resolve(), out.resolve())
     store = EmbeddingStore(out, load_manifest(shards), model_checksum(model), settings, checkpoint=place)
@@ -198,7 +199,7 @@ class _Part:
 class _Embedder:
     """A model, what is wanted of it, and the process group that shares the work."""
 
-    def __init__(self, model: MultimodalModel, settings: EmbedSettings, batch: int, comm: Comm) -> None:
+    def __init__(self, model: AnyModel, settings: EmbedSettings, batch: int, comm: Comm) -> None:
         self.model, self.settings, self.batch, self.comm = model, settings, batch, comm
         self.device = next(model.parameters()).device
         towers = {modality: model.tower_of(modality) for modality in _modalities(model)}
@@ -225,12 +226,8 @@ class _Embedder:
 
     def widths(self) -> dict[Modality, int]:
         """Numbers in a row of each modality."""
-        joint = self.model.options.joint_width
-        named = {
-            modality: joint if self.settings.level == "joint" else self.model.tower(tower).width
-            for modality, tower in self.towers.items()
-        }
-        return named | ({} if self.text is None else {"text": joint})
+        named = {modality: self.model.width(tower, self.settings.level) for modality, tower in self.towers.items()}
+        return named | ({} if self.text is None else {"text": self.model.joint_width})
 
     @torch.no_grad()
     def run(
@@ -361,10 +358,10 @@ class _Embedder:
                 together[rank * TEXTS :][: len(texts)]
                 for rank, texts in enumerate(batches[turn : turn + self.comm.world_size])
             ]
-        return torch.cat(found) if found else torch.zeros(0, self.model.options.joint_width)
+        return torch.cat(found) if found else torch.zeros(0, self.model.joint_width)
 
 
-def _modalities(model: MultimodalModel) -> list[Modality]:
+def _modalities(model: AnyModel) -> list[Modality]:
     """Modalities of the towers, in their order; stored embeddings of a teacher have no place in the joint space."""
     specs = [(model.head_locked(name), model.tower(name).spec) for name in model.towers]
     return list(dict.fromkeys(spec.modality for frozen, spec in specs if not (frozen and isinstance(spec, VectorSpec))))

@@ -22,7 +22,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from mmcl.model import MultimodalModel
+from mmcl.concatenated import AnyModel, ConcatenatedModel, open_model
 from mmcl.shards.embedding_files import (
     INDEX,
     ITEMS,
@@ -82,13 +82,16 @@ class EmbedSettings:
     decoder: Decoder = DEFAULT_DECODER
 
 
-def model_checksum(model: MultimodalModel | Path | str) -> str:
+def model_checksum(model: AnyModel | Path | str) -> str:
     """32 hexadecimal digits of all that embeddings depend on: the options, and the weights of towers and heads.
 
     ``model`` may be the place of one. Raises ``ConfigError`` where there is none.
     """
-    if not isinstance(model, MultimodalModel):
-        model = MultimodalModel.from_pretrained(model)
+    if isinstance(model, (str, Path)):
+        model = open_model(model)
+    if isinstance(model, ConcatenatedModel):
+        joined: ConcatenatedModel = model
+        return hashlib.sha256("".join(map(model_checksum, joined.stages())).encode()).hexdigest()[:32]
     digest = hashlib.sha256(json.dumps(model.options.model_dump(mode="json"), sort_keys=True).encode())
     for name, value in sorted(model.state_dict().items()):
         if not name.startswith(("momentum_", "log_scales")):

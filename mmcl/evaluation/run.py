@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 
+from mmcl.concatenated import open_model
 from mmcl.distributed import Comm
 from mmcl.evaluation.against import compare
 from mmcl.evaluation.embed import EmbeddedItem, EmbeddedShards, default_clips, embed_shards
@@ -20,7 +21,6 @@ from mmcl.evaluation.report import RetrievalReport, evaluate_list, write_report
 from mmcl.evaluation.shard_gallery import ShardGallery
 from mmcl.evaluation.sides import sides_of, wanted_directions
 from mmcl.folders import check_writable, read_report
-from mmcl.model import MultimodalModel
 from mmcl.shards import load_manifest
 from mmcl.types import DEFAULT_DECODER, ConfigError, Decoder
 
@@ -91,7 +91,7 @@ def evaluate_checkpoint(
     older = None if further.against is None else read_report(further.against)
     comm = Comm.current()
     shards = split_of(shards, protocol)
-    model = MultimodalModel.from_pretrained(checkpoint)
+    model = open_model(checkpoint)
     clips = clips or protocol.clips or default_clips(checkpoint)
     embedded, banked = (
         None

@@ -9,6 +9,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
 
+from mmcl.concatenated import AnyModel, open_model
 from mmcl.distributed import Comm
 from mmcl.evaluation.class_labels import COLUMN, Labelled, check_classes, labelled, spoken_names
 from mmcl.evaluation.embed import default_clips, embed_shards, own_device
@@ -22,7 +23,6 @@ from mmcl.evaluation.task_report import LeftOut, TaskReport
 from mmcl.evaluation.tasks import TaskResult, few_shot_task, linear_task, neighbours_task, zero_shot_task
 from mmcl.evaluation.zero_shot import Average, Prompts, fill_prompts
 from mmcl.folders import check_writable
-from mmcl.model import MultimodalModel
 from mmcl.types import DEFAULT_DECODER, ConfigError, Decoder, Modality, VectorSpec
 
 Task = Literal["classify", "knn", "linear", "few-shot"]
@@ -98,8 +98,8 @@ class TaskRun:
     batch: int = 64
 
     @cached_property
-    def model(self) -> MultimodalModel:
-        return MultimodalModel.from_pretrained(self.checkpoint)
+    def model(self) -> AnyModel:
+        return open_model(self.checkpoint)
 
     @cached_property
     def clips(self) -> int:

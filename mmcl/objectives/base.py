@@ -67,6 +67,8 @@ class Objective(nn.Module):
     """the option that makes this objective learn from labels, where it does"""
     watched: tuple[str, ...] = ()
     """metrics that are losses of their own, each of which should teach something"""
+    pools: bool = False
+    """whether its negatives keep to the pools of a batch"""
     masking: Mapping[str, str] = {}
     """option: the augmentation that it names, which has to mask tokens of texts"""
     remarks: tuple[str, ...] = ()
@@ -137,7 +139,7 @@ class ObjectiveMix(nn.Module):
         metrics = {name: term.loss.detach() for name, term in terms.items()}
         batch = embeddings.batch
         anything = torch.stack([view.present for view in batch.views.values()]).any(0)
-        metrics["negatives"] = mean_negatives(batch.groups, anything, comm)
+        metrics["negatives"] = mean_negatives(batch.groups, anything, comm, batch.pools)
         changing = (name for name, weight in self.weights.items() if isinstance(weight, Ramp))
         metrics.update({f"{name}/weight": loss.new_tensor(weights[name]).detach() for name in changing})
         for name, term in terms.items():

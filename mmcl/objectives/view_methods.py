@@ -61,6 +61,7 @@ class ContrastMethod(PairMethod):
     """NT-Xent (SimCLR), or what else ``form`` says, over the rows of all ranks."""
 
     form = Form()
+    pools = True
 
     def __init__(
         self, views: ViewSet, options: ContrastOptions, pairs: Sequence[tuple[int, int]] | None = None
@@ -80,6 +81,7 @@ class ContrastMethod(PairMethod):
                 present=present,
                 groups=groups,
                 form=self.form,
+                pools=embeddings.batch.pools,
             )
             for a, b in self.pairs
         ]
@@ -88,7 +90,7 @@ class ContrastMethod(PairMethod):
         """With the other samples that a row repels, in the mean."""
         groups = embeddings.batch.groups
         groups = groups if self.mask_false_negatives else torch.full_like(groups, -1)
-        negatives = mean_negatives(groups, self.present(embeddings), comm)
+        negatives = mean_negatives(groups, self.present(embeddings), comm, embeddings.batch.pools)
         return {**super().metrics(embeddings, comm), "negatives": negatives}
 
 

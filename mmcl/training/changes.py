@@ -15,6 +15,8 @@ FREE = (
     "data.allow_shared_streams",
     "data.cache_bytes",
     "data.cache_dir",
+    # may lie elsewhere: the stream compares what it holds
+    "data.clusters",
     "data.connections",
     "data.in_process",
     "data.max_skipped_in_a_row",
@@ -29,6 +31,7 @@ FREE = (
     "data.timeout_seconds",
     "data.workers",
     "evaluate",
+    "multistage.stages",
     "train.best",
     "train.checkpoint_every",
     "train.checkpoint_minutes",

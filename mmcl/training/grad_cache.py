@@ -115,6 +115,7 @@ def rows_of(batch: Batch, rows: slice) -> Batch:
         draws=batch.draws[rows],
         groups=batch.groups[rows],
         labels=batch.labels[rows],
+        pools=None if batch.pools is None else batch.pools[rows],
     )
 
 

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import os
 import warnings
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import ExitStack
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import TypeVar
 
 import torch
+from accelerate import Accelerator
 
 from mmcl.config import to_yaml
 from mmcl.distributed import Comm
@@ -23,7 +24,7 @@ from mmcl.training.peers import Peers
 from mmcl.training.processes import build_accelerator
 from mmcl.training.run_folder import RunFolder
 from mmcl.training.signals import StopRequest
-from mmcl.training.soundness import check_labels, remarks
+from mmcl.training.soundness import check_labels, check_pools, remarks
 from mmcl.training.trainer import Trainer, build_stream
 from mmcl.types import Batch, MmclError, RunError
 
@@ -53,17 +54,17 @@ def pretrain(
         ConfigError: a wrong configuration, a folder that already holds a run, a checkpoint that does not fit.
         RunError: the run cannot go on.
     """
-    with StopRequest(Path(config.train.out) / "stop") as stop:
-        return _pretrain(config, stop, resume, allow, pretrained)
+    with StopRequest(Path(config.train.out) / "stop") as stop, training_processes(config) as accelerator:
+        return train(config, accelerator, stop, resume=resume, allow=allow, pretrained=pretrained)
 
 
-def _pretrain(
-    config: RunConfig,
-    stop: StopRequest,
-    resume: str | None,
-    allow: Sequence[str],
-    pretrained: Mapping[str, Source] | None,
-) -> bool:
+@contextmanager
+def training_processes(config: RunConfig) -> Iterator[Accelerator]:
+    """This process as one of those that a launcher started, for one run or several after each other.
+
+    Raises:
+        ConfigError: the launcher contradicts the configuration.
+    """
     _ignore_harmless_warnings()
     accelerator = build_accelerator(config)
     if not torch.cuda.is_available():
@@ -71,29 +72,42 @@ def _pretrain(
             config.train.threads or spare_threads(config, int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
         )
     try:
-        with ExitStack() as stack:
-            stack.enter_context(Peers(Comm.current(), config.train.timeout_seconds))
-            folder = RunFolder(Path(config.train.out), writer=accelerator.is_main_process)
-            source = _together(lambda: stack.enter_context(folder).resume_from(resume))
-            changes = [] if source is None else _together(lambda: check_unchanged(source, config, allow))
-            trainer = Trainer(config, accelerator, pretrained=pretrained, fresh=source is None)
-            if source is not None:
-                trainer.load(source)
-            if accelerator.is_main_process:
-                folder.write_config(to_yaml(config))
-                print(_headline(trainer), flush=True)
-                if source is not None:
-                    print(_going_on(source, trainer.comm.world_size, changes), flush=True)
-            if config.train.trackers:
-                accelerator.init_trackers("mmcl", config=flat(config.model_dump(mode="json")))
-            progress = trainer.fit(folder, stop, resume=source)
-            finished = progress.step >= config.train.steps
-            if not finished and accelerator.is_main_process:
-                print(f"stopped after step {progress.step} of {config.train.steps}; --resume auto goes on", flush=True)
-            return finished
+        with Peers(Comm.current(), config.train.timeout_seconds):
+            yield accelerator
     finally:
         # without this a process group sometimes aborts at exit and the launcher reports a failure
         accelerator.end_training()
+
+
+def train(
+    config: RunConfig,
+    accelerator: Accelerator,
+    stop: StopRequest,
+    *,
+    resume: str | None = None,
+    allow: Sequence[str] = (),
+    pretrained: Mapping[str, Source] | None = None,
+) -> bool:
+    """:func:`pretrain` within :func:`training_processes`."""
+    with ExitStack() as stack:
+        folder = RunFolder(Path(config.train.out), writer=accelerator.is_main_process)
+        source = together(lambda: stack.enter_context(folder).resume_from(resume))
+        changes = [] if source is None else together(lambda: check_unchanged(source, config, allow))
+        trainer = Trainer(config, accelerator, pretrained=pretrained, fresh=source is None)
+        if source is not None:
+            trainer.load(source)
+        if accelerator.is_main_process:
+            folder.write_config(to_yaml(config))
+            print(_headline(trainer), flush=True)
+            if source is not None:
+                print(_going_on(source, trainer.comm.world_size, changes), flush=True)
+        if config.train.trackers:
+            accelerator.init_trackers("mmcl", config=flat(config.model_dump(mode="json")))
+        progress = trainer.fit(folder, stop, resume=source)
+        finished = progress.step >= config.train.steps
+        if not finished and accelerator.is_main_process:
+            print(f"stopped after step {progress.step} of {config.train.steps}; --resume auto goes on", flush=True)
+        return finished
 
 
 def _ignore_harmless_warnings() -> None:
@@ -104,7 +118,7 @@ def _ignore_harmless_warnings() -> None:
     warnings.filterwarnings("ignore", "Grad strides do not match bucket view strides", UserWarning)
 
 
-def _together(look: Callable[[], T]) -> T:
+def together(look: Callable[[], T]) -> T:
     """Calls ``look`` on every rank; where it fails on one, all raise, and none waits for a rank that is gone."""
     found, problem = [], None
     try:
@@ -173,6 +187,7 @@ def describe(config: RunConfig) -> str:
     torch.manual_seed(config.train.seed)
     model, mix = build_model(config)
     check_labels(config, mix)
+    check_pools(config, mix)
     views = tuple(dict.fromkeys(need.view for need in mix.needs))
     batch = next(iter(build_stream(config, views, Comm())))
     lines = [to_yaml(config).rstrip(), "", "# parameters that learn"]

@@ -52,6 +52,16 @@ def check_labels(config: RunConfig, mix: ObjectiveMix) -> None:
             raise ConfigError(f"{where}, but a sample in {', '.join(places)} has label {found.highest}")
 
 
+def check_pools(config: RunConfig, mix: ObjectiveMix) -> None:
+    """ConfigError where negatives are to keep to their pseudo-label and an objective does not see to it."""
+    deaf = [n for n, objective in enumerate(mix.each().values()) if not objective.pools]
+    if config.data.cluster_batches == "mixed" and config.data.clusters is None:
+        raise ConfigError("data.cluster_batches: mixed needs data.clusters")
+    if config.data.cluster_batches == "mixed" and deaf:
+        names = ", ".join(f"objectives.{n} ({config.objectives[n].name})" for n in deaf)
+        raise ConfigError(f"data.cluster_batches: mixed, but {names} does not keep negatives to their label; take pure")
+
+
 def remarks(config: RunConfig, model: MultimodalModel, mix: ObjectiveMix) -> list[str]:
     """What may be meant, and most often is not: lines for the start of a run."""
     lines: list[str] = []

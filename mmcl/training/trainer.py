@@ -37,7 +37,7 @@ from mmcl.training.saving import Saver
 from mmcl.training.sharding import average_whole_gradients, load_state_tensors, shard, state_tensors
 from mmcl.training.signals import StopRequest
 from mmcl.training.snapshot import OPTIMIZER, Progress, Snapshot, counters, host_copy, load_random_state, random_state
-from mmcl.training.soundness import SilenceWatch, check_labels, not_finite
+from mmcl.training.soundness import SilenceWatch, check_labels, check_pools, not_finite
 from mmcl.training.step import TrainStep
 from mmcl.types import Batch, ConfigError, View
 
@@ -63,6 +63,7 @@ class Trainer:
         torch.manual_seed(config.train.seed)
         self.model, self.mix = build_model(config, pretrained=pretrained, fresh=fresh)
         check_labels(config, self.mix)
+        check_pools(config, self.mix)
         self.views = tuple(dict.fromkeys(need.view for need in self.mix.needs))
         self.stream = build_stream(config, self.views, self.comm)
         step = TrainStep(self.model, self.mix)
@@ -334,6 +335,8 @@ def build_stream(config: RunConfig, views: tuple[View, ...], comm: Comm) -> Clip
         workers=data.workers,
         streams=data.streams,
         block=data.block,
+        clusters=data.pseudo_labels,
+        mixed_clusters=data.cluster_batches == "mixed",
         decoder=data.decoder,
         short=data.short,
         sampling=data.sampling,

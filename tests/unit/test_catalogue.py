@@ -77,4 +77,5 @@ def test_the_page_is_up_to_date() -> None:
     assert text == tool.page(ENTRIES, tool.configurations())
     assert "No configuration of its own" not in text
     titles = [line for line in text.splitlines() if line.startswith("##")]
+    assert titles.pop() == "## Multistage"
     assert len(titles) == sum(1 + len(entry.methods) for entry in ENTRIES) == len(set(titles))

@@ -15,9 +15,9 @@ LAYERS = [
     {"types", "hashing", "progress"},
     {"config", "folders", "shipped", "media", "shards", "losses", "layers", "distributed"},
     {"data", "encoders", "objectives"},
-    {"card", "encode", "formats", "hub", "model", "onnx_format", "recipe"},
-    {"training", "evaluation", "search", "search_faiss", "serve"},
-    {"catalogue", "demo", "cli", "cli_classify", "cli_options", "__main__"},
+    {"card", "concatenated", "encode", "formats", "hub", "model", "onnx_format", "recipe"},
+    {"evaluation", "search", "search_faiss", "serve", "training"},
+    {"catalogue", "cli", "cli_classify", "cli_options", "demo", "multistage", "__main__"},
 ]
 LEVEL = {name: level for level, names in enumerate(LAYERS) for name in names}
 
@@ -28,6 +28,8 @@ NEIGHBOURS = {
     ("shards", "media"),  # preparing shards decodes and encodes media
     ("distributed", "layers"),
     ("hub", "card"),
+    ("concatenated", "encode"),
+    ("concatenated", "model"),
     ("formats", "card"),
     ("formats", "model"),
     ("formats", "onnx_format"),
