@@ -14,6 +14,7 @@ from mmcl.objectives import (
     cross_modal,
     distillation,
     intra_modal,
+    m3col,
     multi_view,
     mutual,
     persistency,
@@ -25,6 +26,7 @@ from mmcl.objectives.contrastive_distillation import ContrastiveDistillationOpti
 from mmcl.objectives.cross_modal import CrossModalOptions
 from mmcl.objectives.distillation import DistillationOptions
 from mmcl.objectives.intra_modal import IntraModalOptions
+from mmcl.objectives.m3col import M3CoLOptions
 from mmcl.objectives.multi_view import MultiViewOptions
 from mmcl.objectives.mutual import MutualOptions
 from mmcl.objectives.persistency import PersistencyOptions
@@ -43,6 +45,7 @@ OBJECTIVES: dict[str, ObjectiveEntry] = {
     "cross_modal": ObjectiveEntry(CrossModalOptions, cross_modal.build),
     "distillation": ObjectiveEntry(DistillationOptions, distillation.build),
     "intra_modal": ObjectiveEntry(IntraModalOptions, intra_modal.build),
+    "m3col": ObjectiveEntry(M3CoLOptions, m3col.build),
     "multi_view": ObjectiveEntry(MultiViewOptions, multi_view.build),
     "mutual": ObjectiveEntry(MutualOptions, mutual.build),
     "persistency": ObjectiveEntry(PersistencyOptions, persistency.build),
@@ -55,6 +58,7 @@ ObjectiveOptions: TypeAlias = Annotated[
     | CrossModalOptions
     | DistillationOptions
     | IntraModalOptions
+    | M3CoLOptions
     | MultiViewOptions
     | MutualOptions
     | PersistencyOptions

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from mmcl.distributed import Comm
+from mmcl.media.mixing import GLOBAL, ring
 from mmcl.objectives.base import ObjectiveMix, Term
 from mmcl.training.momentum import advance
 from mmcl.types import AudioSpec, Batch, Embeddings, Level, TextSpec, TowerInfo, VideoSpec, View, ViewBatch
@@ -126,6 +127,8 @@ def make_batch(views: Sequence[View], step: int, kind: str, rows: int = 12) -> B
         present = ~(hole | absent[view.modality])
         x = torch.randn(rows, INPUT_WIDTH, generator=random, dtype=torch.float64)
         mask, params = _text_parts(view, present, step)
+        if view.augmentation == "mixed":
+            params = _mix_parts(present, step * rows + number)
         data[view] = ViewBatch(x * present[:, None], present, mask, params)
     groups = torch.randint(0, rows, (rows, 2), generator=random)
     return Batch(
@@ -146,6 +149,12 @@ def _text_parts(view: View, present: Tensor, step: int) -> tuple[Tensor | None, 
     targets = torch.randint(0, VOCABULARY, (len(present), TOKENS), generator=random)
     hidden = ~mask | ~present[:, None] | (torch.rand(len(present), TOKENS, generator=random) < 0.5)
     return mask, {"token_targets": targets.masked_fill(hidden, -1)}
+
+
+def _mix_parts(present: Tensor, draws: Tensor) -> dict[str, Tensor]:
+    """Half of the rows of this view were mixed with the next one of a ring."""
+    share = torch.where(draws % 2 == 0, 0.1 + (draws % 5) / 8, 0.0)
+    return {GLOBAL: share, "mix_draw": draws[ring(draws, present, 0)]}
 
 
 def pick_rows(batch: Batch, index: Tensor) -> Batch:

@@ -119,6 +119,14 @@ CASES: dict[str, Case] = {
     "neuron_selectivity": _zoo("neuron_selectivity"),
     "flow": _zoo("flow", levels=(_TOKENS, _TOKENS)),
     "kdsvd": _zoo("kdsvd", levels=(_TOKENS, _TOKENS)),
+    "m3col": Case("m3col", {"seed": 3, "mixed_rows": 0.8, "beta": 0.9}, cold=_COLD),
+    "m3col: inputs and labels": Case(
+        "m3col", {"inputs": {"video": "mixed", "audio": "mixed"}, "classes": 3, "hidden": 5}, cold=_COLD
+    ),
+    "m3col: soft": Case("m3col", {"towers": ("video", "text"), "mixed_share": 0.0}, cold={"soft_temperature": 0.01}),
+    "m3col: soft targets that learn": Case(
+        "m3col", {"mixed_share": 0.0, "soft_temperature": 0.3, "detach_targets": False}, cold={"soft_temperature": 0.01}
+    ),
     "multi_view: mv_dhel": Case(
         "multi_view", {"temperature": 0.3, "views": {"video": 2, "audio": 1, "text": 1}}, cold=_COLD
     ),
