@@ -9,6 +9,7 @@ from dataclasses import dataclass, field, replace
 from mmcl.data.collate import Value, blank_value
 from mmcl.data.options import SamplingOptions
 from mmcl.hashing import text_hash, uniform
+from mmcl.media.augment_words import augment_words
 from mmcl.media.augmentation import Augmentation, Params, blank_params, check_views, decoded_spec, draw_params
 from mmcl.media.clip import MediaReader, own_window
 from mmcl.media.windows import Rule, Short, Window, place_windows, sample_windows
@@ -76,7 +77,7 @@ class ViewMaker:
                         values[view] = Value(data, start_seconds, self._params(view, words))
         for view in self.views:
             if isinstance(view.spec, TextSpec) and view.clip < len(captions):
-                values[view] = Value(captions[view.clip], params=self._params(view, words))
+                values[view] = Value(self._words(captions[view.clip], view, words), params=self._params(view, words))
             if isinstance(view.spec, VectorSpec) and view.spec.member in sample.vectors:
                 values[view] = Value(read_vector(sample.vectors[view.spec.member], view.spec.width))
         if not values:
@@ -122,6 +123,13 @@ class ViewMaker:
     def _params(self, view: View, words: tuple[int, ...]) -> Params:
         augmentation = self.augmentations.get(view.augmentation)
         return {} if augmentation is None else draw_params(augmentation, view, words)
+
+    def _words(self, caption: str, view: View, words: tuple[int, ...]) -> str:
+        augmentation = self.augmentations.get(view.augmentation)
+        if augmentation is None or augmentation.text.words is None:
+            return caption
+        drawn = (*words, view.clip, text_hash(view.augmentation), view.copy)
+        return augment_words(caption, augmentation.text.words, drawn)
 
     def blank(self, view: View) -> Value:
         """What an absent row of a view holds: zeros in the shapes of the others."""

@@ -16,6 +16,7 @@ from pydantic import Field, field_validator, model_validator
 
 from mmcl.config import Options, unknown_name
 from mmcl.hashing import hash64, text_hash, uniform
+from mmcl.media.augment_words import WordOptions
 from mmcl.types import AudioSpec, ConfigError, TextSpec, VideoSpec, View
 
 Params: TypeAlias = dict[str, np.ndarray]
@@ -141,8 +142,9 @@ class AudioAugmentation(_Ranges):
 
 
 class TextAugmentation(Options):
-    """Changes of tokens, each token on its own; marks such as start and end stay. Applied in this order."""
+    """Changes of words, then of tokens, each on its own; marks such as start and end stay. Applied in this order."""
 
+    words: WordOptions | None = None
     swap: Probability = 0.0
     """a token changes places with its neighbour"""
     delete: Probability = 0.0

@@ -13,6 +13,7 @@ from mmcl.objectives import (
     contrastive_distillation,
     cross_modal,
     distillation,
+    improved,
     intra_modal,
     m3col,
     multi_view,
@@ -25,6 +26,7 @@ from mmcl.objectives.compositional_distillation import CompositionalDistillation
 from mmcl.objectives.contrastive_distillation import ContrastiveDistillationOptions
 from mmcl.objectives.cross_modal import CrossModalOptions
 from mmcl.objectives.distillation import DistillationOptions
+from mmcl.objectives.improved import ImprovedOptions
 from mmcl.objectives.intra_modal import IntraModalOptions
 from mmcl.objectives.m3col import M3CoLOptions
 from mmcl.objectives.multi_view import MultiViewOptions
@@ -44,6 +46,7 @@ OBJECTIVES: dict[str, ObjectiveEntry] = {
     "contrastive_distillation": ObjectiveEntry(ContrastiveDistillationOptions, contrastive_distillation.build),
     "cross_modal": ObjectiveEntry(CrossModalOptions, cross_modal.build),
     "distillation": ObjectiveEntry(DistillationOptions, distillation.build),
+    "improved": ObjectiveEntry(ImprovedOptions, improved.build),
     "intra_modal": ObjectiveEntry(IntraModalOptions, intra_modal.build),
     "m3col": ObjectiveEntry(M3CoLOptions, m3col.build),
     "multi_view": ObjectiveEntry(MultiViewOptions, multi_view.build),
@@ -57,6 +60,7 @@ ObjectiveOptions: TypeAlias = Annotated[
     | ContrastiveDistillationOptions
     | CrossModalOptions
     | DistillationOptions
+    | ImprovedOptions
     | IntraModalOptions
     | M3CoLOptions
     | MultiViewOptions

@@ -205,7 +205,9 @@ class M3CoL(Objective):
         params = embeddings.batch.views[need.view].params
         share = params[RANK] if RANK in params else params[GLOBAL]
         found = params["mix_draw"][:, None] == comm.gather(embeddings.batch.draws)
-        partners = torch.where(found.any(1), found.int().argmax(1), comm.index(len(found), found.device))
+        partners = comm.index(len(found), found.device)
+        if found.numel():  # argmax takes no row without columns
+            partners = torch.where(found.any(1), found.int().argmax(1), partners)
         rows = unit_rows(embeddings.get(need, "joint"))
         return _Mixed(rows, share.to(rows.dtype), partners)
 

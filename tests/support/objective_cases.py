@@ -72,6 +72,11 @@ def _zoo(method: str, **more: Any) -> Case:
     return Case("distillation", {"method": method, "teacher": "audio", **more}, taught=True)
 
 
+def _improved(method: str, detached_by: str = "", cold: Mapping[str, Any] | None = None, **more: Any) -> Case:
+    options = {"pair": ("video", "text"), "method": method, "layers": 2, **HEAD, **more}
+    return Case("improved", options, detached_by=detached_by, cold=cold)
+
+
 _TOKENS = ("tokens", "tokens")
 _CCL, _CRD = "compositional_distillation", "contrastive_distillation"
 _COLD = {"temperature": 0.01}
@@ -119,6 +124,12 @@ CASES: dict[str, Case] = {
     "neuron_selectivity": _zoo("neuron_selectivity"),
     "flow": _zoo("flow", levels=(_TOKENS, _TOKENS)),
     "kdsvd": _zoo("kdsvd", levels=(_TOKENS, _TOKENS)),
+    "improved: rocket": _improved("rocket"),
+    "improved: siamlip": _improved("siamlip", predictor_hidden=4),
+    "improved: byolip": _improved("byolip", predictor_hidden=4),
+    "improved: barlip": _improved("barlip", barlow_hidden=6, barlow_out=5),
+    "improved: swalip": _improved("swalip", detached_by="_codes", cold={"swap_temperature": 0.01}),
+    "improved: swalip with prototypes": _improved("swalip", detached_by="_codes", prototypes=4, strong=1),
     "m3col": Case("m3col", {"seed": 3, "mixed_rows": 0.8, "beta": 0.9}, cold=_COLD),
     "m3col: inputs and labels": Case(
         "m3col", {"inputs": {"video": "mixed", "audio": "mixed"}, "classes": 3, "hidden": 5}, cold=_COLD
