@@ -47,8 +47,9 @@ class M3CoLOptions(Options):
     towers: Annotated[tuple[str, ...], Field(min_length=2, max_length=3)] | None = None
     """in cyclic order: each is mixed and looks into the next; of two both ways. null: all towers"""
     inputs: dict[str, str] = Field(default_factory=dict)
-    """tower: a name in ``data.augmentations`` that mixes its raw inputs, a second forward; the embeddings of towers
-    that are not named are mixed (the paper mixes inputs but those of text, its code all embeddings)"""
+    """tower: a name in ``data.augmentations`` that mixes its raw inputs, which is a second forward (also once the soft
+    contrast does without it); the embeddings of towers that are not named are mixed (the paper mixes inputs but those
+    of text, its code all embeddings)"""
     beta: Annotated[float, Field(gt=0, le=1)] = 0.15
     """embeddings: the share of the other one is drawn from Beta(x, x)"""
     mixed_rows: Share = 0.5
@@ -167,7 +168,7 @@ class M3CoL(Objective):
         kept, given = 1 - mixed.share[:, None], mixed.share[:, None]
         forward = itself * kept + (mixed.partners[:, None] == columns) * given
         met = everyone["met"] == number[:, None]
-        backward = (itself * (1 - everyone["share"]) + met * everyone["share"]) * everyone["asks"]
+        backward = itself * (1 - everyone["share"]) + met * everyone["share"]
         related = torch.zeros_like(itself)
         if self.options.mask_false_negatives:
             related = related_rows(embeddings.batch.groups, comm)

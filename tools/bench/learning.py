@@ -19,7 +19,7 @@ import multiprocessing
 import shutil
 import statistics
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from contextlib import redirect_stderr, redirect_stdout
 from dataclasses import asdict, dataclass
@@ -31,6 +31,8 @@ from learning_data import Takes, prepare
 
 Tree = dict[str, Any]
 Figures = dict[str, float]
+Measured = dict[tuple[str, int], Figures]
+"""by arm and seed"""
 
 VIDEO: Tree = {"name": "tiny_video", "width": 64, "channels": 16, "size": 32, "frames": 4, "fps": 2}
 AUDIO: Tree = {"name": "tiny_audio", "width": 128, "channels": 16, "mels": 32, "seconds": 2.0}
@@ -163,39 +165,55 @@ def jobs_of(experiment: str, sizes: Sizes, work: Path, teachers: Sequence[str] =
     measure = {"intra_modal": "retrieval", "distillation": "classes"}
     found = []
     for camera, arm, tree in arms:
-        shards = work / camera / "shards"
         for seed in range(1 if experiment == "teacher" else sizes.seeds):
-            folder = run_folder(work, experiment, arm, seed)
-            data = {
-                "sources": [{"shards": str(shards / split)} for split in bank],
-                "augmentations": AUGMENTATIONS,
-                "in_process": True,
-                "decoder": "pyav",
-            }
-            train = {
-                "out": str(folder),
-                "steps": sizes.steps[experiment],
-                "global_batch": sizes.batch[experiment],
-                "seed": seed,
-                "threads": 1,
-                "checkpoint_every": sizes.steps[experiment],
-                "optimizer": {"learning_rate": 2e-3},
-            }
-            whole = {**tree, "data": data, "train": train}
-            found.append(Job(experiment, arm, seed, whole, folder, shards, bank, measure.get(experiment, "neighbours")))
+            how = measure.get(experiment, "neighbours")
+            found.append(job_of(experiment, arm, seed, tree, sizes, work, camera, bank, how))
     return found
+
+
+def job_of(
+    experiment: str,
+    arm: str,
+    seed: int,
+    tree: Tree,
+    sizes: Sizes,
+    work: Path,
+    camera: str,
+    bank: tuple[str, ...],
+    measure: str,
+) -> Job:
+    """The run of an arm that trains on the splits of ``bank``."""
+    shards, folder = work / camera / "shards", run_folder(work, experiment, arm, seed)
+    data = {
+        "sources": [{"shards": str(shards / split)} for split in bank],
+        "augmentations": AUGMENTATIONS,
+        "in_process": True,
+        "decoder": "pyav",
+    }
+    train = {
+        "out": str(folder),
+        "steps": sizes.steps[experiment],
+        "global_batch": sizes.batch[experiment],
+        "seed": seed,
+        "threads": 1,
+        "checkpoint_every": sizes.steps[experiment],
+        "optimizer": {"learning_rate": 2e-3},
+    }
+    whole = {**tree, "data": data, "train": {**train, **tree.get("train", {})}}
+    return Job(experiment, arm, seed, whole, folder, shards, bank, measure)
 
 
 # --- one run ----------------------------------------------------------------------------------------------------------
 
 
-def run(job: Job) -> tuple[Job, Figures]:
-    """Trains, unless an earlier call did with the same configuration, and measures."""
+def run(job: Job, measure: Callable[[Any, Job], Figures] | None = None) -> tuple[Job, Figures]:
+    """Trains, unless an earlier call did with the same configuration, and measures (None: as the job says)."""
     torch.set_num_threads(1)
     job.folder.parent.mkdir(parents=True, exist_ok=True)
     with job.folder.with_suffix(".log").open("a") as log, redirect_stdout(log), redirect_stderr(log):
         model, cpu_seconds = _trained(job)
-        figures = {"retrieval": retrieval, "classes": classes}.get(job.measure, neighbours)(model, job)
+        measure = measure or {"retrieval": retrieval, "classes": classes}.get(job.measure, neighbours)
+        figures = measure(model, job)
     return job, {**figures, "cpu_seconds": cpu_seconds}
 
 
@@ -222,7 +240,7 @@ def _trained(job: Job) -> tuple[Any, float]:
     return MultimodalModel.from_pretrained(job.folder), before["cpu_seconds"]
 
 
-def _embed(model: Any, job: Job, split: str, level: Any) -> Any:
+def embed(model: Any, job: Job, split: str, level: Any) -> Any:
     from mmcl.evaluation.embed import embed_shards
 
     return embed_shards(model, str(job.shards / split), level=level, in_process=True, decoder="pyav")
@@ -235,7 +253,7 @@ def neighbours(model: Any, job: Job) -> Figures:
     modality = next(iter(model.tower_infos().values())).modality
 
     def rows(splits: Iterable[str]) -> tuple[torch.Tensor, torch.Tensor]:
-        each = [_embed(model, job, split, "pooled") for split in splits]
+        each = [embed(model, job, split, "pooled") for split in splits]
         labels = [torch.tensor([item.label for item in e.items])[e.owners[modality]] for e in each]
         return torch.cat([e.rows[modality] for e in each]), torch.cat(labels)
 
@@ -255,7 +273,7 @@ def classes(model: Any, job: Job) -> Figures:
     weight, bias = (
         owned[f"objectives.{job.tree['objectives'][0]['name']}.classify.{part}"] for part in ("weight", "bias")
     )
-    test = _embed(model, job, "test", "pooled")
+    test = embed(model, job, "test", "pooled")
     labels = torch.tensor([item.label for item in test.items])[test.owners["video"]]
     named = (test.rows["video"] @ weight.T + bias).argmax(1)
     return {"classifier": 100 * float((named == labels).float().mean()), **figures}
@@ -265,7 +283,7 @@ def retrieval(model: Any, job: Job) -> Figures:
     """R@1 of all directions among the test recordings; everything of the query's game is right."""
     from mmcl.evaluation import retrieval_metrics
 
-    test = _embed(model, job, "test", "joint")
+    test = embed(model, job, "test", "joint")
     labels = torch.tensor([item.label for item in test.items])
     figures = {}
     for asked, queries in test.rows.items():
@@ -290,7 +308,19 @@ def spread(values: list[float]) -> Tree:
     }
 
 
-def summary(experiment: str, measured: dict[tuple[str, int], Figures]) -> Tree:
+def run_all(jobs: Sequence[Job], pool: ProcessPoolExecutor, run: Callable[[Job], tuple[Job, Figures]]) -> Measured:
+    """What all jobs gave, in their order."""
+    measured: Measured = {}
+    for future in as_completed([pool.submit(run, job) for job in jobs]):
+        job, figures = future.result()
+        measured[job.arm, job.seed] = figures
+        shown = "  ".join(f"{name} {value:.1f}" for name, value in figures.items())
+        print(f"{job.experiment}: {job.arm}, seed {job.seed}: {shown}", flush=True)
+    return {(job.arm, job.seed): measured[job.arm, job.seed] for job in jobs}
+
+
+def summary(measured: Measured, compared: Sequence[tuple[str, str]]) -> Tree:
+    """Of each arm mean and spread over seeds, and of the pairs compared those of their difference seed by seed."""
     arms = list(dict.fromkeys(arm for arm, _ in measured))
     seeds = sorted({seed for _, seed in measured})
 
@@ -301,7 +331,7 @@ def summary(experiment: str, measured: dict[tuple[str, int], Figures]) -> Tree:
         x, y = values(a), values(b)
         return {n: [u - v for u, v in zip(x[n], y[n], strict=True)] for n in x if n in y and n != "cpu_seconds"}
 
-    pairs = {f"{a} − {b}": differences(a, b) for a, b in COMPARED.get(experiment, []) if a in arms}
+    pairs = {f"{a} − {b}": differences(a, b) for a, b in compared if {a, b} <= set(arms)}
     return {
         "seeds": seeds,
         "arms": {arm: {name: spread(x) for name, x in values(arm).items()} for arm in arms},
@@ -342,14 +372,8 @@ def main() -> None:
     summaries: Tree = {}
     with ProcessPoolExecutor(options.jobs, mp_context=multiprocessing.get_context("spawn")) as pool:
         for experiment in (["teacher"] if "distillation" in chosen else []) + chosen:
-            measured = {}
-            jobs = jobs_of(experiment, sizes, work, options.teachers)
-            for future in as_completed([pool.submit(run, job) for job in jobs]):
-                job, figures = future.result()
-                measured[job.arm, job.seed] = figures
-                shown = "  ".join(f"{name} {value:.1f}" for name, value in figures.items())
-                print(f"{experiment}: {job.arm}, seed {job.seed}: {shown}", flush=True)
-            summaries[experiment] = summary(experiment, {(j.arm, j.seed): measured[j.arm, j.seed] for j in jobs})
+            measured = run_all(jobs_of(experiment, sizes, work, options.teachers), pool, run)
+            summaries[experiment] = summary(measured, COMPARED.get(experiment, []))
     print(table(summaries))
     if options.out is not None:
         settings = {
