@@ -8,34 +8,32 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, TypeAlias
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 from pydantic import Field
 from torch import Tensor, nn
 
 from mmcl.config import Options, build, unknown_name
+from mmcl.encode import Encodes
 from mmcl.encoders.base import Encoder
 from mmcl.encoders.build import TowerOptions, build_towers, exported_towers
 from mmcl.encoders.heads import HeadOptions
 from mmcl.encoders.lora import without_lora
 from mmcl.encoders.pretrained import Source, load_pretrained
 from mmcl.encoders.shared import Shared, SharedOptions
-from mmcl.hub import Pretrained, write_card
+from mmcl.encoders.stored import card_name, found_tower, spec_values, stored_tower, tower_files
+from mmcl.folders import CONFIG
+from mmcl.hub import Pretrained
 from mmcl.layers import absent_rows
-from mmcl.media.inputs import Media, decode_windows
 from mmcl.objectives.base import LEVELS
 from mmcl.types import (
-    TIMED,
     Batch,
-    Clip,
     ConfigError,
     Embeddings,
     Features,
     Kind,
     Level,
     Need,
-    TextSpec,
     TowerInfo,
     View,
     ViewBatch,
@@ -69,12 +67,12 @@ class _Description(Options):
     """towers with a momentum copy"""
 
 
-class MultimodalModel(Pretrained):
+class MultimodalModel(Encodes, Pretrained):
     """Named towers, one projection each into a joint space, one learned temperature per pair."""
 
     def __init__(self, options: ModelOptions) -> None:
         super().__init__()
-        self.options = options
+        self.options, self.joint_width = options, options.joint_width
         encoders = build_towers(options.towers)
         self.towers = nn.ModuleDict(encoders)
         for name in options.heads:
@@ -129,41 +127,65 @@ class MultimodalModel(Pretrained):
         ]
 
     def description(self) -> dict[str, Any]:
-        return {
-            "model": self.options.model_dump(mode="json"),
-            "scales": list(self.log_scales),
-            "momentum": list(self.momentum_heads),
-        }
+        """The options, with what towers read from folders named by its place in the model folder."""
+        model = self.options.model_dump(mode="json")
+        for name, tower in model["towers"].items():
+            tower.update(stored_tower(name, self.options.towers[name]))
+        return {"model": model, "scales": list(self.log_scales), "momentum": list(self.momentum_heads)}
 
     @classmethod
-    def from_description(cls, description: dict[str, Any], *, where: str) -> MultimodalModel:
+    def from_description(cls, description: dict[str, Any], *, folder: Path) -> MultimodalModel:
+        where = str(folder / CONFIG)
         described = build(_Description, description, where=where)
-        model = cls(described.model)
+        towers = {
+            name: tower.model_copy(update=found_tower(tower, folder, where=f"{where}: model.towers.{name}"))
+            for name, tower in described.model.towers.items()
+        }
+        model = cls(described.model.model_copy(update={"towers": towers}))
         model.add_scales(described.scales)
         for tower in described.momentum:
+            if tower not in model.towers:
+                raise unknown_name(f"{where}: momentum", tower, model.towers)
             model.add_momentum(tower)
         return model
 
-    def export(self, folder: str | Path) -> Path:
-        """The model folder with a card for people, without momentum copies, LoRA merged into the weights."""
-        target = self._alone().save_pretrained(folder)
-        towers = ", ".join(f"{name} ({tower.name})" for name, tower in self.options.towers.items())
-        counts = parameter_counts(self)
-        facts = {
-            "towers": towers,
-            "parameters": f"{counts['total']:,}",
-            "joint space": f"{self.options.joint_width} numbers",
-            "training data": "",
-            "measured": "",
-            "limits": "",
-        }
-        write_card(target, facts)
-        return target
+    def preprocessing(self) -> dict[str, Any]:
+        return {"towers": {name: spec_values(self.tower(name).spec) for name in self.towers}}
 
-    def _alone(self) -> MultimodalModel:
+    def assets(self) -> dict[str, Path]:
+        towers = self.options.towers.items()
+        return {target: source for name, tower in towers for target, source in tower_files(name, tower).items()}
+
+    def export(
+        self, folder: str | Path, *, facts: Mapping[str, str] | None = None, report: Mapping[str, Any] | None = None
+    ) -> Path:
+        """The model folder without momentum copies, its card with ``facts`` and the figures of a ``report``."""
+        return self.alone().save_pretrained(folder, model_card_kwargs=self._card_facts(facts, report))
+
+    def push_to_hub(self, repo_id: str, **arguments: Any) -> str:
+        """Uploads what :meth:`export` writes, as one commit; the URL of the commit. See :class:`Pretrained`."""
+        given = dict(arguments.pop("model_card_kwargs", None) or {})
+        if given or self._card is None:
+            arguments["model_card_kwargs"] = self._card_facts(given.get("facts"), given.get("report"))
+        return super(MultimodalModel, self.alone()).push_to_hub(repo_id, **arguments)
+
+    def card_names(self) -> dict[str, str]:
+        """What each tower is, for people."""
+        return {name: card_name(tower) for name, tower in self.options.towers.items()}
+
+    def _card_facts(self, facts: Mapping[str, str] | None, report: Mapping[str, Any] | None) -> dict[str, Any]:
+        own = {
+            "towers": ", ".join(f"{name} ({told})" for name, told in self.card_names().items()),
+            "parameters": f"{sum(p.numel() for n, p in self.named_parameters() if not n.startswith('momentum_')):,}",
+            "joint space": f"{self.joint_width} numbers",
+        }
+        return {"facts": {**own, **(facts or {})}, "report": report}
+
+    def alone(self) -> MultimodalModel:
         """A copy for use alone: no momentum copies, LoRA merged, nothing of how towers were trained."""
         options = self.options.model_copy(update={"towers": exported_towers(self.options.towers)})
         model = MultimodalModel(options)
+        model._card = self._card
         model.add_scales(self.log_scales)
         kept = ("momentum_", *(f"towers.{name}." for name in self.towers))
         tensors = {k: v for k, v in self.state_dict().items() if not k.startswith(kept)}
@@ -303,54 +325,6 @@ class MultimodalModel(Pretrained):
             out = value.new_zeros((len(view), *value.shape[1:]))
             values[level] = out + 0.0 * value.sum() if dummy else out.index_copy(0, rows, value)
         return values
-
-    @torch.no_grad()
-    def encode_text(self, texts: Sequence[str], *, batch: int = 64) -> Tensor:
-        """Unit rows float32 ``(B, D)`` of texts."""
-        if isinstance(texts, str):
-            raise TypeError("encode_text takes a list of texts, got one str")
-        tower = self.tower_of("text")
-        spec = self.tower(tower).spec
-        assert isinstance(spec, TextSpec)
-        views = []
-        for start in range(0, len(texts), batch):
-            ids, mask = spec.tokenizer(texts[start : start + batch])
-            views.append(ViewBatch(ids, torch.ones(len(ids), dtype=torch.bool), mask))
-        return self._encode(tower, views)
-
-    @torch.no_grad()
-    def encode_video(self, clips: Sequence[Media], *, windows: int = 1, batch: int = 16) -> Tensor:
-        """Unit rows float32 ``(B, D)`` of videos or pictures: paths, bytes of a file, or decoded :class:`Clip`.
-
-        ``windows`` evenly spaced windows of each file are averaged. Raises SampleError for one without a picture.
-        """
-        return self._encode_media(self.tower_of("video"), clips, windows, batch)
-
-    @torch.no_grad()
-    def encode_audio(self, clips: Sequence[Media], *, windows: int = 1, batch: int = 16) -> Tensor:
-        """Unit rows float32 ``(B, D)`` of sounds: paths, bytes of a file (a video too), or decoded :class:`Clip`.
-
-        ``windows`` evenly spaced windows of each file are averaged. Raises SampleError for one without sound.
-        """
-        return self._encode_media(self.tower_of("audio"), clips, windows, batch)
-
-    def _encode_media(self, tower: str, clips: Sequence[Media], windows: int, batch: int) -> Tensor:
-        if isinstance(clips, (str, bytes, Path, Clip)):
-            raise TypeError(f"a list of clips is needed, got one {type(clips).__name__}")
-        spec = self.tower(tower).spec
-        assert isinstance(spec, TIMED)
-        parts = []
-        for start in range(0, len(clips), batch):
-            rows = [decode_windows(clip, spec, windows) for clip in clips[start : start + batch]]
-            data = torch.from_numpy(np.concatenate(rows))
-            encoded = self._encode(tower, [ViewBatch(data, torch.ones(len(data), dtype=torch.bool))])
-            parts.append(average_windows(encoded.reshape(-1, windows, encoded.shape[1]).unbind(1)))
-        return torch.cat(parts) if parts else torch.zeros(0, self.options.joint_width)
-
-    def _encode(self, tower: str, views: Sequence[ViewBatch]) -> Tensor:
-        device = next(self.parameters()).device
-        rows = [self.encode_view(tower, view.map(lambda x: x.to(device)), ["joint"])["joint"].cpu() for view in views]
-        return torch.cat(rows) if rows else torch.zeros(0, self.options.joint_width)
 
     def _level(self, tower: str, head: nn.Module, features: Features, level: Level) -> Tensor:
         if level == "joint":

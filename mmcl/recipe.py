@@ -85,6 +85,15 @@ class MomentumOptions(Options):
     """half a cosine up to 1 at the last step, or ``start`` throughout"""
 
 
+class BestOptions(Options):
+    """Which checkpoint is kept for good, beside the newest ones."""
+
+    metric: str = "loss"
+    """a name in ``metrics.jsonl``, as it was logged last before the checkpoint"""
+    mode: Literal["min", "max"] = "min"
+    """whether less of it is better, or more"""
+
+
 class TrainOptions(Options):
     """Length, batch, precision and what a run writes."""
 
@@ -107,7 +116,22 @@ class TrainOptions(Options):
     """torch threads per rank on a CPU; null: the cores of a rank, less one where workers decode beside it"""
     log_every: PositiveInt = 10
     checkpoint_every: PositiveInt = 100
+    """steps"""
+    checkpoint_minutes: Annotated[float, Field(gt=0)] | None = None
+    """also when so many have passed since the last one"""
     keep_checkpoints: PositiveInt = 2
+    """the newest so many"""
+    best: BestOptions | None = None
+    """null: no other is kept"""
+    sharding: Literal["none", "fsdp2"] | None = None
+    """``fsdp2``: parameters, gradients and optimizer states are split over ranks, tower block by tower block; null: as
+    the launcher says (configs/accelerate/fsdp2_8.yaml)"""
+    timeout_seconds: Annotated[float, Field(ge=1)] = 600.0
+    """how long ranks wait for one that gives no sign of life, before they end and name it"""
+    nonfinite: Literal["stop", "skip"] = "stop"
+    """a loss or gradient that is not finite ends the run before the step, or costs that step"""
+    nonfinite_limit: PositiveInt = 10
+    """``skip``: so many such steps in a row, and the next one ends the run"""
     trackers: tuple[str, ...] = ()
     """names of Accelerate trackers: tensorboard, wandb, trackio, …"""
     optimizer: OptimizerOptions = AdamWOptions()

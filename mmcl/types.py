@@ -125,6 +125,7 @@ class Clip:
 class Tokenizer(Protocol):
     """Text to token numbers; hashable (equal ones make equal views) and picklable (it runs in workers).
 
+    It may have ``cut(texts) -> list[bool]``, which of them are longer than it takes (without: none are counted).
     For augmentation it may also have ``special_ids``, numbers that are never changed (none), ``mask_id``, what stands
     for a masked token (None: masks are refused), and ``vocabulary``, how many numbers there are.
     """
@@ -145,8 +146,9 @@ class VideoSpec:
     """pixels, height = width"""
     fps: float = 4.0
     """frames per second at which the window is sampled; the window is ``frames / fps`` seconds"""
-    fit: Literal["crop", "squash"] = "crop"
-    """how a picture becomes square: scale the short side and crop the centre, or scale both sides"""
+    fit: Literal["crop", "squash", "crop_start", "crop_end"] = "crop"
+    """how a picture becomes square: scale the short side and crop the centre, or scale both sides; the start or end
+    of the long side in place of the centre are views of evaluation"""
     mean: tuple[float, float, float] = (0.5, 0.5, 0.5)
     std: tuple[float, float, float] = (0.25, 0.25, 0.25)
     stride: int | None = None

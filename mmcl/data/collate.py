@@ -12,9 +12,12 @@ import torch
 from torch import Tensor
 
 from mmcl.hashing import text_hash
-from mmcl.types import AudioSpec, Batch, TextSpec, VectorSpec, VideoSpec, View, ViewBatch
+from mmcl.types import AudioSpec, Batch, TextSpec, Tokenizer, VectorSpec, VideoSpec, View, ViewBatch
 
 T = TypeVar("T")
+
+LAST_CHARACTER_TOKENS = 4
+"""a cut caption may end so many bytes before the limit, never inside a character"""
 
 GROUP_COLUMNS = 3
 """key, group, caption: rows equal in any of them are never each other's negatives"""
@@ -106,6 +109,7 @@ def _collate_view(values: Sequence[Value | None], view: View, blank: Value) -> V
         texts = [str(value.data) for value in full]
         params["caption_number"] = torch.tensor([_caption_number(text) for text in texts], dtype=torch.int64)
         ids, mask = view.spec.tokenizer(texts)
+        params["cut"] = _cut(view.spec.tokenizer, texts, mask)
         return ViewBatch(ids * present[:, None], present, mask, params)
     assert isinstance(blank.data, np.ndarray)
     data = torch.zeros((len(values), *blank.data.shape), dtype=torch.from_numpy(blank.data).dtype)
@@ -114,6 +118,16 @@ def _collate_view(values: Sequence[Value | None], view: View, blank: Value) -> V
             row.copy_(torch.from_numpy(value.data))
     starts = torch.tensor([value.start_seconds for value in full], dtype=torch.float64)
     return ViewBatch(data, present, params={"start_seconds": starts, **params})
+
+
+def _cut(tokenizer: Tokenizer, texts: Sequence[str], mask: Tensor) -> Tensor:
+    """bool ``(B,)``: captions longer than the tokenizer takes. Only rows about as long as the longest are looked at."""
+    cut = torch.zeros(len(texts), dtype=torch.bool)
+    asked = getattr(tokenizer, "cut", None)
+    full = (mask.sum(1) > mask.shape[1] - LAST_CHARACTER_TOKENS).nonzero().flatten()
+    if asked is not None and len(full):
+        cut[full] = torch.tensor(asked([texts[int(row)] for row in full]))
+    return cut
 
 
 def row_shape(spec: VideoSpec | AudioSpec | VectorSpec) -> tuple[int, ...]:

@@ -112,7 +112,7 @@ class PartStream(IterableDataset[Any]):
         """What a worker reads, batch by batch: a pure function of the plan."""
         plan, order = self.plan, self.plan.order()
         for step in itertools.count(self.first_step):
-            if plan.last_draw is not None and step * plan.global_batch >= plan.last_draw:
+            if step >= plan.steps:
                 return
             draws = plan.draws(step, worker)
             yield list(zip(draws.tolist(), *(part.tolist() for part in order.locate(draws)), strict=True))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -38,6 +39,14 @@ class Plan:
     """of the whole rank"""
     tars: TarList | None = None
     """tars without an index, read one after the other, instead of ``manifests``"""
+    samples: Integers | None = None
+    """int64: the draws that are made, in this order, instead of 0, 1, 2, …; ``last_draw`` stands for a hole"""
+
+    @property
+    def steps(self) -> float:
+        """Batches of the whole stream."""
+        draws = self.last_draw if self.samples is None else len(self.samples)
+        return math.inf if draws is None else -(-draws // self.global_batch)
 
     def order(self) -> MixedOrder:
         return MixedOrder(
@@ -71,7 +80,8 @@ class Plan:
     def draws(self, step: int, worker: int) -> Integers:
         """Draw numbers that one worker decodes of a batch."""
         mine = rank_rows(step, global_batch=self.global_batch, rank=self.rank, world_size=self.world_size)
-        return worker_rows(mine, worker=worker, workers=self.workers)
+        numbers = worker_rows(mine, worker=worker, workers=self.workers)
+        return numbers if self.samples is None else self.samples[numbers]
 
     def place(self, source: int, shard: int, index: int) -> str:
         """Where a sample lies, in words."""

@@ -7,11 +7,13 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from mmcl.data.collate import interleave
 from mmcl.data.health import append_quarantine
 from mmcl.data.loader import Loss, PartLoader, WorkersLostError
 from mmcl.data.options import SamplingOptions
-from mmcl.data.order import MAX_PERIOD, fitting_workers, reduced_weights, stream_sharing
+from mmcl.data.order import MAX_PERIOD, Integers, fitting_workers, reduced_weights, stream_sharing
 from mmcl.data.plan import Plan
 from mmcl.data.views import ViewMaker
 from mmcl.media.augmentation import Augmentation
@@ -44,6 +46,7 @@ class ClipStream:
         global_batch: rows of all ranks together; ``world_size`` must divide it.
         workers: decoding processes of this rank; lowered to a divisor of the rank's rows. 0 means one.
         shuffle: False reads the shards in order, once, and ends (evaluation); the last batch is filled with holes.
+        samples: without shuffle, the numbers of the samples to read, in this order, instead of all; −1 is a hole.
         rule: ``random`` windows and captions, or ``even`` ones.
         sampling: where random windows lie.
         augmentations: what views may name; their parameters come with the batch, ``mmcl.media.augment`` applies them.
@@ -71,6 +74,7 @@ class ClipStream:
         streams: int = 64,
         block: int = 256,
         shuffle: bool = True,
+        samples: Sequence[int] | None = None,
         rule: Rule = "random",
         decoder: Decoder = DEFAULT_DECODER,
         short: Short = "loop",
@@ -87,6 +91,8 @@ class ClipStream:
         sources = [(each, weight) for each, weight in given if isinstance(each, Manifest)]
         manifests = tuple(manifest for manifest, _ in sources)
         tars = _only_tars(given, shuffle=shuffle)
+        if samples is not None and shuffle:
+            raise ValueError("samples are read in the order given: shuffle=False")
         if tars is None:
             _check_sources(sources, shuffle=shuffle)
         if global_batch % world_size:
@@ -132,6 +138,7 @@ class ClipStream:
             quarantine=frozenset(),
             remote=remote or RemoteOptions(),
             tars=tars,
+            samples=None if samples is None else _padded(samples, global_batch, manifests[0].num_samples),
         )
         self.draws = 0
         """samples drawn so far by all ranks together: the position"""
@@ -274,6 +281,13 @@ class ClipStream:
         if records and self.quarantine_file is not None:
             append_quarantine(self.quarantine_file, records)
         self.add_quarantine(str(record["key"]) for record in records)
+
+
+def _padded(samples: Sequence[int], batch: int, hole: int) -> Integers:
+    """Whole batches of sample numbers; ``hole`` in place of −1 and at the end."""
+    numbers = np.full(-(-len(samples) // batch) * batch, hole, dtype=np.int64)
+    numbers[: len(samples)] = samples
+    return np.where(numbers < 0, hole, numbers)
 
 
 def _only_tars(sources: Sequence[tuple[Manifest | TarList, int]], *, shuffle: bool) -> TarList | None:

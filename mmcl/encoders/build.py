@@ -10,7 +10,9 @@ from pydantic import Discriminator, Tag
 from mmcl.config import Options, unknown_name
 from mmcl.encoders.audio import TinyAudio, TinyAudioOptions
 from mmcl.encoders.base import Encoder
+from mmcl.encoders.cnn_audio import Cnn14, Cnn14Options, ResnetMel, ResnetMelOptions, SfxCnn, SfxCnnOptions
 from mmcl.encoders.frames import TimmFrames, TimmOptions
+from mmcl.encoders.hf_audio import AUDIO_KINDS, HfAudioOptions, build_hf_audio
 from mmcl.encoders.hf_common import model_type
 from mmcl.encoders.hf_text import HfText, HfTextOptions
 from mmcl.encoders.hf_video import VIDEO_KINDS, HfVideo, HfVideoOptions
@@ -44,7 +46,9 @@ TOWERS: Mapping[str, TowerEntry] = {
     "tiny_audio": TowerEntry(TinyAudioOptions, TinyAudio, "audio"),
     "tiny_text": TowerEntry(TinyTextOptions, TinyText, "text"),
     "precomputed": TowerEntry(PrecomputedOptions, Precomputed, "stored embeddings"),
-    "open_clip:": TowerEntry(OpenClipOptions, build_open_clip, "video, text"),
+    "open_clip:": TowerEntry(
+        OpenClipOptions, build_open_clip, "video, text", "open_clip's; the card of each states its licence"
+    ),
     "timm:": TowerEntry(
         TimmOptions, TimmFrames, "video", "package:efficientnet-lite0 (Apache-2.0); timm's, as timm lists them"
     ),
@@ -52,10 +56,18 @@ TOWERS: Mapping[str, TowerEntry] = {
         TorchvisionOptions,
         build_torchvision,
         "video",
-        "torchvision's on Kinetics-400 (BSD-3-Clause)",
+        "torchvision's, trained on Kinetics-400 (BSD-3-Clause; mvit_v2_s and swin3d_t ported from Apache-2.0)",
     ),
     "slow_r50": TowerEntry(
         SlowOptions, SlowR50, "video", "SLOW_8x8_R50 of SlowFast (Apache-2.0) or PyTorchVideo (Apache-2.0)"
+    ),
+    "cnn14": TowerEntry(Cnn14Options, Cnn14, "audio", "Cnn14_mAP=0.431.pth of PANNs (CC-BY-4.0)"),
+    "resnet_mel": TowerEntry(ResnetMelOptions, ResnetMel, "audio"),
+    "sfx_cnn": TowerEntry(
+        SfxCnnOptions, SfxCnn, "audio", "package:aisfx (CC-BY-4.0 in its licence file, MIT among its classifiers)"
+    ),
+    "hf:audio": TowerEntry(
+        HfAudioOptions, build_hf_audio, "audio", "a folder of transformers; its card states the licence"
     ),
     "hf:text": TowerEntry(HfTextOptions, HfText, "text", "a folder; package:minilm (Apache-2.0)"),
     "hf:video": TowerEntry(HfVideoOptions, HfVideo, "video", "a folder of transformers; its card states the licence"),
@@ -65,7 +77,10 @@ by ``modality``.
 """
 
 
-HF_MODALITIES: Mapping[str, str] = dict.fromkeys(VIDEO_KINDS, "video")
+HF_MODALITIES: Mapping[str, str] = {
+    **dict.fromkeys(VIDEO_KINDS, "video"),
+    **dict.fromkeys(AUDIO_KINDS, "audio"),
+}
 """Model types of transformers that are not for text."""
 
 
@@ -99,6 +114,10 @@ TowerOptions: TypeAlias = Annotated[
     | Annotated[TimmOptions, Tag("timm:")]
     | Annotated[TorchvisionOptions, Tag("torchvision:")]
     | Annotated[SlowOptions, Tag("slow_r50")]
+    | Annotated[Cnn14Options, Tag("cnn14")]
+    | Annotated[ResnetMelOptions, Tag("resnet_mel")]
+    | Annotated[SfxCnnOptions, Tag("sfx_cnn")]
+    | Annotated[HfAudioOptions, Tag("hf:audio")]
     | Annotated[HfTextOptions, Tag("hf:text")]
     | Annotated[HfVideoOptions, Tag("hf:video")]
     | Annotated[SharedOptions, Tag("shared")],

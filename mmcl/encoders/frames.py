@@ -8,19 +8,17 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from mmcl.config import unknown_name
-from mmcl.encoders.norms import Norm, replace_batch_norm
-from mmcl.encoders.pixels import VideoEncoder, WindowOptions, renamed, video_spec
+from mmcl.encoders.norms import replace_batch_norm
+from mmcl.encoders.pixels import NormedOptions, VideoEncoder, renamed, video_spec
 from mmcl.encoders.temporal import TemporalHead, TemporalOptions
 from mmcl.types import ConfigError, Features, VideoSpec
 
 
-class FramesOptions(WindowOptions):
+class FramesOptions(NormedOptions):
     """An image network on each frame; one of ``frames: 1`` is a tower for pictures."""
 
     temporal: TemporalOptions = TemporalOptions()
     """from frames to a clip"""
-    norm: Norm = "frozen"
-    """batch norm keeps the statistics it has, or takes those of all ranks' present rows"""
     config: dict[str, Any] = Field(default_factory=dict)
     """arguments of the network to change, such as its depth"""
 

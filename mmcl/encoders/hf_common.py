@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -87,24 +88,43 @@ def longest_list(model: nn.Module) -> str:
     return name
 
 
-def without_prefix(tensors: dict[str, Tensor], own: Iterable[str], prefix: str) -> dict[str, Tensor]:
-    """Weights of a library's whole model, by this tower's names: those of the part that the tower is, with ``prefix``.
+def by_own_names(
+    tensors: dict[str, Tensor], tower: nn.Module, library: Any, config: Any, part: str = ""
+) -> dict[str, Tensor]:
+    """Published weights by the names of ``tower``, whose ``model`` is ``part`` of a model of the class ``library``.
 
-    The part is where most of the tower's names are found; what lies beside it (heads, another tower) is left out.
-    What lies in it and is not the tower's stays, for whoever loads them to refuse.
+    The library's own loader finds them: it knows older names, and the models of other tasks that they come from. Names
+    that are the tower's already stay; what neither knows keeps its name, for whoever loads them to tell.
+
+    Raises:
+        ConfigError: a tensor has another shape than the configuration says.
     """
-    mine = {name.removeprefix(prefix) for name in own}
-    if any(name in tensors for name in own):
+    own = tower.state_dict()
+    if own.keys() & tensors.keys():
         return tensors
-    found: dict[str, int] = {}
-    for name in tensors:
-        steps = name.split(".")
-        for cut in range(len(steps)):
-            if ".".join(steps[cut:]) in mine:
-                start = "".join(f"{step}." for step in steps[:cut])
-                found[start] = found.get(start, 0) + 1
-    if not found:
-        return tensors
-    # a decoder has parts of the same names as its encoder
-    place = max(found, key=lambda start: (found[start], "decoder" not in start))
-    return {prefix + name[len(place) :]: tensor for name, tensor in tensors.items() if name.startswith(place)}
+    with _quiet():
+        model, said = library.from_pretrained(
+            None, config=config, state_dict=dict(tensors), output_loading_info=True, ignore_mismatched_sizes=True
+        )
+    for name, there, here in sorted(said["mismatched_keys"]):
+        raise ConfigError(f"does not fit: {name} is {tuple(there)} there, {tuple(here)} here")
+    found = {f"model.{n[len(part) :]}": t for n, t in model.state_dict().items() if n.startswith(part)}
+    missing = {f"model.{name[len(part) :]}" for name in said["missing_keys"]}
+    named = {name: tensor for name, tensor in found.items() if name in own and name not in missing}
+    return {**named, **{name: tensors[name] for name in said["unexpected_keys"] if name in tensors}}
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """No table and no progress bar of transformers: what was loaded is told in one line, by whoever loads."""
+    from transformers.utils import logging
+
+    level, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(level)
+        if bars:
+            logging.enable_progress_bar()

@@ -18,7 +18,7 @@ from pydantic import Field
 from torch import Tensor
 
 from mmcl.encoders.base import Encoder
-from mmcl.encoders.hf_common import library_error, load_config, longest_list, stem_and_layers, without_prefix
+from mmcl.encoders.hf_common import by_own_names, library_error, load_config, longest_list, stem_and_layers
 from mmcl.encoders.options import TowerCommon
 from mmcl.encoders.packages import place_of
 from mmcl.media.text import ByteTokenizer
@@ -181,6 +181,7 @@ class HfText(Encoder):
                 model = transformers.AutoModel.from_config(config, trust_remote_code=False)
         except (TypeError, ValueError, RuntimeError) as error:
             raise library_error(options, error) from error
+        self.library = (type(model), config, "encoder." if config.is_encoder_decoder else "")
         self.model = model.get_encoder() if config.is_encoder_decoder else model
         if getattr(self.model, "pooler", None) is not None:
             self.model.pooler = None  # weights that no pooling here uses would get no gradient
@@ -197,15 +198,8 @@ class HfText(Encoder):
         return stem_and_layers(self.model, longest_list(self.model))
 
     def foreign(self, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-        """Of a model of transformers of any task; its pooler, its heads and its stored positions are left out."""
-        found = without_prefix(tensors, self.state_dict(), "model.")
-        own = self.state_dict()
-        dropped = ("model.pooler.", "model.head.") if "model.head.weight" not in own else ("model.pooler.",)
-        return {
-            name: tensor
-            for name, tensor in found.items()
-            if name in own or not (name.startswith(dropped) or name.endswith("position_ids"))
-        }
+        """Of a model of transformers of any task."""
+        return by_own_names(tensors, self, *self.library)
 
     def forward(self, x: Tensor, mask: Tensor | None = None) -> Features:
         """``x``: int64 ``(B, L)``; ``mask``: bool ``(B, L)``, at least one True a row (None: all are tokens)."""

@@ -11,7 +11,7 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from mmcl.config import unknown_name
-from mmcl.encoders.hf_common import library_error, load_config, longest_list, stem_and_layers
+from mmcl.encoders.hf_common import by_own_names, library_error, load_config, longest_list, stem_and_layers
 from mmcl.encoders.pixels import VideoEncoder, WindowOptions, repeated_to, video_spec
 from mmcl.types import ConfigError, Features
 
@@ -112,12 +112,10 @@ class HfVideo(VideoEncoder):
         return stem_and_layers(self.model, longest_list(self.model))
 
     def foreign(self, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-        """Names in files of transformers, old ones too, without decoders, predictors and classifiers."""
-        if any(name in self.state_dict() for name in tensors):
-            return tensors
-        found = _renamed_by_library(self.config, tensors)
-        norms = {f"norm.{name[8:]}": tensor for name, tensor in tensors.items() if name.startswith("fc_norm.")}
-        return {**{f"model.{name}": tensor for name, tensor in found.items()}, **norms}
+        """Names in files of transformers, old ones too; VideoMAE keeps the norm of the mean beside the model."""
+        part = "encoder." if self.config.model_type == "vjepa2" else ""
+        found = by_own_names(tensors, self, _model_class(self.config), self.config, part)
+        return {f"norm.{name[8:]}" if name.startswith("fc_norm.") else name: t for name, t in found.items()}
 
 
 def _preprocessor(folder: Path) -> dict[str, Any]:
@@ -150,15 +148,12 @@ def _model_class(config: Any) -> Any:
     return AutoModel._model_mapping[type(config)]  # from_config cannot read tensors that are at hand
 
 
-def _extra(config: Any) -> dict[str, Any]:
-    return {"add_pooling_layer": False} if config.model_type == "vivit" else {}
-
-
 def _model(options: HfVideoOptions, config: Any) -> nn.Module:
     if config.model_type == "vjepa2":
         config.pred_num_hidden_layers = 0  # it predicts masked tokens, which no embedding needs
+    extra = {"add_pooling_layer": False} if config.model_type == "vivit" else {}
     try:
-        model: nn.Module = _model_class(config)(config, **_extra(config))
+        model: nn.Module = _model_class(config)(config, **extra)
     except (TypeError, ValueError, RuntimeError, AssertionError) as error:
         raise library_error(options, error) from error
     return model
@@ -167,26 +162,3 @@ def _model(options: HfVideoOptions, config: Any) -> nn.Module:
 def _part(model: Any) -> nn.Module:
     part: nn.Module = model.encoder if model.config.model_type == "vjepa2" else model
     return part
-
-
-def _renamed_by_library(config: Any, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    """transformers knows which names its files had in which version: it reads them into a model of its own."""
-    from transformers.utils import logging
-
-    loud = logging.get_verbosity()
-    logging.set_verbosity_error()
-    try:
-        model, report = _model_class(config).from_pretrained(
-            None, config=config, state_dict=dict(tensors), output_loading_info=True, **_extra(config)
-        )
-    except (RuntimeError, ValueError, OSError) as error:
-        raise ConfigError(f"does not fit: {' '.join(str(error).split())[:300]}") from None
-    finally:
-        logging.set_verbosity(loud)
-    prefix = "encoder." if config.model_type == "vjepa2" else ""
-    missing = set(report["missing_keys"])
-    return {
-        name.removeprefix(prefix): tensor
-        for name, tensor in model.state_dict().items()
-        if name.startswith(prefix) and name not in missing
-    }

@@ -10,6 +10,7 @@ from pydantic import Field, model_validator
 from torch import Tensor
 
 from mmcl.encoders.base import Encoder
+from mmcl.encoders.norms import Norm
 from mmcl.encoders.options import TowerCommon
 from mmcl.encoders.packages import package_pixels
 from mmcl.types import VideoSpec
@@ -39,6 +40,13 @@ class WindowOptions(TowerCommon):
         if pixels is None or given.get("mean") is not None or given.get("std") is not None:
             return given
         return {**given, "mean": pixels[0], "std": pixels[1]}
+
+
+class NormedOptions(WindowOptions):
+    """A tower whose network may have batch norm."""
+
+    norm: Norm = "frozen"
+    """batch norm keeps the statistics it has (its scale and shift learn), or takes those of all ranks' present rows"""
 
 
 class VideoEncoder(Encoder):

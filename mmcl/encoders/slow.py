@@ -10,7 +10,7 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from mmcl.encoders.norms import Norm, batch_norm
-from mmcl.encoders.pixels import VideoEncoder, WindowOptions, renamed, video_spec
+from mmcl.encoders.pixels import NormedOptions, VideoEncoder, renamed, video_spec
 from mmcl.encoders.torchvision_video import from_maps
 from mmcl.types import Features
 
@@ -20,7 +20,7 @@ _TIME_KERNELS = (1, 1, 3, 3)
 _PARTS = {"branch1": "shortcut", "a": "a", "b": "b", "c": "c"}
 
 
-class SlowOptions(WindowOptions):
+class SlowOptions(NormedOptions):
     """Slow-only R50 8×8, the backbone of arXiv 2104.14558: every eighth frame, eight of them, at 224 pixels."""
 
     name: Literal["slow_r50"] = "slow_r50"

@@ -9,8 +9,8 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from mmcl.config import unknown_name
-from mmcl.encoders.norms import Norm, replace_batch_norm
-from mmcl.encoders.pixels import VideoEncoder, WindowOptions, renamed, repeated_to, video_spec
+from mmcl.encoders.norms import replace_batch_norm
+from mmcl.encoders.pixels import NormedOptions, VideoEncoder, renamed, repeated_to, video_spec
 from mmcl.types import ConfigError, Features
 
 
@@ -35,15 +35,13 @@ NETWORKS: Mapping[str, Published] = {
 }
 
 
-class TorchvisionOptions(WindowOptions):
+class TorchvisionOptions(NormedOptions):
     """A video network of torchvision."""
 
     name: str = Field(pattern=r"^torchvision:.+$")
     """``torchvision:`` and one of r3d_18, mc3_18, r2plus1d_18, s3d, mvit_v2_s, swin3d_t"""
     size: Annotated[int, Field(ge=16, le=4096, multiple_of=16)] | None = None
     """pixels, height = width; null: as published"""
-    norm: Norm = "frozen"
-    """batch norm keeps the statistics it has, or takes those of all ranks' present rows"""
     depth: tuple[Annotated[int, Field(ge=1)], ...] | None = None
     """blocks of each stage, to build it smaller; null: as published"""
 

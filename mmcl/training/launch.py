@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import os
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TypeVar
 
 import torch
 
@@ -17,21 +17,33 @@ from mmcl.encoders.pretrained import Source
 from mmcl.model import parameter_counts
 from mmcl.recipe import RunConfig, build_model
 from mmcl.shards.sequential import describe_order
+from mmcl.training.changes import check_unchanged, flat
+from mmcl.training.checkpoint import read_state
+from mmcl.training.peers import Peers
+from mmcl.training.processes import build_accelerator
 from mmcl.training.run_folder import RunFolder
+from mmcl.training.signals import StopRequest
 from mmcl.training.soundness import check_labels, remarks
-from mmcl.training.trainer import Trainer, build_accelerator, build_stream
+from mmcl.training.trainer import Trainer, build_stream
 from mmcl.types import Batch, MmclError, RunError
 
 T = TypeVar("T")
 
 
-def pretrain(config: RunConfig, *, resume: str | None = None, pretrained: Mapping[str, Source] | None = None) -> bool:
+def pretrain(
+    config: RunConfig,
+    *,
+    resume: str | None = None,
+    allow: Sequence[str] = (),
+    pretrained: Mapping[str, Source] | None = None,
+) -> bool:
     """Trains; on one process or as one rank of many.
 
     Args:
         config: the run.
         resume: None starts a new run; ``"auto"`` goes on from the newest complete checkpoint of the run folder, or
             starts; a path goes on from that checkpoint.
+        allow: dotted keys of the configuration that may differ from that of the checkpoint.
         pretrained: tower: what gives its first weights instead of what the configuration says, such as a function.
 
     Returns:
@@ -41,6 +53,17 @@ def pretrain(config: RunConfig, *, resume: str | None = None, pretrained: Mappin
         ConfigError: a wrong configuration, a folder that already holds a run, a checkpoint that does not fit.
         RunError: the run cannot go on.
     """
+    with StopRequest(Path(config.train.out) / "stop") as stop:
+        return _pretrain(config, stop, resume, allow, pretrained)
+
+
+def _pretrain(
+    config: RunConfig,
+    stop: StopRequest,
+    resume: str | None,
+    allow: Sequence[str],
+    pretrained: Mapping[str, Source] | None,
+) -> bool:
     _ignore_harmless_warnings()
     accelerator = build_accelerator(config)
     if not torch.cuda.is_available():
@@ -49,17 +72,21 @@ def pretrain(config: RunConfig, *, resume: str | None = None, pretrained: Mappin
         )
     try:
         with ExitStack() as stack:
+            stack.enter_context(Peers(Comm.current(), config.train.timeout_seconds))
             folder = RunFolder(Path(config.train.out), writer=accelerator.is_main_process)
             source = _together(lambda: stack.enter_context(folder).resume_from(resume))
+            changes = [] if source is None else _together(lambda: check_unchanged(source, config, allow))
             trainer = Trainer(config, accelerator, pretrained=pretrained, fresh=source is None)
             if source is not None:
                 trainer.load(source)
             if accelerator.is_main_process:
                 folder.write_config(to_yaml(config))
-                print(_headline(trainer, source), flush=True)
+                print(_headline(trainer), flush=True)
+                if source is not None:
+                    print(_going_on(source, trainer.comm.world_size, changes), flush=True)
             if config.train.trackers:
-                accelerator.init_trackers("mmcl", config=_flat(config.model_dump(mode="json")))
-            progress = trainer.fit(folder, resume=source)
+                accelerator.init_trackers("mmcl", config=flat(config.model_dump(mode="json")))
+            progress = trainer.fit(folder, stop, resume=source)
             finished = progress.step >= config.train.steps
             if not finished and accelerator.is_main_process:
                 print(f"stopped after step {progress.step} of {config.train.steps}; --resume auto goes on", flush=True)
@@ -103,7 +130,7 @@ def spare_threads(config: RunConfig, ranks: int) -> int:
     return max(1, cores // max(ranks, 1) - decoding)
 
 
-def _headline(trainer: Trainer, source: Path | None) -> str:
+def _headline(trainer: Trainer) -> str:
     stream, config = trainer.stream, trainer.config
     tars = stream.plan.tars
     lines = [
@@ -126,18 +153,19 @@ def _headline(trainer: Trainer, source: Path | None) -> str:
         lines.append(f"warning: {describe_order(tars)}")
     lines += trainer.model.loaded
     lines += [f"warning: {remark}" for remark in remarks(config, trainer.model, trainer.mix)]
-    if source is not None:
-        lines.append(f"going on from {source}")
     return "\n".join(lines)
 
 
-def _flat(tree: Any, prefix: str = "") -> dict[str, Any]:
-    """Dotted keys, as trackers want them."""
-    if isinstance(tree, dict):
-        return {key: value for name, node in tree.items() for key, value in _flat(node, f"{prefix}{name}.").items()}
-    if isinstance(tree, list):
-        return {key: value for i, node in enumerate(tree) for key, value in _flat(node, f"{prefix}{i}.").items()}
-    return {prefix[:-1]: tree}
+def _going_on(source: Path, world_size: int, changes: Sequence[str]) -> str:
+    """What a resumed run says of itself: from where, on how many processes, what was let through."""
+    state = read_state(source)
+    lines = [f"going on from {source}, after step {state['progress']['step']}"]
+    if state["world_size"] != world_size:
+        lines.append(
+            f"it ran on {state['world_size']} process(es), now on {world_size}: the order of samples stays, "
+            "sums are rounded otherwise"
+        )
+    return "\n".join([*lines, *(f"changed: {change}" for change in changes)])
 
 
 def describe(config: RunConfig) -> str:

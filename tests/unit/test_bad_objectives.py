@@ -16,8 +16,9 @@ from mmcl.recipe import RunConfig, build_model
 from mmcl.shards import load_manifest
 from mmcl.training import trainer
 from mmcl.training.launch import describe
+from mmcl.training.processes import build_accelerator
 from mmcl.training.soundness import remarks
-from mmcl.training.trainer import Trainer, build_accelerator
+from mmcl.training.trainer import Trainer
 from mmcl.types import ConfigError
 
 VIEWS = "tower: depth, method: {name: simclr}"

@@ -257,7 +257,8 @@ def test_a_folder_of_transformers_says_what_its_tower_eats(kind: str, tmp_path: 
     assert (spec.frames, spec.size, spec.mean, spec.std) == (4, 32, (0.1, 0.2, 0.3), (0.4, 0.5, 0.6))
     from safetensors.torch import load_file
 
-    encoder.load_state_dict(encoder.foreign(load_file(tmp_path / "model.safetensors")))
+    found = encoder.foreign(load_file(tmp_path / "model.safetensors"))
+    assert encoder.load_state_dict(found, strict=False).missing_keys == []
     x = clips(encoder)
     base = published.base_model.eval()
     with torch.no_grad():
@@ -303,3 +304,43 @@ def test_a_rank_without_rows_leaves_the_statistics() -> None:
     assert all(before[key].equal(value) for key, value in statistics(model).items()) and not found.any()
     model.encode_view("video", ViewBatch(x, torch.ones(2, dtype=torch.bool)), ["joint"])
     assert not any(before[key].equal(value) for key, value in statistics(model).items())
+
+
+@pytest.mark.slow
+@EACH
+def test_what_all_towers_can_be_told_acts_on_this_one(name: str) -> None:
+    deeper = {"depth": [2, 1, 1, 1]} if name == "slow_r50" else {}
+    if name in ("timm:resnet18", "open_clip:RN50"):
+        deeper = {"config": {**({**SMALL, **SLOW}[name]["config"]), "layers": [2, 1, 1, 1]}}
+    plain = tower(name, **deeper).train()
+    again = tower(name, **deeper, checkpoint_activations=True).train()
+    x = clips(plain)
+    for encoder in (plain, again):
+        encoder(x).pooled.pow(2).sum().backward()
+    for (key, p), q in zip(plain.named_parameters(), again.parameters(), strict=True):
+        torch.testing.assert_close(p.grad, q.grad, rtol=1e-4, atol=1e-5, msg=key)
+    locked = tower(name, **deeper, lock=1)
+    last = {id(p) for p in locked.blocks()[-1].parameters()}
+    trained = {key: id(p) for key, p in locked.named_parameters() if p.requires_grad}
+    assert last <= set(trained.values()) and len(trained) < len(list(plain.parameters()))
+    dropped = tower(name, **deeper, drop_path=0.9).train()
+    for encoder in (plain, dropped):
+        for key, p in encoder.named_parameters():
+            if key.endswith("c.norm.weight"):  # zero at first: a block that does nothing can be skipped unseen
+                nn.init.ones_(p)
+    assert len({float(dropped(x).pooled.detach().sum()) for _ in range(8)}) > 1, "a draw each time"
+    assert torch.equal(dropped.eval()(x).pooled, plain.eval()(x).pooled)
+
+
+@pytest.mark.parametrize("name", ["timm:resnet18", "open_clip:ViT-B-32"])
+def test_frame_towers_take_the_names_of_their_libraries(name: str) -> None:
+    encoder = tower(name, temporal={"pool": "transformer", "layers": 1})
+    own = encoder.state_dict()
+    prefix = "visual." if name.startswith("open_clip") else ""
+    published = {prefix + key[6:]: value for key, value in own.items() if key.startswith("tower.")}
+    beside = {"fc.weight": torch.ones(1), "bn1.num_batches_tracked": torch.ones(1)} if not prefix else {}
+    beside = beside or {"transformer.resblocks.0.ln_1.weight": torch.ones(1), "logit_scale": torch.ones(())}
+    found = encoder.foreign({**published, **beside})
+    assert found.keys() == {key for key in own if key.startswith("tower.")}
+    assert all(found[key] is own[key] for key in found)
+    assert encoder.foreign(own).keys() == own.keys(), "those of a tower of ours stay"
