@@ -1,4 +1,4 @@
-"""The comparisons of ``tools/bench/learning.py``: one at its tiny size, from recordings to the JSON; what others run."""
+"""The comparisons of ``tools/bench/learning.py``: one at its tiny size, recordings to JSON; what others would run."""
 
 from __future__ import annotations
 
