@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mmcl.config import build
@@ -43,6 +43,7 @@ def test_synonyms_swaps_and_deletions() -> None:
     assert sum(len(text.split()) for text in kept) / len(kept) == pytest.approx(8.0, abs=0.2)
 
 
+@settings(max_examples=30)
 @given(st.text(max_size=40), chances, chances, chances, st.integers(0, 2**62))
 def test_any_caption_keeps_a_word_of_its_own(text: str, stop: float, swap: float, delete: float, key: int) -> None:
     options = WordOptions(stop_words=stop, swap=swap, delete=delete)
