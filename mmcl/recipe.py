@@ -208,9 +208,10 @@ def build_model(
         check_needs(objectives[name].needs, towers, path=f"objectives.{number}")
         _check_augmentations(objectives[name].needs, options, config.data.augmentations, f"objectives.{number}")
         _check_masking(objectives[name].masking, config.data.augmentations, f"objectives.{number}")
+        _check_mixing(objectives[name].mixing, config.data.augmentations, f"objectives.{number}")
         _check_sizes(objectives[name].needs, options, model, f"objectives.{number}")
         weights[name] = over_run(options.weight, config.train.steps, f"objectives.{number}.weight")
-    mix = ObjectiveMix(objectives, weights)
+    mix = ObjectiveMix(objectives, weights, steps=config.train.steps)
     model.add_scales(mix.scales, mix.start_temperatures)
     if fresh:
         model.load_pretrained(pretrained)
@@ -267,6 +268,14 @@ def _check_masking(masking: Mapping[str, str], augmentations: Mapping[str, Augme
         if name == NONE or not augmentations[name].text.mask:
             place = f"give data.augmentations.{name}.text a mask" if name != NONE else "name one that does"
             raise ConfigError(f"{path}.{option}: {name!r} masks no token; {place}")
+
+
+def _check_mixing(mixing: Mapping[str, tuple[str, str]], augmentations: Mapping[str, Augmentation], path: str) -> None:
+    """ConfigError where rows are to come mixed and their augmentation does not mix them."""
+    for option, (modality, name) in mixing.items():
+        if name == NONE or getattr(augmentations[name], modality).mix is None:
+            place = f"give data.augmentations.{name}.{modality} a mix" if name != NONE else "name one that does"
+            raise ConfigError(f"{path}.{option}: {name!r} mixes no {modality}; {place}")
 
 
 def json_schema() -> dict[str, Any]:

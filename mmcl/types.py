@@ -394,6 +394,8 @@ class Embeddings:
     batch: Batch
     scales: Mapping[str, Tensor] = field(default_factory=dict)
     """the model's multipliers of the cosine (1 / temperature), 0-d, clamped, by name"""
+    progress: float = 0.0
+    """share of the run's optimizer steps that were taken before this one"""
 
     def get(self, need: Need, level: Level | None = None) -> Tensor:
         """The tensor that answers ``need``; ``level`` is only needed where it names several."""

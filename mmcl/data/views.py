@@ -11,6 +11,7 @@ import numpy as np
 from mmcl.data.collate import Value, blank_value
 from mmcl.data.options import SamplingOptions
 from mmcl.hashing import text_hash, uniform
+from mmcl.media.augment_words import augment_words
 from mmcl.media.augmentation import Augmentation, Params, check_views, decoded_spec, draw_erase, draw_params
 from mmcl.media.clip import MediaReader, own_window
 from mmcl.media.windows import (
@@ -104,7 +105,8 @@ class ViewMaker:
                         values[view] = Value(data, start_seconds, {**params, **self._params(view, words, batch)})
         for view in self.views:
             if isinstance(view.spec, TextSpec) and view.clip < len(captions):
-                values[view] = Value(captions[view.clip], params=self._params(view, words, batch))
+                spoken = self._words(captions[view.clip], view, words)
+                values[view] = Value(spoken, params=self._params(view, words, batch))
             if isinstance(view.spec, VectorSpec) and view.spec.member in sample.vectors:
                 values[view] = Value(read_vector(sample.vectors[view.spec.member], view.spec.width))
         if not values:
@@ -156,6 +158,13 @@ class ViewMaker:
         augmentation = self.augmentations.get(view.augmentation)
         params = {} if augmentation is None else draw_params(augmentation, view, words)
         return params if view.erase is None else {**params, **draw_erase(view, words, batch)}
+
+    def _words(self, caption: str, view: View, words: tuple[int, ...]) -> str:
+        augmentation = self.augmentations.get(view.augmentation)
+        if augmentation is None or augmentation.text.words is None:
+            return caption
+        drawn = (*words, view.clip, text_hash(view.augmentation), view.copy)
+        return augment_words(caption, augmentation.text.words, drawn)
 
     def blank(self, view: View) -> Value:
         """What an absent row of a view holds: zeros in the shapes of the others."""

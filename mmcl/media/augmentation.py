@@ -16,6 +16,7 @@ from pydantic import Field, field_validator, model_validator
 
 from mmcl.config import Options, unknown_name
 from mmcl.hashing import hash64, text_hash, uniform
+from mmcl.media.augment_words import WordOptions
 from mmcl.types import AudioSpec, ConfigError, TextSpec, VideoSpec, View
 
 Params: TypeAlias = dict[str, np.ndarray]
@@ -28,6 +29,7 @@ NONE = "none"
 """the built-in augmentation that changes nothing"""
 
 CROP_TRIES = 10
+BETA_TRIES = 16
 # what a random number is for, so that no two uses share their numbers
 _CROP, _FLIP, _ROTATION, _JITTER, _GREY, _BLUR, _GAIN, _SHIFT, _MASK, _TOKENS, _BAND, _MIX, _ERASE = range(32, 45)
 
@@ -99,6 +101,8 @@ class MixOptions(_Ranges):
     probability: Probability = 1.0
     share: tuple[Probability, Probability] = (0.0, 0.5)
     """of the other sample, uniform"""
+    beta: Annotated[float, Field(gt=0, le=1)] | None = None
+    """draw the share from Beta(x, x) within the limits of ``share`` instead (M3CoL: 0.15, with limits 0 and 1)"""
     scope: Literal["rank", "global"] = "rank"
     """choose the other among the rows of the same rank, or of all: the same on any number of ranks, for an exchange"""
 
@@ -138,8 +142,9 @@ class AudioAugmentation(_Ranges):
 
 
 class TextAugmentation(Options):
-    """Changes of tokens, each token on its own; marks such as start and end stay. Applied in this order."""
+    """Changes of words, then of tokens, each on its own; marks such as start and end stay. Applied in this order."""
 
+    words: WordOptions | None = None
     swap: Probability = 0.0
     """a token changes places with its neighbour"""
     delete: Probability = 0.0
@@ -380,8 +385,25 @@ def _hertz(mels: np.ndarray) -> np.ndarray:
 
 def _mix_share(options: MixOptions, draws: _Draws) -> Params:
     chance, where = draws(_MIX, 2)
+    if options.beta is not None:
+        where = float(beta_share(options.beta, draws(_MIX, 2 + 2 * BETA_TRIES)[2:].reshape(2, BETA_TRIES)))
     share = _between(options.share, where) if chance < options.probability else 0.0
     return {f"{options.scope}_mix_share": np.asarray(share, dtype=np.float32)}
+
+
+def beta_share(concentration: float, u: np.ndarray) -> np.ndarray:
+    """float64 ``(…)`` in [0, 1] of Beta(x, x), x in (0, 1], from uniform numbers ``(2, …, tries)`` (Jöhnk 1964).
+
+    Of the tries, at least half of which succeed, the first that does is taken; one row in 65,536 at worst has none and
+    gets its last.
+    """
+    logs = np.log(np.maximum(u, 2.0**-53)) / concentration
+    fits = np.logaddexp(logs[0], logs[1]) <= 0
+    last = u.shape[-1] - 1
+    chosen = np.where(fits.any(-1), fits.argmax(-1), last)[..., None]
+    difference = np.take_along_axis(logs[1] - logs[0], chosen, -1)[..., 0]
+    share: np.ndarray = 1 / (1 + np.exp(np.minimum(difference, 700.0)))
+    return share
 
 
 def _text_params(options: TextAugmentation, draws: _Draws) -> Params:

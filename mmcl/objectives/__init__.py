@@ -14,7 +14,9 @@ from mmcl.objectives import (
     cross_modal,
     distillation,
     generative,
+    improved,
     intra_modal,
+    m3col,
     multi_view,
     mutual,
     persistency,
@@ -27,7 +29,9 @@ from mmcl.objectives.contrastive_distillation import ContrastiveDistillationOpti
 from mmcl.objectives.cross_modal import CrossModalOptions
 from mmcl.objectives.distillation import DistillationOptions
 from mmcl.objectives.generative import CMIMOptions, GenerativeContrastiveOptions
+from mmcl.objectives.improved import ImprovedOptions
 from mmcl.objectives.intra_modal import IntraModalOptions
+from mmcl.objectives.m3col import M3CoLOptions
 from mmcl.objectives.multi_view import MultiViewOptions
 from mmcl.objectives.mutual import MutualOptions
 from mmcl.objectives.persistency import PersistencyOptions
@@ -48,7 +52,9 @@ OBJECTIVES: dict[str, ObjectiveEntry] = {
     "cross_modal": ObjectiveEntry(CrossModalOptions, cross_modal.build),
     "distillation": ObjectiveEntry(DistillationOptions, distillation.build),
     "generative_contrastive": ObjectiveEntry(GenerativeContrastiveOptions, generative.build_generative_contrastive),
+    "improved": ObjectiveEntry(ImprovedOptions, improved.build),
     "intra_modal": ObjectiveEntry(IntraModalOptions, intra_modal.build),
+    "m3col": ObjectiveEntry(M3CoLOptions, m3col.build),
     "multi_view": ObjectiveEntry(MultiViewOptions, multi_view.build),
     "mutual": ObjectiveEntry(MutualOptions, mutual.build),
     "persistency": ObjectiveEntry(PersistencyOptions, persistency.build),
@@ -63,7 +69,9 @@ ObjectiveOptions: TypeAlias = Annotated[
     | CrossModalOptions
     | DistillationOptions
     | GenerativeContrastiveOptions
+    | ImprovedOptions
     | IntraModalOptions
+    | M3CoLOptions
     | MultiViewOptions
     | MutualOptions
     | PersistencyOptions

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -71,6 +71,8 @@ class Objective(nn.Module):
     """whether its negatives keep to the pools of a batch"""
     masking: Mapping[str, str] = {}
     """option: the augmentation that it names, which has to mask tokens of texts"""
+    mixing: Mapping[str, tuple[str, str]] = {}
+    """option: a modality and the augmentation that the option names, which has to mix rows of that modality"""
     remarks: tuple[str, ...] = ()
     """what a run says of it at its start, with the path of the option"""
     start_temperatures: Mapping[str, float] = {}
@@ -93,7 +95,9 @@ class ObjectiveMix(nn.Module):
     ``negatives`` in its metrics: how many others of the batch, in the mean, a row shares no key, caption or group with.
     """
 
-    def __init__(self, objectives: Mapping[str, Objective], weights: Mapping[str, float | Ramp]) -> None:
+    def __init__(
+        self, objectives: Mapping[str, Objective], weights: Mapping[str, float | Ramp], *, steps: int | None = None
+    ) -> None:
         super().__init__()
         if not objectives:
             raise ValueError("a mix needs at least one objective")
@@ -101,6 +105,8 @@ class ObjectiveMix(nn.Module):
             raise ValueError(f"weights {sorted(weights)} do not match objectives {sorted(objectives)}")
         self.objectives = nn.ModuleDict(objectives)
         self.weights = dict(weights)
+        self.steps = steps
+        """optimizer steps of the run, for objectives that change on the way"""
 
     @property
     def needs(self) -> tuple[Need, ...]:
@@ -133,6 +139,8 @@ class ObjectiveMix(nn.Module):
 
     def forward(self, embeddings: Embeddings, comm: Comm, *, step: int | None = None) -> Term:
         """The mix in optimizer step ``step``, counted from 0."""
+        if step is not None and self.steps is not None:
+            embeddings = replace(embeddings, progress=min(step / self.steps, 1.0))
         terms = {name: objective(embeddings, comm) for name, objective in self.each().items()}
         weights = self.weights_at(step)
         loss = torch.stack([weights[name] * term.loss for name, term in terms.items()]).sum()

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from mmcl.distributed import Comm
+from mmcl.media.mixing import GLOBAL, ring
 from mmcl.objectives.base import ObjectiveMix, Term
 from mmcl.training.momentum import advance
 from mmcl.types import TIMED, AudioSpec, Batch, Embeddings, Level, TextSpec, TowerInfo, VideoSpec, View, ViewBatch
@@ -158,6 +159,8 @@ def make_batch(views: Sequence[View], step: int, kind: str, rows: int = 12) -> B
         mask, params = _text_parts(view, present, step)
         x = raw(view, x, step)
         params = {**params, **_times_and_labels(view, rows, step)}
+        if view.augmentation == "mixed":
+            params.update(_mix_parts(present, step * rows + number))
         data[view] = ViewBatch(x * present.view(-1, *[1] * (x.ndim - 1)), present, mask, params)
     groups = torch.randint(0, rows, (rows, 2), generator=random)
     return Batch(
@@ -194,6 +197,12 @@ def _times_and_labels(view: View, rows: int, step: int) -> dict[str, Tensor]:
             )
         params["turns"] = (params["turns"] + view.clip) % 4
     return params
+
+
+def _mix_parts(present: Tensor, draws: Tensor) -> dict[str, Tensor]:
+    """Half of the rows of this view were mixed with the next one of a ring."""
+    share = torch.where(draws % 2 == 0, 0.1 + (draws % 5) / 8, 0.0)
+    return {GLOBAL: share, "mix_draw": draws[ring(draws, present, 0)]}
 
 
 def pick_rows(batch: Batch, index: Tensor) -> Batch:

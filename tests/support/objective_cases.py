@@ -75,6 +75,11 @@ def _zoo(method: str, **more: Any) -> Case:
     return Case("distillation", {"method": method, "teacher": "audio", **more}, taught=True)
 
 
+def _improved(method: str, detached_by: str = "", cold: Mapping[str, Any] | None = None, **more: Any) -> Case:
+    options = {"pair": ("video", "text"), "method": method, "layers": 2, **HEAD, **more}
+    return Case("improved", options, detached_by=detached_by, cold=cold)
+
+
 _TOKENS = ("tokens", "tokens")
 _CCL, _CRD = "compositional_distillation", "contrastive_distillation"
 _COLD = {"temperature": 0.01}
@@ -146,6 +151,20 @@ CASES: dict[str, Case] = {
     ),
     "cmim": _decoding("cmim", "text", latent=5),
     "cmim: codes": _decoding("cmim", "audio", latent=3, latents=1, critic="dot", other="mean", likelihood="mean"),
+    "improved: rocket": _improved("rocket"),
+    "improved: siamlip": _improved("siamlip", predictor_hidden=4, strong=1),
+    "improved: byolip": _improved("byolip", predictor_hidden=4, strong=1),
+    "improved: barlip": _improved("barlip", barlow_hidden=6, barlow_out=5, strong=1),
+    "improved: swalip": _improved("swalip", detached_by="_codes", cold={"swap_temperature": 0.01}),
+    "improved: swalip with prototypes": _improved("swalip", detached_by="_codes", prototypes=4, strong=1),
+    "m3col": Case("m3col", {"seed": 3, "mixed_rows": 0.8, "beta": 0.9}, cold=_COLD),
+    "m3col: inputs and labels": Case(
+        "m3col", {"inputs": {"video": "mixed", "audio": "mixed"}, "classes": 3, "hidden": 5}, cold=_COLD
+    ),
+    "m3col: soft": Case("m3col", {"towers": ("video", "text"), "mixed_share": 0.0}, cold={"soft_temperature": 0.01}),
+    "m3col: soft targets that learn": Case(
+        "m3col", {"mixed_share": 0.0, "soft_temperature": 0.3, "detach_targets": False}, cold={"soft_temperature": 0.01}
+    ),
     "multi_view: mv_dhel": Case(
         "multi_view", {"temperature": 0.3, "views": {"video": 2, "audio": 1, "text": 1}}, cold=_COLD
     ),

@@ -19,7 +19,7 @@ import multiprocessing
 import shutil
 import statistics
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Executor, ProcessPoolExecutor, as_completed
 from contextlib import redirect_stderr, redirect_stdout
 from dataclasses import asdict, dataclass
@@ -31,6 +31,8 @@ from learning_data import Takes, prepare
 
 Tree = dict[str, Any]
 Figures = dict[str, float]
+Measured = dict[tuple[str, int], Figures]
+"""by arm and seed"""
 
 VIDEO: Tree = {"name": "tiny_video", "width": 64, "channels": 16, "size": 32, "frames": 4, "fps": 2}
 AUDIO: Tree = {"name": "tiny_audio", "width": 128, "channels": 16, "mels": 32, "seconds": 2.0}
@@ -166,13 +168,29 @@ def jobs_of(experiment: str, sizes: Sizes, work: Path, teachers: Sequence[str] =
     measure = {"intra_modal": "retrieval", "distillation": "classes"}
     found = []
     for camera, arm, tree in arms:
-        shards = work / camera / "shards"
         for seed in range(1 if experiment == "teacher" else sizes.seeds):
-            folder = run_folder(work, experiment, arm, seed)
-            sources = [shards / split for split in bank]
-            whole = {**tree, **data_and_train(sources, folder, sizes.steps[experiment], sizes.batch[experiment], seed)}
-            found.append(Job(experiment, arm, seed, whole, folder, shards, bank, measure.get(experiment, "neighbours")))
+            how = measure.get(experiment, "neighbours")
+            found.append(job_of(experiment, arm, seed, tree, sizes, work, camera, bank, how))
     return found
+
+
+def job_of(
+    experiment: str,
+    arm: str,
+    seed: int,
+    tree: Tree,
+    sizes: Sizes,
+    work: Path,
+    camera: str,
+    bank: tuple[str, ...],
+    measure: str,
+) -> Job:
+    """The run of an arm that trains on the splits of ``bank``."""
+    shards, folder = work / camera / "shards", run_folder(work, experiment, arm, seed)
+    sources = [shards / split for split in bank]
+    common = data_and_train(sources, folder, sizes.steps[experiment], sizes.batch[experiment], seed)
+    whole = {**tree, **common, "train": {**common["train"], **tree.get("train", {})}}
+    return Job(experiment, arm, seed, whole, folder, shards, bank, measure)
 
 
 def data_and_train(sources: Sequence[Path], folder: Path, steps: int, batch: int, seed: int) -> Tree:
@@ -198,14 +216,14 @@ def data_and_train(sources: Sequence[Path], folder: Path, steps: int, batch: int
 # --- one run ----------------------------------------------------------------------------------------------------------
 
 
-def run(job: Job) -> tuple[Job, Figures]:
-    """Trains, unless an earlier call did with the same configuration, and measures."""
+def run(job: Job, measure: Callable[[Any, Job], Figures] | None = None) -> tuple[Job, Figures]:
+    """Trains, unless an earlier call did with the same configuration, and measures (None: as the job says)."""
     torch.set_num_threads(1)
     job.folder.parent.mkdir(parents=True, exist_ok=True)
     with job.folder.with_suffix(".log").open("a") as log, redirect_stdout(log), redirect_stderr(log):
         model, cpu_seconds = _trained(job)
-        measures = {"retrieval": retrieval, "classes": classes, "linear": linear}
-        figures = measures.get(job.measure, neighbours)(model, job)
+        known = {"retrieval": retrieval, "classes": classes, "linear": linear}
+        figures = (measure or known.get(job.measure, neighbours))(model, job)
     return job, {**figures, "cpu_seconds": cpu_seconds}
 
 
@@ -232,7 +250,7 @@ def _trained(job: Job) -> tuple[Any, float]:
     return MultimodalModel.from_pretrained(job.folder), before["cpu_seconds"]
 
 
-def _embed(model: Any, job: Job, split: str, level: Any) -> Any:
+def embed(model: Any, job: Job, split: str, level: Any) -> Any:
     from mmcl.evaluation.embed import embed_shards
 
     return embed_shards(model, str(job.shards / split), level=level, in_process=True, decoder="pyav")
@@ -241,7 +259,7 @@ def _embed(model: Any, job: Job, split: str, level: Any) -> Any:
 def _labelled(model: Any, job: Job, splits: Iterable[str]) -> tuple[torch.Tensor, torch.Tensor]:
     """Features of the first tower and the labels of their recordings."""
     modality = next(iter(model.tower_infos().values())).modality
-    each = [_embed(model, job, split, "pooled") for split in splits]
+    each = [embed(model, job, split, "pooled") for split in splits]
     labels = [torch.tensor([item.label for item in e.items])[e.owners[modality]] for e in each]
     return torch.cat([e.rows[modality] for e in each]), torch.cat(labels)
 
@@ -277,7 +295,7 @@ def classes(model: Any, job: Job) -> Figures:
     weight, bias = (
         owned[f"objectives.{job.tree['objectives'][0]['name']}.classify.{part}"] for part in ("weight", "bias")
     )
-    test = _embed(model, job, "test", "pooled")
+    test = embed(model, job, "test", "pooled")
     labels = torch.tensor([item.label for item in test.items])[test.owners["video"]]
     named = (test.rows["video"] @ weight.T + bias).argmax(1)
     return {"classifier": 100 * float((named == labels).float().mean()), **figures}
@@ -287,7 +305,7 @@ def retrieval(model: Any, job: Job) -> Figures:
     """R@1 of all directions among the test recordings; everything of the query's game is right."""
     from mmcl.evaluation import retrieval_metrics
 
-    test = _embed(model, job, "test", "joint")
+    test = embed(model, job, "test", "joint")
     labels = torch.tensor([item.label for item in test.items])
     figures = {}
     for asked, queries in test.rows.items():
@@ -312,18 +330,18 @@ def spread(values: list[float]) -> Tree:
     }
 
 
-def measure(pool: Executor, experiment: str, jobs: Sequence[Job], compared: Sequence[tuple[str, str]]) -> Tree:
-    """The summary of these runs, each of which is printed as it ends."""
-    measured = {}
+def run_all(jobs: Sequence[Job], pool: Executor, run: Callable[[Job], tuple[Job, Figures]]) -> Measured:
+    """What all jobs gave, in their order; each is printed as it ends."""
+    measured: Measured = {}
     for future in as_completed([pool.submit(run, job) for job in jobs]):
         job, figures = future.result()
         measured[job.arm, job.seed] = figures
         shown = "  ".join(f"{name} {value:.1f}" for name, value in figures.items())
-        print(f"{experiment}: {job.arm}, seed {job.seed}: {shown}", flush=True)
-    return summary({(job.arm, job.seed): measured[job.arm, job.seed] for job in jobs}, compared)
+        print(f"{job.experiment}: {job.arm}, seed {job.seed}: {shown}", flush=True)
+    return {(job.arm, job.seed): measured[job.arm, job.seed] for job in jobs}
 
 
-def summary(measured: dict[tuple[str, int], Figures], compared: Sequence[tuple[str, str]]) -> Tree:
+def summary(measured: Measured, compared: Sequence[tuple[str, str]]) -> Tree:
     arms = list(dict.fromkeys(arm for arm, _ in measured))
     seeds = sorted({seed for _, seed in measured})
 
@@ -376,7 +394,7 @@ def main() -> None:
     with ProcessPoolExecutor(options.jobs, mp_context=multiprocessing.get_context("spawn")) as pool:
         for experiment in (["teacher"] if "distillation" in chosen else []) + chosen:
             jobs = jobs_of(experiment, sizes, work, options.teachers)
-            summaries[experiment] = measure(pool, experiment, jobs, COMPARED.get(experiment, []))
+            summaries[experiment] = summary(run_all(jobs, pool, run), COMPARED.get(experiment, []))
     print(table(summaries))
     if options.out is not None:
         settings = {

@@ -22,7 +22,7 @@ from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
-from learning import UNTRAINED, Job, Tree, data_and_train, measure, run_folder, table
+from learning import UNTRAINED, Job, Tree, data_and_train, run, run_all, run_folder, summary, table
 from learning_clips import MOTIONS, prepare
 
 VIDEO: Tree = {"name": "tiny_video", "width": 64, "channels": 16, "size": 32, "frames": 6, "fps": 10}
@@ -118,7 +118,7 @@ def main() -> None:
     with ProcessPoolExecutor(options.jobs, mp_context=multiprocessing.get_context("spawn")) as pool:
         for experiment in [name for name in ARMS if getattr(options, name)] or ARMS:
             jobs = jobs_of(experiment, sizes, work, shards)
-            summaries[experiment] = measure(pool, experiment, jobs, COMPARED[experiment])
+            summaries[experiment] = summary(run_all(jobs, pool, run), COMPARED[experiment])
     print(table(summaries))
     if options.out is not None:
         settings = {**asdict(sizes), "tower": VIDEO, "augmentations": AUGMENTATIONS, "motions": MOTIONS}
