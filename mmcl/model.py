@@ -282,7 +282,8 @@ class MultimodalModel(Pretrained):
     def encode_view(
         self, tower: str, view: ViewBatch, levels: Sequence[Level], kind: Kind = "online"
     ) -> dict[Level, Tensor]:
-        """Levels of one tower, or of its momentum copy, on one view, ``(B, …)``; absent rows hold zeros.
+        """Levels of one tower, or of its momentum copy, on one view, ``(B, …)``, of questions ``(B, K·J, …)``;
+        absent rows hold zeros.
 
         A rank without any present row runs one dummy row whose result is joined with weight 0, so that every rank
         uses every parameter and no collective of DDP or FSDP is missed.
@@ -295,8 +296,13 @@ class MultimodalModel(Pretrained):
         towers, heads = (self.towers, self.heads) if kind == "online" else (self.momentum_towers, self.momentum_heads)
         values: dict[Level, Tensor] = {}
         with absent_rows(dummy):
-            features: Features = towers[tower](view.data[rows], mask)
+            data, texts = view.data[rows], None
+            if mask is not None and mask.ndim == 3:  # the texts of questions, each read alone
+                texts = mask.shape[:2]
+                data, mask = data.flatten(0, 1), mask.flatten(0, 1)
+            features: Features = towers[tower](data, mask)
             found = [self._level(tower, heads[tower], features, level) for level in levels]
+            found = found if texts is None else [value.unflatten(0, texts) for value in found]
         if not {"joint", "pooled"} & set(levels):  # DDP waits for the parameters behind the last of the levels too
             found[0] = found[0] + 0.0 * features.pooled.sum()
         for level, value in zip(levels, found, strict=True):

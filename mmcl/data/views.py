@@ -8,16 +8,17 @@ from dataclasses import dataclass, field, replace
 
 from mmcl.data.collate import Value, blank_value
 from mmcl.data.options import SamplingOptions
+from mmcl.data.questions import question_texts
 from mmcl.hashing import text_hash, uniform
 from mmcl.media.augmentation import Augmentation, Params, blank_params, check_views, decoded_spec, draw_params
 from mmcl.media.clip import MediaReader, own_window
 from mmcl.media.windows import Rule, Short, Window, place_windows, sample_windows
 from mmcl.shards.members import Sample
 from mmcl.shards.vectors import read_vector
-from mmcl.types import DEFAULT_DECODER, TIMED, AudioSpec, Decoder, SampleError, TextSpec, VectorSpec, VideoSpec, View
+from mmcl.types import DEFAULT_DECODER, TIMED, AudioSpec, Decoder, QuestionSpec, SampleError, TextSpec, VectorSpec, VideoSpec, View
 
 # what a random number is for, so that no two uses share their numbers
-_WINDOW, _CAPTION = 16, 17
+_WINDOW, _CAPTION, _QUESTION = 16, 17, 20
 
 
 @dataclass(frozen=True, slots=True)
@@ -26,7 +27,7 @@ class ViewMaker:
 
     ``rule="random"`` draws windows and captions anew in each epoch, as ``sampling`` says; ``"even"`` spaces the windows
     evenly over the sample and takes the first captions (evaluation). Text views of different ``clip`` numbers are
-    different captions; those beyond the number of captions are absent. Parameters of augmentations are drawn here and
+    different captions, and question views different questions; those beyond their number are absent. Parameters of augmentations are drawn here and
     applied later, by ``mmcl.media.augment``.
 
     Raises:
@@ -77,11 +78,22 @@ class ViewMaker:
         for view in self.views:
             if isinstance(view.spec, TextSpec) and view.clip < len(captions):
                 values[view] = Value(captions[view.clip], params=self._params(view, words))
+            if isinstance(view.spec, QuestionSpec) and view.clip < len(sample.questions):
+                values[view] = self._question(sample, view, words)
             if isinstance(view.spec, VectorSpec) and view.spec.member in sample.vectors:
                 values[view] = Value(read_vector(sample.vectors[view.spec.member], view.spec.width))
         if not values:
             raise SampleError("no_views", "the sample has none of the modalities that the run asks for")
         return values, captions[0] if captions else ""
+
+    def _question(self, sample: Sample, view: View, words: tuple[int, ...]) -> Value:
+        """As with captions: the first question is drawn, those of other clip numbers follow it."""
+        assert isinstance(view.spec, QuestionSpec)
+        count = len(sample.questions)
+        first = 0 if self.rule == "even" else int(uniform(*words, _QUESTION) * count)
+        question = sample.questions[(first + view.clip) % count]
+        texts, params = question_texts(view.spec, question, (*words, view.clip), sample.duration_seconds)
+        return Value(texts, params={**params, **self._params(view, words)})
 
     def _captions(self, captions: Sequence[str], words: tuple[int, ...]) -> Sequence[str]:
         """All captions: the first is drawn, the others follow it in their order."""
@@ -129,4 +141,5 @@ class ViewMaker:
         if augmentation is None:
             return blank_value(view)
         like = replace(view, spec=self._decoded(view)) if isinstance(view.spec, TIMED) else view
-        return replace(blank_value(like), params=blank_params(augmentation, view))
+        blank = blank_value(like)
+        return replace(blank, params={**blank.params, **blank_params(augmentation, view)})
