@@ -302,7 +302,7 @@ class MultimodalModel(Pretrained):
                 data, mask = data.flatten(0, 1), mask.flatten(0, 1)
             features: Features = towers[tower](data, mask)
             found = [self._level(tower, heads[tower], features, level) for level in levels]
-            found = found if texts is None else [value.unflatten(0, texts) for value in found]
+            found = found if texts is None else [value.view(*texts, *value.shape[1:]) for value in found]
         if not {"joint", "pooled"} & set(levels):  # DDP waits for the parameters behind the last of the levels too
             found[0] = found[0] + 0.0 * features.pooled.sum()
         for level, value in zip(levels, found, strict=True):

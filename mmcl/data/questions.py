@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import pairwise
 
 import numpy as np
 
@@ -58,9 +59,7 @@ def blank_question(spec: QuestionSpec) -> tuple[tuple[str, ...], Params]:
     return ("",) * spec.texts, params
 
 
-def _candidates(
-    spec: QuestionSpec, question: Question, words: Sequence[int]
-) -> tuple[list[tuple[str, str]], int]:
+def _candidates(spec: QuestionSpec, question: Question, words: Sequence[int]) -> tuple[list[tuple[str, str]], int]:
     """(question, answer) of each candidate, and which is right."""
     if spec.part == "questions":
         # without the answer: its words would give away the question that has them
@@ -83,10 +82,8 @@ def _joined(sentences: Sequence[tuple[float, float, str]], most: int) -> list[tu
     if len(sentences) <= most:
         return list(sentences)
     edges = [len(sentences) * i // most for i in range(most + 1)]
-    runs = [sentences[a:b] for a, b in zip(edges, edges[1:], strict=False)]
-    return [
-        (min(s[0] for s in run), max(s[1] for s in run), " ".join(s[2] for s in run)) for run in runs
-    ]
+    runs = [sentences[a:b] for a, b in pairwise(edges)]
+    return [(min(s[0] for s in run), max(s[1] for s in run), " ".join(s[2] for s in run)) for run in runs]
 
 
 def _type_bytes(name: str) -> np.ndarray:
@@ -94,5 +91,3 @@ def _type_bytes(name: str) -> np.ndarray:
     encoded = name.encode("utf-8", errors="replace")[:TYPE_BYTES]
     data[: len(encoded)] = np.frombuffer(encoded, np.uint8)
     return data
-
-

@@ -15,7 +15,18 @@ from mmcl.media.clip import MediaReader, own_window
 from mmcl.media.windows import Rule, Short, Window, place_windows, sample_windows
 from mmcl.shards.members import Sample
 from mmcl.shards.vectors import read_vector
-from mmcl.types import DEFAULT_DECODER, TIMED, AudioSpec, Decoder, QuestionSpec, SampleError, TextSpec, VectorSpec, VideoSpec, View
+from mmcl.types import (
+    DEFAULT_DECODER,
+    TIMED,
+    AudioSpec,
+    Decoder,
+    QuestionSpec,
+    SampleError,
+    TextSpec,
+    VectorSpec,
+    VideoSpec,
+    View,
+)
 
 # what a random number is for, so that no two uses share their numbers
 _WINDOW, _CAPTION, _QUESTION = 16, 17, 20
@@ -27,8 +38,8 @@ class ViewMaker:
 
     ``rule="random"`` draws windows and captions anew in each epoch, as ``sampling`` says; ``"even"`` spaces the windows
     evenly over the sample and takes the first captions (evaluation). Text views of different ``clip`` numbers are
-    different captions, and question views different questions; those beyond their number are absent. Parameters of augmentations are drawn here and
-    applied later, by ``mmcl.media.augment``.
+    different captions, and question views different questions; those beyond their number are absent. Parameters of
+    augmentations are drawn here and applied later, by ``mmcl.media.augment``.
 
     Raises:
         ConfigError: a view names an augmentation that does not exist.

@@ -72,15 +72,20 @@ def _augment_view(view: View, values: ViewBatch) -> ViewBatch:
 def _augment_questions(spec: QuestionSpec, values: ViewBatch) -> ViewBatch:
     """All texts of a row draw the same numbers: what they share, the question and its answer, is changed alike."""
     assert values.mask is not None
-    rows, texts = values.data.shape[:2]
     ids, mask, _ = augment_tokens(
         values.data.flatten(0, 1),
         values.mask.flatten(0, 1),
-        {name: x.repeat_interleave(texts) for name, x in values.params.items() if name.startswith("token_")},
+        {
+            name: x.repeat_interleave(values.data.shape[1])
+            for name, x in values.params.items()
+            if name.startswith("token_")
+        },
         mask_id=mask_id(spec) or 0,
         special_ids=tuple(getattr(spec.tokenizer, "special_ids", ())),
         vocabulary=vocabulary(spec) or 0,
     )
     return replace(
-        values, data=ids.unflatten(0, (rows, texts)) * values.present[:, None, None], mask=mask.unflatten(0, (rows, texts))
+        values,
+        data=ids.view_as(values.data) * values.present[:, None, None],
+        mask=mask.view_as(values.mask),
     )

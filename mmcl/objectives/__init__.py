@@ -18,6 +18,7 @@ from mmcl.objectives import (
     mutual,
     persistency,
     tcl,
+    video_qa,
 )
 from mmcl.objectives.base import Objective
 from mmcl.objectives.compositional_distillation import CompositionalDistillationOptions
@@ -29,6 +30,7 @@ from mmcl.objectives.multi_view import MultiViewOptions
 from mmcl.objectives.mutual import MutualOptions
 from mmcl.objectives.persistency import PersistencyOptions
 from mmcl.objectives.tcl import TCLOptions
+from mmcl.objectives.video_qa import VideoQAOptions
 
 
 class ObjectiveEntry(NamedTuple):
@@ -47,6 +49,7 @@ OBJECTIVES: dict[str, ObjectiveEntry] = {
     "mutual": ObjectiveEntry(MutualOptions, mutual.build),
     "persistency": ObjectiveEntry(PersistencyOptions, persistency.build),
     "tcl": ObjectiveEntry(TCLOptions, tcl.build),
+    "video_qa": ObjectiveEntry(VideoQAOptions, video_qa.build),
 }
 
 ObjectiveOptions: TypeAlias = Annotated[
@@ -58,7 +61,8 @@ ObjectiveOptions: TypeAlias = Annotated[
     | MultiViewOptions
     | MutualOptions
     | PersistencyOptions
-    | TCLOptions,
+    | TCLOptions
+    | VideoQAOptions,
     Field(discriminator="name"),
 ]
 

@@ -20,7 +20,18 @@ from torch.nn.parallel import DistributedDataParallel
 from mmcl.distributed import Comm
 from mmcl.objectives.base import ObjectiveMix, Term
 from mmcl.training.momentum import advance
-from mmcl.types import AudioSpec, Batch, Embeddings, Level, TextSpec, TowerInfo, VideoSpec, View, ViewBatch
+from mmcl.types import (
+    AudioSpec,
+    Batch,
+    Embeddings,
+    Level,
+    QuestionSpec,
+    TextSpec,
+    TowerInfo,
+    VideoSpec,
+    View,
+    ViewBatch,
+)
 
 INPUT_WIDTH, WIDTH, JOINT_WIDTH, TOKENS, VOCABULARY = 8, 10, 6, 4, 9
 
@@ -124,9 +135,10 @@ def make_batch(views: Sequence[View], step: int, kind: str, rows: int = 12) -> B
     data = {}
     for view in views:
         present = ~(hole | absent[view.modality])
-        x = torch.randn(rows, INPUT_WIDTH, generator=random, dtype=torch.float64)
+        x = torch.randn(rows, *texts_of(view), INPUT_WIDTH, generator=random, dtype=torch.float64)
         mask, params = _text_parts(view, present, step)
-        data[view] = ViewBatch(x * present[:, None], present, mask, params)
+        params |= _times(view, present, step)
+        data[view] = ViewBatch(x * present.view(-1, *[1] * (x.ndim - 1)), present, mask, params)
     groups = torch.randint(0, rows, (rows, 2), generator=random)
     return Batch(
         views=data,
@@ -146,6 +158,34 @@ def _text_parts(view: View, present: Tensor, step: int) -> tuple[Tensor | None, 
     targets = torch.randint(0, VOCABULARY, (len(present), TOKENS), generator=random)
     hidden = ~mask | ~present[:, None] | (torch.rand(len(present), TOKENS, generator=random) < 0.5)
     return mask, {"token_targets": targets.masked_fill(hidden, -1)}
+
+
+def texts_of(view: View) -> tuple[int, ...]:
+    """How many texts are a row of a view of questions; none else."""
+    return (view.spec.texts,) if isinstance(view.spec, QuestionSpec) else ()
+
+
+def _times(view: View, present: Tensor, step: int) -> dict[str, Tensor]:
+    """Where windows begin; of questions the right candidate, one to all sentences, and spans, some of them unknown."""
+    random, rows = torch.Generator().manual_seed(700 + step), len(present)
+    if isinstance(view.spec, VideoSpec):
+        return {"start_seconds": torch.rand(rows, generator=random, dtype=torch.float64)}
+    if not isinstance(view.spec, QuestionSpec):
+        return {}
+    spec, absent = view.spec, ~present
+    starts = torch.rand(rows, spec.sentences, generator=random, dtype=torch.float64) * 2
+    lengths = torch.rand(rows, spec.sentences, generator=random, dtype=torch.float64)
+    there = torch.arange(spec.sentences) < torch.randint(1, spec.sentences + 1, (rows, 1), generator=random)
+    sentences = torch.stack([starts, starts + lengths], -1).masked_fill(
+        ~(there & present[:, None])[..., None], torch.nan
+    )
+    unknown = absent | (torch.rand(rows, generator=random) < 0.3)
+    target = torch.randint(0, 1 if spec.part == "truth" else spec.candidates, (rows,), generator=random)
+    return {
+        "target": target.masked_fill(absent, -1),
+        "sentence_seconds": sentences,
+        "span_seconds": sentences[:, 0].masked_fill(unknown[:, None], torch.nan),
+    }
 
 
 def pick_rows(batch: Batch, index: Tensor) -> Batch:

@@ -16,7 +16,7 @@ from mmcl.config import build as build_options
 from mmcl.objectives import OBJECTIVES
 from mmcl.objectives.base import Objective, ObjectiveMix
 from mmcl.types import Batch, Embeddings, TowerInfo
-from support.exactness import TOWERS, Subject
+from support.exactness import TOWERS, Subject, texts_of
 from support.objectives import FROZEN, SHAPES
 from support.tcl import SMALL as TCL
 from support.view_methods import EXTRAS, INTRA_MODAL, PERSISTENCY
@@ -75,6 +75,9 @@ def _zoo(method: str, **more: Any) -> Case:
 _TOKENS = ("tokens", "tokens")
 _CCL, _CRD = "compositional_distillation", "contrastive_distillation"
 _COLD = {"temperature": 0.01}
+_QA = {"answers": 3, "sentences": 2, "width": 8}
+_COSINE = {"augmentation": "masked", "similarity": "cosine", "temperature": 0.5}
+_COLD_COSINE = {**_COSINE, **_COLD}
 
 CASES: dict[str, Case] = {
     "cross_modal": Case("cross_modal", {}),
@@ -132,6 +135,10 @@ CASES: dict[str, Case] = {
     "mutual: labels in the batch": Case("mutual", {"queue": 0, "classes": 3, "temperature": 0.3}, cold=_COLD),
     "tcl": Case("tcl", {**TCL, "pairs": (("video", "text"),)}),
     "tcl: sound": Case("tcl", {**TCL, "pairs": (("audio", "video"),), "mlm": None}),
+    "video_qa": Case("video_qa", {**_QA, "contrast": {"augmentation": "masked"}, "localisation": {}}),
+    "video_qa: cosine": Case("video_qa", {**_QA, "answer": None, "contrast": _COSINE}, cold={"contrast": _COLD_COSINE}),
+    "video_qa: questions": Case("video_qa", {**_QA, "answer": None, "question": {"candidates": 4}}),
+    "video_qa: texts alone": Case("video_qa", {**_QA, "video": None, "question": {}}),
 }
 
 
@@ -168,7 +175,8 @@ def rows_for(
     for need in objective.needs:
         present = batch.views[need.view].present
         for level in need.levels:
-            x = torch.randn(len(batch), *SHAPES[level], generator=random, dtype=torch.float64).to(dtype)
+            shape = (*texts_of(need.view), *SHAPES[level])
+            x = torch.randn(len(batch), *shape, generator=random, dtype=torch.float64).to(dtype)
             x = x * present.view(-1, *[1] * (x.ndim - 1))
             values[need.tower, need.view, level, need.kind] = x.requires_grad_(need.kind == "online")
     scales = {name: torch.tensor(scale, dtype=dtype, requires_grad=True) for name in objective.scales}
