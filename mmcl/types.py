@@ -204,8 +204,8 @@ class VectorSpec:
 
 @dataclass(frozen=True, slots=True)
 class QuestionSpec:
-    """What a text tower reads of a multiple-choice question: one text for each candidate and sentence of the subtitles,
-    "question | answer | sentence", candidate by candidate.
+    """What a text tower reads of a multiple-choice question: "question | answer" of each candidate, then the sentences
+    of the subtitles, each a text of its own.
     """
 
     tokenizer: Tokenizer
@@ -223,9 +223,14 @@ class QuestionSpec:
         return 0.0
 
     @property
+    def heads(self) -> int:
+        """candidates that are read"""
+        return 1 if self.part == "truth" else self.candidates
+
+    @property
     def texts(self) -> int:
         """of one row"""
-        return self.sentences * (1 if self.part == "truth" else self.candidates)
+        return self.heads + self.sentences
 
 
 Spec: TypeAlias = VideoSpec | AudioSpec | TextSpec | VectorSpec | QuestionSpec
@@ -265,8 +270,8 @@ class ViewBatch:
     """One view of every row: padded values, who has it, and the parameters it was made with."""
 
     data: Tensor
-    """uint8 ``(B, T, C, H, W)`` | float32 ``(B, S)`` | int64 ``(B, L)``, or ``(B, K·J, L)`` of
-    questions | float32 ``(B, D)``"""
+    """uint8 ``(B, T, C, H, W)`` | float32 ``(B, S)`` | int64 ``(B, L)``, or ``(B, K + J, L)``
+    of questions | float32 ``(B, D)``"""
     present: Tensor
     """bool ``(B,)``; rows that are not present hold zeros"""
     mask: Tensor | None = None

@@ -44,8 +44,7 @@ def question_texts(
         "span_seconds": np.minimum(np.array(span, np.float64), end),
         "type": _type_bytes(question.type),
     }
-    texts = tuple(text for head in heads for text in (*(f"{head} | {said}" for _, _, said in sentences), *blank))
-    return texts, params
+    return (*heads, *(said for _, _, said in sentences), *blank), params
 
 
 def blank_question(spec: QuestionSpec) -> tuple[tuple[str, ...], Params]:

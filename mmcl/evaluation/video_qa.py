@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -83,7 +84,7 @@ def score_questions(
     workers: int = 2,
     in_process: bool = False,
     blank_video: bool = False,
-    device: torch.device | str = "cpu",
+    device: torch.device | str | None = None,
 ) -> QAScores:
     """Answers every question of ``shards``, on one process; each clip is decoded once.
 
@@ -91,12 +92,14 @@ def score_questions(
         run: a run folder or checkpoint.
         shards: indexed shards with ``KEY.qa.json``.
         blank_video: show black frames instead, to see what texts give away.
+        device: None takes a GPU where there is one.
 
     Raises:
         ConfigError: the run has no objective ``video_qa``, or the shards no questions.
         RunError: no question could be read.
     """
     config, model, objective = load_run(run)
+    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     model, objective = model.to(device), objective.to(device)
     asked = objective.answers.view
     numbers = [replace(asked, clip=number) for number in range(_most_questions(shards))]
@@ -159,8 +162,6 @@ def _most_questions(shards: str) -> int:
     reader, most = ShardReader(load_manifest(shards)), 0
     for shard, size in enumerate(reader.manifest.sizes.tolist()):
         for index in range(size):
-            try:
+            with suppress(SampleError):  # a hole of the pass, which counts it
                 most = max(most, len(parse_sample(reader.read(shard, index)).questions))
-            except SampleError:
-                continue  # a hole of the pass, which counts it
     return most

@@ -9,7 +9,7 @@ video, uint8 ``(B, T, C, H, W)``, the same for all frames of a row, in this orde
 audio, float32 ``(B, S)``
     ``gain`` float32 factor · ``shift_samples`` int64 · ``frequency_masks`` float32 ``(B, n, 2)`` lowest and highest Hz
     · ``time_masks`` int64 ``(B, n, 2)`` start and length in samples
-text, int64 ``(B, L)``; of questions ``(B, K·J, L)``, without ``token_targets``
+text, int64 ``(B, L)``; of questions ``(B, K + J, L)``, without ``token_targets``
     ``token_seed`` int64 · ``token_swap``, ``token_delete``, ``token_mask``, and of the masked ones
     ``token_mask_random``, ``token_mask_keep``, float32 probabilities; afterwards also
     ``token_targets`` int64 ``(B, L)``: the token that a masked place had, −1 elsewhere
@@ -70,7 +70,7 @@ def _augment_view(view: View, values: ViewBatch) -> ViewBatch:
 
 
 def _augment_questions(spec: QuestionSpec, values: ViewBatch) -> ViewBatch:
-    """All texts of a row draw the same numbers: what they share, the question and its answer, is changed alike."""
+    """All texts of a row draw the same numbers: what candidates share, the question, is changed alike."""
     assert values.mask is not None
     ids, mask, _ = augment_tokens(
         values.data.flatten(0, 1),

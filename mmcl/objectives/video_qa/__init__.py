@@ -1,8 +1,8 @@
 """Multiple-choice video question answering with locally aligned attention (Kim et al. 2021, arXiv 2009.08043).
 
-One text tower reads "question | answer | sentence" for each of K answers and J sentences of the subtitles. Sentence j
-of answer k attends to the frames inside its own time, ± a window; what it says and what it sees goes through an RNN
-over the sentences, and the maximum over them is h_k. With the score s_k of h_k and the right answer y:
+One text tower reads "question | answer" of each of K answers, and each of J sentences of the subtitles. Answer k beside
+sentence j attends to the frames inside the sentence's own time, ± a window; what both say and what is seen goes through
+an RNN over the sentences, and the maximum over them is h_k. With the score s_k of h_k and the right answer y:
 
 - **answer**: CE(s, y).
 - **contrast**: CE(⟨h̃, h_k⟩/τ, y), h̃ from the right answer's texts with masked tokens, by the same weights.
@@ -11,8 +11,8 @@ over the sentences, and the maximum over them is h_k. With the score s_k of h_k 
 
 L = Σ weight · term. No official code exists, and the description leaves much open; our decisions, all of them:
 
-- Subtitles are read together with question and answer, text by text; an answer stands before the sentence, so that a
-  long text loses the end of its sentence. Clips without subtitles have one empty sentence as long as the clip.
+- Sentences are read apart from question and answer: K + J texts instead of K · J. They meet, and meet the picture, as
+  [x, y, x · y]. Clips without subtitles have one empty sentence as long as the clip.
 - A frame is all its tokens of the video tower, each at its frame's time; sentences attend to them by one head.
 - The RNN is a GRU in both directions with a way past it; masked tokens are drawn alike in all texts of a row.
 - All weights are 1, and frames count alike in ``localisation``; the paper has start and end of the span, its weights
@@ -130,7 +130,12 @@ class VideoQA(Objective):
             raise ConfigError(f"{place}: {where} does not fit: {' '.join(str(error).split())[:300]}") from None
 
     def _frames(self, embeddings: Embeddings) -> Tensor | None:
-        return None if self.video is None else self.reader.frames(_precise(embeddings.get(self.video)))
+        if self.video is None or self.reader.watch is None:
+            return None
+        tokens = _precise(embeddings.get(self.video))
+        with torch.autocast(tokens.device.type, enabled=False):
+            frames: Tensor = self.reader.watch.frame(tokens)
+        return frames
 
     def _read(self, embeddings: Embeddings, need: Need, frames: Tensor | None) -> Tensor:
         """h of the candidates of a view, ``(B, K, D)``."""
@@ -144,9 +149,10 @@ class VideoQA(Objective):
             allowed = allowed & embeddings.present(self.video.view)[:, None, None]
         with torch.autocast(texts.device.type, enabled=False):
             read: Tensor = self.reader(
-                texts.view(len(texts), -1, spec.sentences, texts.shape[-1]),
+                texts[:, : spec.heads],
+                texts[:, spec.heads :],
                 ~sentences[..., 0].isnan(),
-                None if frames is None else _precise(frames),
+                frames,
                 allowed,
             )
         return read
@@ -184,7 +190,7 @@ class VideoQA(Objective):
         span = embeddings.batch.views[self.answers.view].params["span_seconds"]
         inside = ((times >= span[:, :1]) & (times <= span[:, 1:])).to(own.dtype)
         with torch.autocast(own.device.type, enabled=False):
-            logits = self.match(own, _precise(frames))
+            logits = self.match(own, frames)
             values = F.binary_cross_entropy_with_logits(logits, inside, reduction="none").mean(1)
         return comm.mean(values, embeddings.present(self.answers.view, self.video.view) & ~span[:, 0].isnan())
 

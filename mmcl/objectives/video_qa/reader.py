@@ -56,51 +56,61 @@ class BothWays(nn.Module):
         return torch.cat([onward, back.gather(1, turned.expand_as(back))], -1)
 
 
+class Watch(nn.Module):
+    """Sentences attend to the frames of their time."""
+
+    def __init__(self, video_width: int, width: int) -> None:
+        super().__init__()
+        self.frame = nn.Sequential(nn.LayerNorm(video_width), nn.Linear(video_width, width))
+        self.query, self.key = nn.Linear(width, width), nn.Linear(width, width)
+
+    def forward(self, read: Tensor, frames: Tensor, allowed: Tensor) -> Tensor:
+        """``(B, K, J, width)`` to the same."""
+        return locally_aligned_attention(self.query(read), self.key(frames), frames, allowed)
+
+
 class LocalReader(nn.Module):
     """h of each candidate, its score, and how well frames match it. All candidates, masked or not, share it."""
 
     def __init__(self, text_width: int, video_width: int | None, width: int) -> None:
         super().__init__()
-        self.text = nn.Linear(text_width, width)
-        self.query = self.frame = self.key = None
-        if video_width is not None:
-            self.frame_norm = nn.LayerNorm(video_width)
-            self.frame = nn.Linear(video_width, width)
-            self.query, self.key = nn.Linear(width, width), nn.Linear(width, width)
+        self.asked, self.said = (
+            nn.Sequential(nn.LayerNorm(text_width), nn.Linear(text_width, width)) for _ in range(2)
+        )
+        self.pair = nn.Linear(3 * width, width)
+        self.watch = None if video_width is None else Watch(video_width, width)
         self.fuse = nn.Linear(width if video_width is None else 3 * width, width)
         self.norm = nn.LayerNorm(width)
         self.rnn = BothWays(width)
         self.score = nn.Linear(width, 1)
 
-    def frames(self, tokens: Tensor) -> Tensor:
-        """``(B, L, D_video)`` to ``(B, L, width)``."""
-        assert self.frame is not None
-        out: Tensor = self.frame(self.frame_norm(tokens))
-        return out
-
-    def forward(self, texts: Tensor, real: Tensor, frames: Tensor | None, allowed: Tensor | None) -> Tensor:
+    def forward(
+        self, asked: Tensor, said: Tensor, real: Tensor, frames: Tensor | None = None, allowed: Tensor | None = None
+    ) -> Tensor:
         """h, float ``(B, K, width)``; zeros for a row without sentences.
 
         Args:
-            texts: float ``(B, K, J, D_text)``.
+            asked: float ``(B, K, D_text)``, question and answer.
+            said: float ``(B, J, D_text)``, sentences.
             real: bool ``(B, J)``: sentences that are there, the first ones.
-            frames: what :meth:`frames` gives; None: there is no video.
-            allowed: bool ``(B, J, L)``.
+            frames: what ``watch.frame`` gives; None: there is no video.
+            allowed: bool ``(B, J, L)``: which frames a sentence attends to.
         """
-        said = self.text(texts)
-        parts = said
-        if self.query is not None and self.key is not None:
+        K, J = asked.shape[1], said.shape[1]  # noqa: N806
+        a = self.asked(asked)[:, :, None].expand(-1, -1, J, -1)
+        s = self.said(said)[:, None].expand(-1, K, -1, -1)
+        parts = self.pair(torch.cat([a, s, a * s], -1))
+        if self.watch is not None:
             assert frames is not None and allowed is not None
-            seen = locally_aligned_attention(self.query(said), self.key(frames), frames, allowed)
-            parts = torch.cat([said, seen, said * seen], -1)
+            seen = self.watch(F.gelu(parts), frames, allowed)
+            parts = torch.cat([parts, seen, a * seen], -1)
         each = F.gelu(self.norm(self.fuse(parts)))
-        B, K, J, D = each.shape  # noqa: N806
         lengths = real.sum(1).repeat_interleave(K)
-        states = (each + self.rnn(each.flatten(0, 1), lengths).view(B, K, J, D)).masked_fill(
+        states = (each + self.rnn(each.flatten(0, 1), lengths).view_as(each)).masked_fill(
             ~real[:, None, :, None], float("-inf")
         )
-        nothing = ~real.any(1)[:, None, None]
-        highest: Tensor = states.masked_fill(nothing[..., None], 0.0).amax(2)
+        nothing = ~real.any(1)[:, None, None, None]
+        highest: Tensor = states.masked_fill(nothing, 0.0).amax(2)
         return highest
 
     def scores(self, candidates: Tensor) -> Tensor:

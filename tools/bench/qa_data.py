@@ -1,0 +1,105 @@
+"""Clips with questions that only the picture answers: what is shown while a bell rings?
+
+A clip has three scenes of one second, each with a moving shape of one colour and a sentence of its own: in one a bell
+rings, in the others something else. Every sentence names all colours and all shapes, the wrong answers include what
+the other scenes show, and which answer is right is drawn evenly: texts alone say nothing, and neither does a picture
+at another time.
+"""
+
+from __future__ import annotations
+
+import io
+import json
+from pathlib import Path
+
+import av
+import numpy as np
+
+from mmcl.shards import ShardWriter, write_manifest
+from mmcl.shards.reshard import ReshardOptions, reshard
+
+COLOURS = {"red": (220, 30, 30), "green": (30, 180, 50), "blue": (40, 60, 230), "yellow": (225, 215, 40)}
+SHAPES = ("disc", "bars", "beams", "checks")
+EVENTS = ("a dog barks", "a door shuts", "a car starts", "a bird sings")
+BELL = "a bell rings"
+ANSWERS = 4
+SCENES, FPS, SIZE = 3, 8, 32
+
+
+def make_questions(folder: Path, clips: int, *, seed: int) -> Path:
+    """Indexed shards of so many clips with two questions each, in the new folder ``folder``; returns it.
+
+    Beside it: ``NAME.clips`` without questions, and the questions themselves, ``NAME.jsonl``.
+    """
+    random = np.random.default_rng(seed)
+    bare, lines = folder.with_suffix(".clips"), []
+    with ShardWriter(bare) as writer:
+        for number in range(clips):
+            key = f"{seed:02d}-{number:05d}"
+            colours, shapes = random.permutation(list(COLOURS))[:SCENES], random.permutation(SHAPES)[:SCENES]
+            writer.write(key, {"mp4": _clip(colours, shapes, random), "json": b'{"duration_seconds": %d}' % SCENES})
+            lines += _questions(key, colours, shapes, random)
+    write_manifest(bare, writer.entries)
+    questions = folder.with_suffix(".jsonl")
+    questions.write_text("".join(f"{json.dumps(line)}\n" for line in lines), encoding="utf-8")
+    reshard([bare], folder, ReshardOptions(questions=str(questions)))
+    return folder
+
+
+def _questions(
+    key: str, colours: np.ndarray, shapes: np.ndarray, random: np.random.Generator
+) -> list[dict[str, object]]:
+    bell = int(random.integers(SCENES))
+    said = list(random.permutation(EVENTS)[:SCENES])
+    said[bell] = BELL
+    subtitles = []
+    for scene, event in enumerate(said):
+        words = [*random.permutation([*COLOURS, *SHAPES])]
+        subtitles.append({"start": scene, "end": scene + 1, "text": f"{event}: {' '.join(words)}"})
+    asked = []
+    for kind, shown, names in (("colour", colours, list(COLOURS)), ("shape", shapes, list(SHAPES))):
+        answers = [str(name) for name in random.permutation(names)]
+        asked.append(
+            {
+                "clip": key,
+                "question": f"which {kind} when the bell rings",
+                "answers": answers,
+                "answer": answers.index(str(shown[bell])),
+                "subtitles": subtitles,
+                "span": [bell, bell + 1],
+                "duration_seconds": SCENES,
+                "type": kind,
+            }
+        )
+    return asked
+
+
+def _clip(colours: np.ndarray, shapes: np.ndarray, random: np.random.Generator) -> bytes:
+    """An MP4 file without sound."""
+    out = io.BytesIO()
+    with av.open(out, "w", format="mp4") as container:
+        stream = container.add_stream("mpeg4", rate=FPS)
+        stream.width = stream.height = SIZE
+        stream.pix_fmt, stream.bit_rate = "yuv420p", 400_000
+        for colour, shape in zip(colours, shapes, strict=True):
+            place, step = random.integers(8, SIZE - 8, 2), random.integers(-2, 3, 2)
+            for number in range(FPS):
+                picture = _picture(str(shape), COLOURS[str(colour)], place + step * number)
+                for packet in stream.encode(av.VideoFrame.from_ndarray(picture, format="rgb24")):
+                    container.mux(packet)
+        for packet in stream.encode(None):
+            container.mux(packet)
+    return out.getvalue()
+
+
+def _picture(shape: str, rgb: tuple[int, int, int], place: np.ndarray) -> np.ndarray:
+    """uint8 ``(H, W, 3)``: a shape on grey, moved by ``place``."""
+    y, x = np.mgrid[:SIZE, :SIZE]
+    down, right = (y - place[0]) % SIZE, (x - place[1]) % SIZE
+    masks = {
+        "disc": np.hypot(down - SIZE / 2, right - SIZE / 2) < SIZE / 3,
+        "bars": right % 8 < 4,
+        "beams": down % 8 < 4,
+        "checks": (right % 8 < 4) ^ (down % 8 < 4),
+    }
+    return np.where(masks[shape][..., None], np.array(rgb), 110).astype(np.uint8)
