@@ -157,6 +157,13 @@ CASES = [
         lambda z, z_other, temperature=0.2: losses.cmim_contrast(z, z_other, temperature=temperature),
         pair("z", "z_other"),
     ),
+    Case(
+        "masked_answer_contrast",
+        lambda masked, options, temperature=0.2: losses.masked_answer_contrast(
+            masked, options.view(len(masked), 4, 3), torch.arange(len(masked)) % 4, temperature=temperature
+        ),
+        lambda rows: {"masked": (rows, 3), "options": (rows, 12)},
+    ),
     Case("vicreg", losses.vicreg, pair("a", "b"), unscaled=("a", "b"), temperature=False),
     Case(
         "swav",
