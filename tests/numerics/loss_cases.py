@@ -159,10 +159,12 @@ CASES = [
     ),
     Case(
         "masked_answer_contrast",
-        lambda masked, options, temperature=0.2: losses.masked_answer_contrast(
-            masked, options.view(len(masked), 4, 3), torch.arange(len(masked)) % 4, temperature=temperature
+        lambda masked, options, labels, temperature=0.2: losses.masked_answer_contrast(
+            masked, options, labels, temperature=temperature
         ),
-        lambda rows: {"masked": (rows, 3), "options": (rows, 12)},
+        lambda rows: {"masked": (rows, 3), "options": (rows, 4, 3)},
+        unscaled=("masked", "options"),
+        extra=labels,
     ),
     Case("vicreg", losses.vicreg, pair("a", "b"), unscaled=("a", "b"), temperature=False),
     Case(

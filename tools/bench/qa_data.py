@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import io
 import json
+from collections.abc import Sequence
 from pathlib import Path
 
 import av
@@ -23,12 +24,13 @@ LIGHTS = {"black": 10, "dark": 85, "pale": 165, "white": 245}
 """grey level of the ground"""
 EVENTS = ("a dog barks", "a door shuts", "a car starts", "a bird sings")
 BELL = "a bell rings"
+KINDS = ("colour", "ground")
 ANSWERS = 4
 SCENES, FPS, SIZE = 3, 8, 32
 
 
-def make_questions(folder: Path, clips: int, *, seed: int) -> Path:
-    """Indexed shards of so many clips with two questions each, in the new folder ``folder``; returns it.
+def make_questions(folder: Path, clips: int, *, seed: int, kinds: Sequence[str] = KINDS) -> Path:
+    """Indexed shards of so many clips with a question of each kind, in the new folder ``folder``; returns it.
 
     Beside it: ``NAME.clips`` without questions, and the questions themselves, ``NAME.jsonl``.
     """
@@ -39,7 +41,7 @@ def make_questions(folder: Path, clips: int, *, seed: int) -> Path:
             key = f"{seed:02d}-{number:05d}"
             colours, lights = (random.permutation(list(names))[:SCENES] for names in (COLOURS, LIGHTS))
             writer.write(key, {"mp4": _clip(colours, lights, random), "json": b'{"duration_seconds": %d}' % SCENES})
-            lines += _questions(key, colours, lights, random)
+            lines += [line for line in _questions(key, colours, lights, random) if line["type"] in kinds]
     write_manifest(bare, writer.entries)
     questions = folder.with_suffix(".jsonl")
     questions.write_text("".join(f"{json.dumps(line)}\n" for line in lines), encoding="utf-8")
@@ -58,7 +60,7 @@ def _questions(
         words = [*random.permutation([*COLOURS, *LIGHTS])]
         subtitles.append({"start": scene, "end": scene + 1, "text": f"{event}: {' '.join(words)}"})
     asked = []
-    for kind, shown, names in (("colour", colours, COLOURS), ("ground", lights, LIGHTS)):
+    for kind, shown, names in zip(KINDS, (colours, lights), (COLOURS, LIGHTS), strict=True):
         answers = [str(name) for name in random.permutation(list(names))]
         asked.append(
             {
