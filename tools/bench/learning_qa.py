@@ -44,8 +44,8 @@ class Sizes:
     seeds: int = 3
 
 
-FULL = Sizes(train=400, test=200, steps=240, kinds=("colour", "ground"), learning_rate=1e-3)
-QUICK = Sizes(train=160, test=60, steps=80, kinds=("colour",), learning_rate=2e-3)
+FULL = Sizes(train=400, test=200, steps=200, kinds=("colour", "ground"), learning_rate=1.5e-3)
+QUICK = Sizes(train=240, test=60, steps=80, kinds=("colour",), learning_rate=2e-3)
 
 
 def run(work: Path, sizes: Sizes, arm: str, seed: int) -> dict[str, float]:
