@@ -298,11 +298,10 @@ class MultimodalModel(Pretrained):
         with absent_rows(dummy):
             data, texts = view.data[rows], None
             if mask is not None and mask.ndim == 3:  # the texts of questions, each read alone
-                texts = mask.shape[:2]
-                data, mask = data.flatten(0, 1), mask.flatten(0, 1)
+                texts, data, mask = mask.shape[:2], data.flatten(0, 1), mask.flatten(0, 1)
             features: Features = towers[tower](data, mask)
             found = [self._level(tower, heads[tower], features, level) for level in levels]
-            found = found if texts is None else [value.view(*texts, *value.shape[1:]) for value in found]
+            found = [x if texts is None else x.view(*texts, *x.shape[1:]) for x in found]
         if not {"joint", "pooled"} & set(levels):  # DDP waits for the parameters behind the last of the levels too
             found[0] = found[0] + 0.0 * features.pooled.sum()
         for level, value in zip(levels, found, strict=True):

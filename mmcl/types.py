@@ -214,8 +214,7 @@ class QuestionSpec:
     sentences: int = 8
     """``J``; of more, neighbours are joined"""
     part: Literal["answers", "truth", "questions"] = "answers"
-    """the question with each of its answers; with the right one alone; or the question, without an answer, among
-    questions about other clips"""
+    """the question with each answer; with the right one alone; or, without one, among questions about other clips"""
     modality: Modality = field(default="questions", init=False)
 
     @property
