@@ -282,8 +282,7 @@ class MultimodalModel(Pretrained):
     def encode_view(
         self, tower: str, view: ViewBatch, levels: Sequence[Level], kind: Kind = "online"
     ) -> dict[Level, Tensor]:
-        """Levels of one tower, or of its momentum copy, on one view, ``(B, …)``, of questions ``(B, K + J, …)``;
-        absent rows hold zeros.
+        """Levels of one tower or its momentum copy, ``(B, …)``, of questions ``(B, K + J, …)``; absent rows are zero.
 
         A rank without any present row runs one dummy row whose result is joined with weight 0, so that every rank
         uses every parameter and no collective of DDP or FSDP is missed.
