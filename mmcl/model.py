@@ -305,7 +305,7 @@ class MultimodalModel(Encodes, Pretrained):
     def encode_view(
         self, tower: str, view: ViewBatch, levels: Sequence[Level], kind: Kind = "online"
     ) -> dict[Level, Tensor]:
-        """Levels of one tower, or of its momentum copy, on one view, ``(B, …)``; absent rows hold zeros.
+        """Levels of one tower or its momentum copy, ``(B, …)``, of questions ``(B, K + J, …)``; absent rows are zero.
 
         A rank without any present row runs one dummy row whose result is joined with weight 0, so that every rank
         uses every parameter and no collective of DDP or FSDP is missed.
@@ -318,8 +318,12 @@ class MultimodalModel(Encodes, Pretrained):
         towers, heads = (self.towers, self.heads) if kind == "online" else (self.momentum_towers, self.momentum_heads)
         values: dict[Level, Tensor] = {}
         with absent_rows(dummy):
-            features: Features = towers[tower](view.data[rows], mask)
+            data, texts = view.data[rows], None
+            if mask is not None and mask.ndim == 3:  # the texts of questions, each read alone
+                texts, data, mask = mask.shape[:2], data.flatten(0, 1), mask.flatten(0, 1)
+            features: Features = towers[tower](data, mask)
             found = [self._level(tower, heads[tower], features, level) for level in levels]
+            found = [x if texts is None else x.view(*texts, *x.shape[1:]) for x in found]
         if not {"joint", "pooled"} & set(levels):  # DDP waits for the parameters behind the last of the levels too
             found[0] = found[0] + 0.0 * features.pooled.sum()
         for level, value in zip(levels, found, strict=True):

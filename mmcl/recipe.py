@@ -215,6 +215,8 @@ def build_model(
     model.add_scales(mix.scales, mix.start_temperatures)
     if fresh:
         model.load_pretrained(pretrained)
+        for objective in objectives.values():
+            objective.load_pretrained()
     model.serve(mix.needs)
     return model, mix
 

@@ -204,10 +204,43 @@ class VectorSpec:
         return 0.0
 
 
-Spec: TypeAlias = VideoSpec | AudioSpec | TextSpec | VectorSpec
+@dataclass(frozen=True, slots=True)
+class QuestionSpec:
+    """What a text tower reads of a multiple-choice question: "question | answer" of each candidate, then the sentences
+    of the subtitles, each a text of its own.
+    """
+
+    tokenizer: Tokenizer
+    candidates: int = 5
+    """``K``"""
+    sentences: int = 8
+    """``J``; of more, neighbours are joined"""
+    part: Literal["answers", "truth", "questions"] = "answers"
+    """the question with each answer; with the right one alone; or, without one, among questions about other clips"""
+    modality: Modality = field(default="questions", init=False)
+
+    @property
+    def seconds(self) -> float:
+        return 0.0
+
+    @property
+    def heads(self) -> int:
+        """candidates that are read"""
+        return 1 if self.part == "truth" else self.candidates
+
+    @property
+    def texts(self) -> int:
+        """of one row"""
+        return self.heads + self.sentences
+
+
+Spec: TypeAlias = VideoSpec | AudioSpec | TextSpec | VectorSpec | QuestionSpec
 
 TIMED = (VideoSpec, AudioSpec)
 """specs of what lies in time: their views are windows"""
+
+READ = (TextSpec, QuestionSpec)
+"""specs of what is read: their views are tokens"""
 
 
 @dataclass(frozen=True, slots=True)
@@ -274,11 +307,12 @@ class ViewBatch:
     """One view of every row: padded values, who has it, and the parameters it was made with."""
 
     data: Tensor
-    """uint8 ``(B, T, C, H, W)`` | float32 ``(B, S)`` | int64 ``(B, L)`` | float32 ``(B, D)``"""
+    """uint8 ``(B, T, C, H, W)`` | float32 ``(B, S)`` | int64 ``(B, L)``, or ``(B, K + J, L)``
+    of questions | float32 ``(B, D)``"""
     present: Tensor
     """bool ``(B,)``; rows that are not present hold zeros"""
     mask: Tensor | None = None
-    """bool ``(B, L)``, text only: True at tokens"""
+    """bool, the shape of ``data``, text only: True at tokens"""
     params: Mapping[str, Tensor] = field(default_factory=dict)
     """``start_seconds (B,)`` and what else the view was made with, one row each"""
 

@@ -11,8 +11,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from mmcl.data.questions import blank_question
 from mmcl.hashing import text_hash
-from mmcl.types import AudioSpec, Batch, TextSpec, Tokenizer, VectorSpec, VideoSpec, View, ViewBatch
+from mmcl.types import AudioSpec, Batch, QuestionSpec, TextSpec, Tokenizer, VectorSpec, VideoSpec, View, ViewBatch
 
 T = TypeVar("T")
 
@@ -27,7 +28,7 @@ GROUP_COLUMNS = 3
 class Value:
     """One view of one sample."""
 
-    data: np.ndarray | str
+    data: np.ndarray | str | tuple[str, ...]
     start_seconds: float = 0.0
     params: Mapping[str, np.ndarray] = field(default_factory=dict)
     """what else it was, or is to be, made with; equal names and shapes in all rows of a view"""
@@ -57,6 +58,9 @@ def blank_value(view: View) -> Value:
     spec = view.spec
     if isinstance(spec, TextSpec):
         return Value("")
+    if isinstance(spec, QuestionSpec):
+        texts, params = blank_question(spec)
+        return Value(texts, params=params)
     return Value(np.zeros(row_shape(spec), dtype=np.uint8 if isinstance(spec, VideoSpec) else np.float32))
 
 
@@ -115,10 +119,14 @@ def _collate_view(values: Sequence[Value | None], view: View, blank: Value) -> V
         ids, mask = view.spec.tokenizer(texts)
         params["cut"] = _cut(view.spec.tokenizer, texts, mask)
         return ViewBatch(ids * present[:, None], present, mask, params)
+    if isinstance(view.spec, QuestionSpec):
+        ids, mask = view.spec.tokenizer([text for value in full for text in value.data])
+        shape = (len(full), view.spec.texts, ids.shape[1])
+        return ViewBatch(ids.view(shape) * present[:, None, None], present, mask.view(shape), params)
     assert isinstance(blank.data, np.ndarray)
     data = torch.zeros((len(values), *blank.data.shape), dtype=torch.from_numpy(blank.data).dtype)
     for row, value in zip(data, values, strict=True):
-        if value is not None:
+        if value is not None and isinstance(value.data, np.ndarray):
             row.copy_(torch.from_numpy(value.data))
     starts = torch.tensor([value.start_seconds for value in full], dtype=torch.float64)
     return ViewBatch(data, present, params={"start_seconds": starts, **params})
@@ -174,11 +182,11 @@ def _interleave_views(parts: Sequence[ViewBatch]) -> ViewBatch:
 def _interleave_tensors(parts: Sequence[Tensor], *, pad: bool = False) -> Tensor:
     shape = list(parts[0].shape)
     if pad:  # texts of the parts are padded to their own longest
-        shape[1] = max(part.shape[1] for part in parts)
+        shape[-1] = max(part.shape[-1] for part in parts)
     whole = parts[0].new_zeros((shape[0] * len(parts), *shape[1:]))
     for number, part in enumerate(parts):
         target = whole[number :: len(parts)]
-        (target[:, : part.shape[1]] if pad else target).copy_(part)
+        (target[..., : part.shape[-1]] if pad else target).copy_(part)
     return whole
 
 

@@ -10,6 +10,7 @@ import numpy as np
 
 from mmcl.data.collate import Value, blank_value
 from mmcl.data.options import SamplingOptions
+from mmcl.data.questions import question_texts
 from mmcl.hashing import text_hash, uniform
 from mmcl.media.augment_words import augment_words
 from mmcl.media.augmentation import Augmentation, Params, check_views, decoded_spec, draw_erase, draw_params
@@ -31,6 +32,7 @@ from mmcl.types import (
     TIMED,
     AudioSpec,
     Decoder,
+    QuestionSpec,
     SampleError,
     Spec,
     TextSpec,
@@ -40,7 +42,7 @@ from mmcl.types import (
 )
 
 # what a random number is for, so that no two uses share their numbers
-_WINDOW, _CAPTION, _PAIR, _TURN = 16, 17, 18, 19
+_WINDOW, _CAPTION, _PAIR, _TURN, _QUESTION = 16, 17, 18, 19, 20
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,8 +51,8 @@ class ViewMaker:
 
     ``rule="random"`` draws windows and captions anew in each epoch, as ``sampling`` says; ``"even"`` spaces the windows
     evenly over the sample and takes the first captions (evaluation). Text views of different ``clip`` numbers are
-    different captions; those beyond the number of captions are absent. Parameters of augmentations are drawn here and
-    applied later, by ``mmcl.media.augment``.
+    different captions, and question views different questions; those beyond their number are absent. Parameters of
+    augmentations are drawn here and applied later, by ``mmcl.media.augment``.
 
     Raises:
         ConfigError: a view names an augmentation that does not exist.
@@ -107,11 +109,22 @@ class ViewMaker:
             if isinstance(view.spec, TextSpec) and view.clip < len(captions):
                 spoken = self._words(captions[view.clip], view, words)
                 values[view] = Value(spoken, params=self._params(view, words, batch))
+            if isinstance(view.spec, QuestionSpec) and view.clip < len(sample.questions):
+                values[view] = self._question(sample, view, words, batch)
             if isinstance(view.spec, VectorSpec) and view.spec.member in sample.vectors:
                 values[view] = Value(read_vector(sample.vectors[view.spec.member], view.spec.width))
         if not values:
             raise SampleError("no_views", "the sample has none of the modalities that the run asks for")
         return values, captions[0] if captions else ""
+
+    def _question(self, sample: Sample, view: View, words: tuple[int, ...], batch: int) -> Value:
+        """As with captions: the first question is drawn, those of other clip numbers follow it."""
+        assert isinstance(view.spec, QuestionSpec)
+        count = len(sample.questions)
+        first = 0 if self.rule == "even" else int(uniform(*words, _QUESTION) * count)
+        question = sample.questions[(first + view.clip) % count]
+        texts, params = question_texts(view.spec, question, (*words, view.clip), sample.duration_seconds)
+        return Value(texts, params={**params, **self._params(view, words, batch)})
 
     def _captions(self, captions: Sequence[str], words: tuple[int, ...]) -> Sequence[str]:
         """All captions: the first is drawn, the others follow it in their order."""
@@ -172,7 +185,8 @@ class ViewMaker:
         params = self._params(view, (0,), 0)
         if view.overlap is not None:
             params = {**_half(view, view.spec, 0.0, (0,))[2], **params}
-        return replace(blank_value(like), params={name: np.zeros_like(value) for name, value in params.items()})
+        blank = blank_value(like)
+        return replace(blank, params={**blank.params, **{name: np.zeros_like(each) for name, each in params.items()}})
 
 
 def _half(view: View, spec: Spec, duration_seconds: float, words: tuple[int, ...]) -> tuple[Window, VideoSpec, Params]:

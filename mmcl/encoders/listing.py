@@ -13,7 +13,7 @@ from mmcl.encoders.base import Encoder
 from mmcl.encoders.build import TOWERS, TowerOptions, build_encoder, table_name, tower_tag
 from mmcl.encoders.packages import PACKAGES
 from mmcl.encoders.torchvision_video import NETWORKS
-from mmcl.types import AudioSpec, ConfigError, Spec, TextSpec, VideoSpec
+from mmcl.types import AudioSpec, ConfigError, Spec, TextSpec, VectorSpec, VideoSpec
 
 WIDTH = 80
 
@@ -82,7 +82,7 @@ def eats(spec: Spec) -> str:
         return f"{spec.seconds:.4g} s at {spec.sample_rate_hz} Hz"
     if isinstance(spec, TextSpec):
         return f"{getattr(spec.tokenizer, 'max_tokens', '?')} tokens"
-    return f"{spec.width} numbers"
+    return f"{spec.width} numbers" if isinstance(spec, VectorSpec) else f"questions of {spec.texts} texts"
 
 
 def overview() -> str:

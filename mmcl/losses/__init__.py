@@ -34,6 +34,7 @@ from mmcl.losses.nt_xent import nt_xent
 from mmcl.losses.persistency import persistency_byol, persistency_moco
 from mmcl.losses.soft_targets import soft_target_cross_entropy
 from mmcl.losses.swav import sinkhorn, swav
+from mmcl.losses.video_qa import masked_answer_contrast
 
 __all__ = [
     "activation_boundary",
@@ -57,6 +58,7 @@ __all__ = [
     "knowledge_distillation",
     "local_mutual_information",
     "m3co",
+    "masked_answer_contrast",
     "moco",
     "mv_dhel",
     "mv_info_nce",

@@ -10,7 +10,7 @@ video, uint8 ``(B, T, C, H, W)``, the same for all frames of a row, in this orde
 audio, float32 ``(B, S)``
     ``gain`` float32 factor · ``shift_samples`` int64 · ``frequency_masks`` float32 ``(B, n, 2)`` lowest and highest Hz
     · ``time_masks`` int64 ``(B, n, 2)`` start and length in samples
-text, int64 ``(B, L)``
+text, int64 ``(B, L)``; of questions ``(B, K + J, L)``, without ``token_targets``
     ``token_seed`` int64 · ``token_swap``, ``token_delete``, ``token_mask``, and of the masked ones
     ``token_mask_random``, ``token_mask_keep``, float32 probabilities; afterwards also
     ``token_targets`` int64 ``(B, L)``: the token that a masked place had, −1 elsewhere
@@ -28,7 +28,7 @@ from mmcl.media.augment_audio import augment_audio
 from mmcl.media.augment_tokens import augment_tokens
 from mmcl.media.augment_video import augment_video, background_erase
 from mmcl.media.augmentation import mask_id, vocabulary
-from mmcl.types import AudioSpec, Batch, TextSpec, VectorSpec, View, ViewBatch
+from mmcl.types import READ, AudioSpec, Batch, QuestionSpec, TextSpec, VectorSpec, View, ViewBatch
 
 __all__ = ["augment", "augment_audio", "background_erase"]
 
@@ -44,9 +44,11 @@ def augment(batch: Batch) -> Batch:
 
 def _augment_view(view: View, values: ViewBatch) -> ViewBatch:
     spec = view.spec
+    if isinstance(spec, READ) and "token_seed" not in values.params:
+        return values
+    if isinstance(spec, QuestionSpec):
+        return _augment_questions(spec, values)
     if isinstance(spec, TextSpec):
-        if "token_seed" not in values.params:
-            return values
         assert values.mask is not None
         special = tuple(getattr(spec.tokenizer, "special_ids", ()))
         ids, mask, targets = augment_tokens(
@@ -66,3 +68,25 @@ def _augment_view(view: View, values: ViewBatch) -> ViewBatch:
     if isinstance(spec, VectorSpec):
         return values
     return replace(values, data=augment_video(values.data, values.params, size=spec.size))
+
+
+def _augment_questions(spec: QuestionSpec, values: ViewBatch) -> ViewBatch:
+    """All texts of a row draw the same numbers: what candidates share, the question, is changed alike."""
+    assert values.mask is not None
+    ids, mask, _ = augment_tokens(
+        values.data.flatten(0, 1),
+        values.mask.flatten(0, 1),
+        {
+            name: x.repeat_interleave(values.data.shape[1])
+            for name, x in values.params.items()
+            if name.startswith("token_")
+        },
+        mask_id=mask_id(spec) or 0,
+        special_ids=tuple(getattr(spec.tokenizer, "special_ids", ())),
+        vocabulary=vocabulary(spec) or 0,
+    )
+    return replace(
+        values,
+        data=ids.view_as(values.data) * values.present[:, None, None],
+        mask=mask.view_as(values.mask),
+    )

@@ -17,7 +17,7 @@ from pydantic import Field, field_validator, model_validator
 from mmcl.config import Options, unknown_name
 from mmcl.hashing import hash64, text_hash, uniform
 from mmcl.media.augment_words import WordOptions
-from mmcl.types import AudioSpec, ConfigError, TextSpec, VideoSpec, View
+from mmcl.types import READ, AudioSpec, ConfigError, QuestionSpec, TextSpec, VideoSpec, View
 
 Params: TypeAlias = dict[str, np.ndarray]
 """parameters of one row by name; what each means stands in ``augment``"""
@@ -186,7 +186,7 @@ def check_views(views: Sequence[View], augmentations: Mapping[str, Augmentation]
             raise unknown_name(path, view.augmentation, [*augmentations, NONE])
         if view.augmentation != NONE:
             _check_once(view, augmentations[view.augmentation].video, f"{path}.{view.augmentation}.video")
-        if isinstance(view.spec, TextSpec) and view.augmentation != NONE:
+        if isinstance(view.spec, READ) and view.augmentation != NONE:
             text = augmentations[view.augmentation].text
             if text.mask and mask_id(view.spec) is None:
                 raise ConfigError(
@@ -208,13 +208,13 @@ def _check_once(view: View, options: VideoAugmentation, path: str) -> None:
         raise ConfigError(f"{path}.{name}: the objective crops these views itself, so that their overlap is known")
 
 
-def mask_id(spec: TextSpec) -> int | None:
+def mask_id(spec: TextSpec | QuestionSpec) -> int | None:
     """The number that stands for a masked token; None where the tokenizer has none."""
     number = getattr(spec.tokenizer, "mask_id", None)
     return None if number is None else int(number)
 
 
-def vocabulary(spec: TextSpec) -> int | None:
+def vocabulary(spec: TextSpec | QuestionSpec) -> int | None:
     """How many different tokens there are; None where the tokenizer does not say."""
     size = getattr(spec.tokenizer, "vocabulary", None)
     return None if size is None else int(size)
@@ -237,7 +237,7 @@ def draw_params(augmentation: Augmentation, view: View, words: Sequence[int]) ->
         return _video_params(augmentation.video, size, view.spec.frames, draws)
     if isinstance(view.spec, AudioSpec):
         return _audio_params(augmentation.audio, view.spec, draws)
-    return _text_params(augmentation.text, draws) if isinstance(view.spec, TextSpec) else {}
+    return _text_params(augmentation.text, draws) if isinstance(view.spec, READ) else {}
 
 
 def draw_erase(view: View, words: Sequence[int], batch: int) -> Params:

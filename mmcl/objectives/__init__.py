@@ -22,6 +22,7 @@ from mmcl.objectives import (
     persistency,
     stor,
     tcl,
+    video_qa,
 )
 from mmcl.objectives.base import Objective
 from mmcl.objectives.compositional_distillation import CompositionalDistillationOptions
@@ -37,6 +38,7 @@ from mmcl.objectives.mutual import MutualOptions
 from mmcl.objectives.persistency import PersistencyOptions
 from mmcl.objectives.stor import STOROptions
 from mmcl.objectives.tcl import TCLOptions
+from mmcl.objectives.video_qa import VideoQAOptions
 
 
 class ObjectiveEntry(NamedTuple):
@@ -60,6 +62,7 @@ OBJECTIVES: dict[str, ObjectiveEntry] = {
     "persistency": ObjectiveEntry(PersistencyOptions, persistency.build),
     "stor": ObjectiveEntry(STOROptions, stor.build),
     "tcl": ObjectiveEntry(TCLOptions, tcl.build),
+    "video_qa": ObjectiveEntry(VideoQAOptions, video_qa.build),
 }
 
 ObjectiveOptions: TypeAlias = Annotated[
@@ -76,7 +79,8 @@ ObjectiveOptions: TypeAlias = Annotated[
     | MutualOptions
     | PersistencyOptions
     | STOROptions
-    | TCLOptions,
+    | TCLOptions
+    | VideoQAOptions,
     Field(discriminator="name"),
 ]
 

@@ -84,6 +84,9 @@ class Objective(nn.Module):
     def commit(self, pending: Mapping[str, Any]) -> None:
         """Advances queues, pointers and prototypes. Most objectives have none."""
 
+    def load_pretrained(self) -> None:
+        """Takes up the first weights that its options name. Most objectives have none."""
+
     def ema_pairs(self) -> Iterable[tuple[nn.Module, nn.Module]]:
         """(online, momentum copy) of the heads that this objective owns."""
         return ()

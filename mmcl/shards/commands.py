@@ -316,6 +316,10 @@ def reshard(
         list[str] | None,
         typer.Option(help="NAME=FOLDER:MODALITY: rows that `mmcl embed` wrote become KEY.NAME.npy of their samples."),
     ] = None,
+    questions: Annotated[
+        str | None,
+        typer.Option(help="A JSONL file of multiple-choice questions about clips; they become KEY.qa.json."),
+    ] = None,
 ) -> None:
     """Write the same samples into other shards: of another size, shuffled over all of them, split, or merged.
 
@@ -332,6 +336,7 @@ def reshard(
         split_seed=split_seed,
         rename=rename,
         attach=parse_attach(attach or []),
+        questions=questions,
     )
     with show_progress("reshard", "samples") as progress:
         report = run(shards, out, options, progress=progress)

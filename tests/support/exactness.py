@@ -21,7 +21,19 @@ from mmcl.distributed import Comm
 from mmcl.media.mixing import GLOBAL, ring
 from mmcl.objectives.base import ObjectiveMix, Term
 from mmcl.training.momentum import advance
-from mmcl.types import TIMED, AudioSpec, Batch, Embeddings, Level, TextSpec, TowerInfo, VideoSpec, View, ViewBatch
+from mmcl.types import (
+    TIMED,
+    AudioSpec,
+    Batch,
+    Embeddings,
+    Level,
+    QuestionSpec,
+    TextSpec,
+    TowerInfo,
+    VideoSpec,
+    View,
+    ViewBatch,
+)
 
 INPUT_WIDTH, WIDTH, JOINT_WIDTH, TOKENS, VOCABULARY = 8, 10, 6, 4, 9
 
@@ -155,10 +167,11 @@ def make_batch(views: Sequence[View], step: int, kind: str, rows: int = 12) -> B
     data = {}
     for view in views:
         present = ~(hole | absent[view.modality])
-        x = torch.randn(rows, INPUT_WIDTH, generator=random, dtype=torch.float64)
+        x = torch.randn(rows, *texts_of(view), INPUT_WIDTH, generator=random, dtype=torch.float64)
         mask, params = _text_parts(view, present, step)
-        x = raw(view, x, step)
-        params = {**params, **_times_and_labels(view, rows, step)}
+        if not isinstance(view.spec, QuestionSpec):
+            x = raw(view, x, step)
+        params = {**params, **_times_and_labels(view, rows, step), **_question_parts(view, present, step)}
         if view.augmentation == "mixed":
             params.update(_mix_parts(present, step * rows + number))
         data[view] = ViewBatch(x * present.view(-1, *[1] * (x.ndim - 1)), present, mask, params)
@@ -203,6 +216,32 @@ def _mix_parts(present: Tensor, draws: Tensor) -> dict[str, Tensor]:
     """Half of the rows of this view were mixed with the next one of a ring."""
     share = torch.where(draws % 2 == 0, 0.1 + (draws % 5) / 8, 0.0)
     return {GLOBAL: share, "mix_draw": draws[ring(draws, present, 0)]}
+
+
+def texts_of(view: View) -> tuple[int, ...]:
+    """How many texts are a row of a view of questions; none else."""
+    return (view.spec.texts,) if isinstance(view.spec, QuestionSpec) else ()
+
+
+def _question_parts(view: View, present: Tensor, step: int) -> dict[str, Tensor]:
+    """Of questions the right candidate, one to all sentences, and spans, some of them unknown."""
+    random, rows = torch.Generator().manual_seed(700 + step), len(present)
+    if not isinstance(view.spec, QuestionSpec):
+        return {}
+    spec, absent = view.spec, ~present
+    starts = torch.rand(rows, spec.sentences, generator=random, dtype=torch.float64) * 2
+    lengths = torch.rand(rows, spec.sentences, generator=random, dtype=torch.float64)
+    there = torch.arange(spec.sentences) < torch.randint(1, spec.sentences + 1, (rows, 1), generator=random)
+    sentences = torch.stack([starts, starts + lengths], -1).masked_fill(
+        ~(there & present[:, None])[..., None], torch.nan
+    )
+    unknown = absent | (torch.rand(rows, generator=random) < 0.3)
+    target = torch.randint(0, 1 if spec.part == "truth" else spec.candidates, (rows,), generator=random)
+    return {
+        "target": target.masked_fill(absent, -1),
+        "sentence_seconds": sentences,
+        "span_seconds": sentences[:, 0].masked_fill(unknown[:, None], torch.nan),
+    }
 
 
 def pick_rows(batch: Batch, index: Tensor) -> Batch:

@@ -16,7 +16,7 @@ from mmcl.config import build as build_options
 from mmcl.objectives import OBJECTIVES
 from mmcl.objectives.base import Objective, ObjectiveMix
 from mmcl.types import Batch, Embeddings, TowerInfo
-from support.exactness import RAW, TOWERS, Subject
+from support.exactness import RAW, TOWERS, Subject, texts_of
 from support.objectives import FROZEN, SHAPES
 from support.tcl import SMALL as TCL
 from support.view_methods import EXTRAS, INTRA_MODAL, PERSISTENCY
@@ -83,6 +83,9 @@ def _improved(method: str, detached_by: str = "", cold: Mapping[str, Any] | None
 _TOKENS = ("tokens", "tokens")
 _CCL, _CRD = "compositional_distillation", "contrastive_distillation"
 _COLD = {"temperature": 0.01}
+_QA = {"answers": 3, "sentences": 2, "width": 8}
+_COSINE = {"augmentation": "masked", "similarity": "cosine", "temperature": 0.5}
+_COLD_COSINE = {**_COSINE, **_COLD}
 
 _HEAD = {"hidden": 6, "out": 5}
 _DECODER = {"width": 8, "layers": 1, "heads": 2, "hidden": 12, "chunk": 5}
@@ -182,6 +185,10 @@ CASES: dict[str, Case] = {
     ),
     "tcl": Case("tcl", {**TCL, "pairs": (("video", "text"),)}),
     "tcl: sound": Case("tcl", {**TCL, "pairs": (("audio", "video"),), "mlm": None}),
+    "video_qa": Case("video_qa", {**_QA, "contrast": {"augmentation": "masked"}, "localisation": {}}),
+    "video_qa: cosine": Case("video_qa", {**_QA, "answer": None, "contrast": _COSINE}, cold={"contrast": _COLD_COSINE}),
+    "video_qa: questions": Case("video_qa", {**_QA, "answer": None, "question": {"candidates": 4}}),
+    "video_qa: texts alone": Case("video_qa", {**_QA, "video": None, "question": {}}),
 }
 
 
@@ -218,7 +225,8 @@ def rows_for(
     for need in objective.needs:
         present = batch.views[need.view].present
         for level in need.levels:
-            x = torch.randn(len(batch), *SHAPES[level], generator=random, dtype=torch.float64).to(dtype)
+            shape = (*texts_of(need.view), *SHAPES[level])
+            x = torch.randn(len(batch), *shape, generator=random, dtype=torch.float64).to(dtype)
             x = x * present.view(-1, *[1] * (x.ndim - 1))
             values[need.tower, need.view, level, need.kind] = x.requires_grad_(need.kind == "online")
     scales = {name: torch.tensor(scale, dtype=dtype, requires_grad=True) for name in objective.scales}

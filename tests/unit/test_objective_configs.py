@@ -17,6 +17,7 @@ import mmcl
 from mmcl.model import ModelOptions, MultimodalModel
 from mmcl.objectives import OBJECTIVES
 from mmcl.recipe import RunConfig, build_model
+from mmcl.shards.questions import Question, Subtitle, write_member
 from mmcl.shards.vectors import write_vector
 from mmcl.training.launch import pretrain
 
@@ -47,13 +48,22 @@ def teacher(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def taught_shards(shards_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The training shards with an embedding ``sound`` of 32 numbers in all samples but one."""
+    """The training shards with an embedding ``sound`` of 32 numbers in all samples but one, and a question in each."""
     folder, random = tmp_path_factory.mktemp("taught"), np.random.default_rng(0)
     samples = read_shards(shards_folder / "train")
     for members in list(samples.values())[1:]:
         members["sound.npy"] = write_vector(random.normal(size=32))
+    for number, members in enumerate(samples.values()):
+        members["qa.json"] = write_member([_question(number, len(samples))])
     write_shards(folder, samples, max_count=5)
     return folder
+
+
+def _question(number: int, count: int) -> Question:
+    """Its answer is the same in all clips, so that a few steps learn it."""
+    other = f"what is in clip {(number + 1) % count}"
+    said = (Subtitle(0.0, 1.5, "a colour"), Subtitle(1.5, 3.0, "and a tone"))
+    return Question(f"what is in clip {number}", ("yes", "no", "two", "one"), 1, said, (0.0, 1.0), "what", (other,))
 
 
 def taught_by(model: ModelOptions) -> list[str]:
@@ -70,7 +80,7 @@ def quick(name: str, shards: Path, taught: Path, teacher: Path, out: Path) -> Ru
         for tower, options in model.towers.items()
         if options.name == "tiny_video"
     ]
-    stored = any(options.name == "precomputed" for options in model.towers.values())
+    stored = name == "video_qa" or any(options.name == "precomputed" for options in model.towers.values())
     weights = [f"model.towers.{tower}.pretrained={teacher}" for tower in taught_by(model)]
     places = [f"data.shards={taught if stored else shards / 'train'}", f"train.out={out}"]
     return mmcl.load_config(path, [*QUICK, *small, *weights, *places])
