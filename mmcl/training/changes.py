@@ -31,6 +31,7 @@ FREE = (
     "evaluate",
     "train.best",
     "train.checkpoint_every",
+    "train.collapse",
     "train.checkpoint_minutes",
     "train.keep_checkpoints",
     "train.log_every",

@@ -34,6 +34,7 @@ NEIGHBOURS = {
     ("model", "encode"),
     ("model", "hub"),
     ("recipe", "model"),
+    ("training", "evaluation"),  # runs are evaluated while they go on
     ("search", "search_faiss"),
     ("search", "evaluation"),  # what `mmcl embed` writes
     ("__main__", "cli"),
