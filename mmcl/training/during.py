@@ -51,7 +51,8 @@ class Evaluator:
             raise ConfigError("evaluate.shards: towers that are split over ranks (train.sharding) cannot be evaluated")
         places = filter(None, (self.options.shards, self.options.knn_shards))
         self._samples = sum(load_manifest(place).num_samples for place in places)
-        self._began = time.monotonic()
+        self._clock = time.monotonic
+        self._began = self._clock()
         self._spent_seconds = 0.0
         self._cost_seconds: float | None = None
         """of the last evaluation"""
@@ -70,7 +71,7 @@ class Evaluator:
         cost = self._cost_seconds
         if cost is None:
             cost = self._samples / max(samples_per_second, 1e-9)
-        elapsed = time.monotonic() - self._began
+        elapsed = self._clock() - self._began
         share = (self._spent_seconds + cost) / (elapsed + cost)
         dear = share > self.options.max_share
         if self.comm.any(dear):
@@ -89,14 +90,14 @@ class Evaluator:
 
         Every rank calls it; leaves weights, modes and random states as they were.
         """
-        start = time.monotonic()
+        start = self._clock()
         with _untouched(model), nullcontext() if average is None else average.in_place():
             assert self.options.shards is not None
             embedded = self._embedded(model, self.options.shards)
             figures = _retrieval(embedded, self.comm)
             if self.options.knn_shards is not None:
                 figures.update(self._neighbours(self._embedded(model, self.options.knn_shards), embedded))
-        self._cost_seconds = time.monotonic() - start
+        self._cost_seconds = self._clock() - start
         self._spent_seconds += self._cost_seconds
         return {f"{PREFIX}{name}": value for name, value in {**figures, "seconds": self._cost_seconds}.items()}
 

@@ -17,10 +17,10 @@ from mmcl.encoders.pretrained import Source
 from mmcl.model import parameter_counts
 from mmcl.recipe import RunConfig, build_model
 from mmcl.shards.sequential import describe_order
-from mmcl.training.changes import check_unchanged, flat
+from mmcl.training.changes import check_unchanged
 from mmcl.training.checkpoint import read_state
 from mmcl.training.peers import Peers
-from mmcl.training.processes import build_accelerator
+from mmcl.training.processes import begin_tracking, build_accelerator
 from mmcl.training.run_folder import RunFolder
 from mmcl.training.signals import StopRequest
 from mmcl.training.soundness import check_labels, remarks
@@ -36,6 +36,7 @@ def pretrain(
     resume: str | None = None,
     allow: Sequence[str] = (),
     pretrained: Mapping[str, Source] | None = None,
+    profiled: bool = False,
 ) -> bool:
     """Trains; on one process or as one rank of many.
 
@@ -45,6 +46,7 @@ def pretrain(
             starts; a path goes on from that checkpoint.
         allow: dotted keys of the configuration that may differ from that of the checkpoint.
         pretrained: tower: what gives its first weights instead of what the configuration says, such as a function.
+        profiled: also writes where some of the steps went into ``profile`` of the run folder.
 
     Returns:
         Whether the last step was reached; False after a stop that was asked for.
@@ -54,7 +56,7 @@ def pretrain(
         RunError: the run cannot go on.
     """
     with StopRequest(Path(config.train.out) / "stop") as stop:
-        return _pretrain(config, stop, resume, allow, pretrained)
+        return _pretrain(config, stop, resume, allow, pretrained, profiled)
 
 
 def _pretrain(
@@ -63,6 +65,7 @@ def _pretrain(
     resume: str | None,
     allow: Sequence[str],
     pretrained: Mapping[str, Source] | None,
+    profiled: bool,
 ) -> bool:
     _ignore_harmless_warnings()
     accelerator = build_accelerator(config)
@@ -85,8 +88,8 @@ def _pretrain(
                 if source is not None:
                     print(_going_on(source, trainer.comm.world_size, changes), flush=True)
             if config.train.trackers:
-                accelerator.init_trackers("mmcl", config=flat(config.model_dump(mode="json")))
-            progress = trainer.fit(folder, stop, resume=source)
+                begin_tracking(accelerator, config)
+            progress = trainer.fit(folder, stop, resume=source, profiled=profiled)
             finished = progress.step >= config.train.steps
             if not finished and accelerator.is_main_process:
                 print(f"stopped after step {progress.step} of {config.train.steps}; --resume auto goes on", flush=True)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Mapping
 from datetime import timedelta
+from pathlib import Path
 
 import torch
 from accelerate import Accelerator, DistributedDataParallelKwargs
@@ -12,6 +13,7 @@ from accelerate.tracking import get_available_trackers
 from accelerate.utils import InitProcessGroupKwargs
 
 from mmcl.recipe import RunConfig
+from mmcl.training.changes import flat
 from mmcl.training.loss_scale import set_tf32
 from mmcl.types import ConfigError
 
@@ -63,6 +65,17 @@ def check_launch(config: RunConfig, environment: Mapping[str, str]) -> None:
                 "(ACCELERATE_USE_FSDP, FSDP_VERSION); leave train.sharding out and set fsdp_version: 2 there, or take "
                 "another launch file"
             )
+
+
+def begin_tracking(accelerator: Accelerator, config: RunConfig) -> None:
+    """Tells the trackers of a run's configuration; what they write on this computer goes into the run folder."""
+    told = {key: value for key, value in flat(config.model_dump(mode="json")).items() if value is not None}
+    folder = Path(config.train.out)
+    accelerator.init_trackers(
+        "mmcl",
+        config=told,
+        init_kwargs={"wandb": {"dir": str(folder), "name": folder.name}, "trackio": {"name": folder.name}},
+    )
 
 
 def is_sharded(config: RunConfig, environment: Mapping[str, str]) -> bool:

@@ -38,6 +38,7 @@ from mmcl.training.nonfinite import NonFiniteLimit, describe_step, total_norm, w
 from mmcl.training.optim import build_optimizer, learning_rate_factor, set_learning_rate
 from mmcl.training.prefetch import on_device
 from mmcl.training.processes import is_sharded
+from mmcl.training.profiling import StepProfile
 from mmcl.training.run_folder import RunFolder
 from mmcl.training.saving import Saver
 from mmcl.training.sharding import average_whole_gradients, load_state_tensors, shard, state_tensors
@@ -97,7 +98,7 @@ class Trainer:
         self._silence = SilenceWatch({name: objective.watched for name, objective in self.mix.each().items()})
         self.logbook = Logbook(config, accelerator, self.comm, self._silence)
 
-    def fit(self, folder: RunFolder, stop: StopRequest, *, resume: Path | None) -> Progress:
+    def fit(self, folder: RunFolder, stop: StopRequest, *, resume: Path | None, profiled: bool = False) -> Progress:
         """Trains to the last step, or until ``stop`` is asked for, and saves; ``resume`` is what was loaded.
 
         Raises:
@@ -118,6 +119,7 @@ class Trainer:
         with (
             Saver(folder, options, self.comm, sharded=self.sharded) as saver,
             show_progress("training", "steps", quiet=quiet, plain=False) as show,
+            StepProfile(folder.path, self.step, wanted=profiled and not quiet) as profile,
         ):
             batches = meter.timed(on_device(iter(self.stream), self.accelerator.device))
             while self.progress.step < options.steps:
@@ -141,6 +143,7 @@ class Trainer:
                     with span("checkpoint"):
                         saver.wait()  # before the next is copied: one at a time in memory
                         saver.save(self.snapshot(), last=last or stopping)
+                profile.next_step()
                 if stopping:
                     break
         return self.progress

@@ -41,10 +41,7 @@ def test_it_is_its_formula_from_the_first_step_on(finished: Path) -> None:
     for step in range(1, 7):
         own = weights(finished, step)
         found = weights(finished, step, "ema")
-        if step <= 2:
-            wanted = own
-        else:
-            wanted = {name: 0.5 * value + 0.5 * own[name] for name, value in wanted.items()}
+        wanted = own if step <= 2 else {name: 0.5 * value + 0.5 * own[name] for name, value in wanted.items()}
         assert found.keys() == own.keys()
         for name in found:
             torch.testing.assert_close(found[name], wanted[name], rtol=1e-6, atol=1e-7)
