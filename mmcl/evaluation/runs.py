@@ -44,8 +44,7 @@ class Run:
 
     def values(self, name: str) -> list[tuple[int, float]]:
         """``(step, value)`` wherever it was logged and is a number."""
-        found = [(record["step"], record.get(name)) for record in self.records]
-        return [(step, float(value)) for step, value in found if _is_number(value)]
+        return [(record["step"], float(record[name])) for record in self.records if _is_number(record.get(name))]
 
     def cells(self) -> tuple[str, ...]:
         """A row under :data:`HEAD`."""
