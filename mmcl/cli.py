@@ -323,6 +323,33 @@ def search(
 
 
 @app.command()
+def serve(
+    checkpoint: Checkpoint,
+    index: Annotated[Path, typer.Argument(help="A folder that `mmcl embed` wrote with this model.")],
+    shards: Annotated[
+        str | None, typer.Option(help="The shards, for pictures and sounds; default: where they were then.")
+    ] = None,
+    port: Annotated[int, typer.Option(min=0, max=65535, help="0: any that is free.")] = 8000,
+    host: Annotated[
+        str, typer.Option(help="Where to listen. Anybody who reaches it may search and upload.")
+    ] = "127.0.0.1",
+) -> None:
+    """Search embedded shards in a browser: by text, or by a picture, video or sound."""
+    from mmcl.folders import model_folder
+    from mmcl.shards.embedding_files import read_index
+
+    model_folder(checkpoint)
+    read_index(index)
+    try:
+        from mmcl.serve.app import serve as answer
+    except ModuleNotFoundError as error:
+        raise ConfigError(f"serve needs {error.name}: pip install 'mmcl[serve]'") from None
+    from mmcl.serve.library import Library
+
+    answer(Library.open(checkpoint, index, shards), host=host, port=port)
+
+
+@app.command()
 def export(
     checkpoint: Checkpoint,
     out: Annotated[Path, typer.Option(help="Folder for what is written.")],

@@ -84,6 +84,16 @@ class Index:
         return tuple(self._index.widths)
 
     @property
+    def shard_names(self) -> tuple[str, ...]:
+        """Of the shards whose rows it holds, as their manifest names them."""
+        return tuple(file.shard for file in self._index.files)
+
+    def source(self) -> Path | None:
+        """Where the shards were when they were embedded; None: nobody said, or they are there no more."""
+        place = self.folder / self._index.source
+        return place if self._index.source and (place / INDEX).is_file() else None
+
+    @property
     def default_modality(self) -> Modality:
         """What is searched where nobody says: the first that is not text."""
         return next((each for each in self.modalities if each != "text"), self.modalities[0])

@@ -48,14 +48,6 @@ class NormedOptions(WindowOptions):
     norm: Norm = "frozen"
     """batch norm keeps the statistics it has (its scale and shift learn), or takes those of all ranks' present rows"""
 
-    @model_validator(mode="after")
-    def _statistics_once(self) -> NormedOptions:
-        if self.norm == "rank" and self.checkpoint_activations:
-            raise ValueError(
-                "norm: rank counts each row once, and checkpoint_activations runs blocks twice: take frozen"
-            )
-        return self
-
 
 class VideoEncoder(Encoder):
     """A tower of uint8 ``(B, T, C, H, W)``; mean and standard deviation are those of its ``spec``."""

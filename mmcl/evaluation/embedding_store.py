@@ -133,8 +133,10 @@ class EmbeddingStore:
     def __init__(
         self, folder: Path, manifest: Manifest, model: str, settings: EmbedSettings, *, checkpoint: str = ""
     ) -> None:
+        """``checkpoint``: where the model is, seen from the folder."""
         self.folder, self.manifest, self.model, self.settings = folder, manifest, model, settings
         self.checkpoint = checkpoint
+        self.source = "" if is_remote(manifest.url) else os.path.relpath(manifest.url, folder)
         self.names = file_names([manifest.shard_name(shard) for shard in range(manifest.num_shards)])
         facts = [VERSION, model, dataclasses.asdict(settings)]
         self.keys = [
@@ -228,7 +230,9 @@ class EmbeddingStore:
             size = int(self.manifest.sizes[shard])
             files.append(EmbeddingFile(self.manifest.shard_name(shard), name, self.keys[shard], size, count))
         settings = dataclasses.asdict(self.settings)
-        index = EmbeddingIndex(self.folder, self.model, settings, dict(widths), tuple(files), self.checkpoint)
+        index = EmbeddingIndex(
+            self.folder, self.model, settings, dict(widths), tuple(files), self.checkpoint, self.source
+        )
         index.write()
         return index
 

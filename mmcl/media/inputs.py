@@ -52,7 +52,7 @@ def decode_windows(
     if path is not None and not path.exists():
         raise SampleError("missing_file", str(path))
     source = media if path is None else path
-    with MediaReader(image=source) if _is_picture(media) else MediaReader(video=source) as reader:
+    with MediaReader(image=source) if is_picture(media) else MediaReader(video=source) as reader:
         spec = reader.resolved(spec)
         placed = _placed(reader.duration_seconds, spec.seconds, windows)
         rows = [row for window in placed if (row := reader.read(window, spec)) is not None]
@@ -61,7 +61,8 @@ def decode_windows(
     return np.stack(rows)
 
 
-def _is_picture(media: str | Path | bytes) -> bool:
+def is_picture(media: str | Path | bytes) -> bool:
+    """Whether a file is a still picture: by its first bytes, or the ending of its path."""
     if isinstance(media, bytes):
         return media.startswith(_PICTURE_MARKS) or (media[:4] == b"RIFF" and media[8:12] == b"WEBP")
     return Path(media).suffix.lower() in PICTURES

@@ -55,6 +55,8 @@ class EmbeddingIndex:
     files: tuple[EmbeddingFile, ...]
     checkpoint: str = ""
     """where the model was, seen from the folder; "" where nobody said"""
+    source: str = ""
+    """where the shards were, seen from the folder; "" for remote ones"""
 
     def rows_path(self, number: int) -> Path:
         return self.folder / f"{self.files[number].name}{ROWS}"
@@ -69,6 +71,7 @@ class EmbeddingIndex:
             "version": VERSION,
             "model": self.model,
             "checkpoint": self.checkpoint,
+            "source": self.source,
             "settings": dict(self.settings),
             "modalities": dict(self.widths),
             "items": sum(file.items for file in self.files),
@@ -108,6 +111,7 @@ def read_index(folder: str | Path) -> EmbeddingIndex:
             widths,
             files,
             str(document.get("checkpoint", "")),
+            str(document.get("source", "")),
         )
     except (AttributeError, KeyError, TypeError, ValueError) as error:
         raise ConfigError(f"{place / INDEX}: damaged: {error}") from None

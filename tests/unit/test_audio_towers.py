@@ -251,11 +251,6 @@ def test_clap_with_fusion_trains_what_it_uses(long: bool, tmp_path: Path) -> Non
             torch.testing.assert_close(tower.eval()(x).pooled, theirs, rtol=1e-3, atol=1e-3)
 
 
-def test_batch_statistics_are_not_taken_twice() -> None:
-    with pytest.raises(ConfigError, match=r"tower\.checkpoint_activations: .*norm: frozen"):
-        build_tower(name="cnn14", **OWN["cnn14-rank"], checkpoint_activations=True)
-
-
 def test_strangers_and_what_cannot_be(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="did you mean 'whisper'"):
         build_tower(name="hf:whispr", modality="audio")

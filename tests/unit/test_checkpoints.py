@@ -17,6 +17,7 @@ from support.recipes import tiny_config
 
 from mmcl.config import to_yaml
 from mmcl.distributed import Comm
+from mmcl.hub import ModelFiles
 from mmcl.recipe import BestOptions, RunConfig
 from mmcl.training import snapshot as snapshots
 from mmcl.training.changes import check_unchanged
@@ -36,7 +37,7 @@ def config(shards: Path, out: Path, *overrides: str) -> RunConfig:
 
 def small(step: int, loss: float = 1.0) -> Snapshot:
     state = {"metrics": {"loss": loss}}
-    return Snapshot(step, "a: 1\n", state, {}, {"model": {"w": torch.full((3,), float(step))}}, {})
+    return Snapshot(step, "a: 1\n", state, ModelFiles({}, {}, {}), {"model": {"w": torch.full((3,), float(step))}}, {})
 
 
 def test_a_snapshot_is_written_while_the_run_goes_on_one_at_a_time(

@@ -332,11 +332,6 @@ def test_what_all_towers_can_be_told_acts_on_this_one(name: str) -> None:
     assert torch.equal(dropped.eval()(x).pooled, plain.eval()(x).pooled)
 
 
-def test_statistics_are_counted_once() -> None:
-    with pytest.raises(ConfigError, match=r"norm: rank counts each row once"):
-        tower("slow_r50", norm="rank", checkpoint_activations=True)
-
-
 @pytest.mark.parametrize("name", ["timm:resnet18", "open_clip:ViT-B-32"])
 def test_frame_towers_take_the_names_of_their_libraries(name: str) -> None:
     encoder = tower(name, temporal={"pool": "transformer", "layers": 1})

@@ -16,7 +16,7 @@ LAYERS = [
     {"config", "folders", "shipped", "media", "shards", "losses", "layers", "distributed"},
     {"data", "encoders", "objectives"},
     {"card", "encode", "formats", "hub", "model", "onnx_format", "recipe"},
-    {"training", "evaluation", "search", "search_faiss"},
+    {"training", "evaluation", "search", "search_faiss", "serve"},
     {"catalogue", "demo", "cli", "cli_classify", "cli_options", "__main__"},
 ]
 LEVEL = {name: level for level, names in enumerate(LAYERS) for name in names}
@@ -36,6 +36,8 @@ NEIGHBOURS = {
     ("recipe", "model"),
     ("training", "evaluation"),  # runs are evaluated while they go on
     ("search", "search_faiss"),
+    ("serve", "evaluation"),
+    ("serve", "search"),
     ("search", "evaluation"),  # what `mmcl embed` writes
     ("__main__", "cli"),
     ("cli", "demo"),

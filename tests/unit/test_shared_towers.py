@@ -96,7 +96,9 @@ def test_a_run_trains_them_and_goes_on(shards_folder: Path, tmp_path: Path) -> N
     terms += ["{name: intra_modal, tower: image, method: {name: moco}}"]
     objectives = f"objectives=[{', '.join(terms)}]"
     for steps, resume in ((2, None), (3, "auto")):
-        pretrain(tiny_config(SHARED, objectives, f"train.steps={steps}", **places), resume=resume)
+        pretrain(
+            tiny_config(SHARED, objectives, f"train.steps={steps}", **places), resume=resume, allow=["train.steps"]
+        )
     model = MultimodalModel.from_pretrained(tmp_path / "run")
     assert set(model.momentum_towers) == {"image", "video"}
 

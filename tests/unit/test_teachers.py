@@ -15,7 +15,8 @@ from mmcl.recipe import build_model
 from mmcl.training import trainer as trainer_module
 from mmcl.training.launch import pretrain
 from mmcl.training.momentum import advance
-from mmcl.training.trainer import Trainer, build_accelerator
+from mmcl.training.processes import build_accelerator
+from mmcl.training.trainer import Trainer
 from mmcl.types import Need, VideoSpec, View, ViewBatch
 
 MOCO = "objectives=[{name: intra_modal, tower: video, method: {name: moco, queue: 16, hidden: 16, out: 8}}]"
