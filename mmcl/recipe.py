@@ -153,7 +153,8 @@ class TrainOptions(Options):
     tf32: bool = False
     """GPUs may multiply fp32 numbers with 10 bits behind the point"""
     channels_last: bool = False
-    """convolutions of towers lie channels last, 2-d and 3-d: the same figures but for rounding, other speed"""
+    """convolutions of towers lie channels last, 2-d and 3-d: the same figures but for rounding. Made for tensor cores
+    of GPUs; on CPUs 3-d ones are slower by it (tools/bench/layout.py), so try both"""
     threads: PositiveInt | None = None
     """torch threads per rank on a CPU; null: the cores of a rank, less one where workers decode beside it"""
     log_every: PositiveInt = 10

@@ -43,13 +43,12 @@ class WeightAverage:
     @contextmanager
     def in_place(self) -> Iterator[None]:
         """Within the context the model's weights are the average; afterwards what they were, bit for bit."""
-        own = self._own()
-        kept = {name: value.clone() for name, value in own.items()}
+        kept = {name: value.clone() for name, value in self._own().items()}
         try:
-            self._copy(self.values, own)
+            self._copy(self.values, self._own())
             yield
         finally:
-            self._copy(kept, own)
+            self._copy(kept, self._own())  # asked for again: moving a model gives it other memory
 
     def load(self, values: Mapping[str, Tensor]) -> None:
         """Takes up what was saved.

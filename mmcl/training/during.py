@@ -8,7 +8,6 @@ from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 
 import numpy as np
-import torch
 from torch import nn
 
 from mmcl.distributed import Comm
@@ -37,9 +36,9 @@ class Evaluator:
     Both look at the joint space, so shards are embedded once. Of the moving average, where a run keeps one.
     """
 
-    def __init__(self, config: RunConfig, comm: Comm, device: torch.device, *, sharded: bool) -> None:
+    def __init__(self, config: RunConfig, comm: Comm, *, sharded: bool) -> None:
         """Raises ``ConfigError`` where shards are missing, or cannot be evaluated in this run."""
-        self.options, self.config, self.comm, self.device = config.evaluate, config, comm, device
+        self.options, self.config, self.comm = config.evaluate, config, comm
         best = config.train.best
         if best is not None and best.metric.startswith(PREFIX) and self.options.shards is None:
             raise ConfigError(f"train.best.metric: {best.metric!r} needs evaluate.shards, which are evaluated")
@@ -110,7 +109,7 @@ class Evaluator:
             in_process=self.config.data.in_process,
             decoder=self.config.data.decoder,
             comm=self.comm,
-            device=self.device,
+            device=next(model.parameters()).device,  # so that nothing is moved
             quiet=True,
         )
 

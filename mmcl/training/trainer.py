@@ -90,7 +90,7 @@ class Trainer:
         self.optimizer = build_optimizer(self.step_module, config.train.optimizer)
         self.average = None if config.train.ema is None else WeightAverage(self.model, config.train.ema)
         self.loss_scale = LossScale(accelerator.scaler)
-        self.evaluator = Evaluator(config, self.comm, accelerator.device, sharded=self.sharded)
+        self.evaluator = Evaluator(config, self.comm, sharded=self.sharded)
         self.progress = Progress()
         self._rows = config.train.global_batch * config.train.accumulate
         limit = config.train.nonfinite_limit if config.train.nonfinite == "skip" else 0

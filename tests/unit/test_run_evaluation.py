@@ -91,9 +91,7 @@ def test_the_best_checkpoint_is_that_of_the_best_evaluation(evaluated: Path) -> 
 
 def test_time_is_kept_to(shards_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     places = [f"evaluate.shards={shards_folder / 'test'}", "evaluate.every_steps=1"]
-    evaluator = Evaluator(
-        config(shards_folder, tmp_path, *places, "evaluate.max_share=0.25"), Comm(), torch.device("cpu"), sharded=False
-    )
+    evaluator = Evaluator(config(shards_folder, tmp_path, *places, "evaluate.max_share=0.25"), Comm(), sharded=False)
     assert [evaluator.due(step) for step in (1, 2, 6)] == [True] * 3
     now = evaluator._began
     evaluator._clock = lambda: now + 30.0
@@ -118,4 +116,4 @@ def test_what_cannot_be_evaluated_is_said(
     shards_folder: Path, tmp_path: Path, overrides: list[str], words: str
 ) -> None:
     with pytest.raises(ConfigError, match=words):
-        Evaluator(config(shards_folder, tmp_path, *overrides), Comm(), torch.device("cpu"), sharded=False)
+        Evaluator(config(shards_folder, tmp_path, *overrides), Comm(), sharded=False)
