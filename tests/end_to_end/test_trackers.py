@@ -23,6 +23,7 @@ def train(shards: Path, out: Path, *more: str, options: tuple[str, ...] = (), en
     return done.stdout + done.stderr
 
 
+@pytest.mark.slow
 def test_tensorboard_wandb_and_trackio_write(shards_folder: Path, tmp_path: Path) -> None:
     """In one run: every figure of every step in event files, an offline folder and a local data base."""
     for module in ("tensorboard", "wandb", "trackio"):
@@ -66,6 +67,7 @@ def _trackio(folder: Path, offline: dict[str, str]) -> float:
     return float(logged[-1][1])
 
 
+@pytest.mark.slow
 def test_a_profile_says_where_a_step_goes(shards_folder: Path, tmp_path: Path) -> None:
     out = tmp_path / "run"
     more = ("train.steps=15", "train.log_every=4", "train.checkpoint_every=5")

@@ -54,6 +54,7 @@ def scaled_run(
     monkeypatch.undo()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("more", [(), ("train.micro_batch=2",)])
 def test_a_scale_of_a_power_of_two_changes_nothing(
     shards_folder: Path, plain: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, more: tuple[str, ...]
@@ -88,6 +89,7 @@ def test_a_step_that_overflows_is_counted_changes_nothing_and_halves_the_scale(
         assert moved == (count < step)
 
 
+@pytest.mark.slow
 def test_the_scale_is_taken_up_again(shards_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     scaled_run(monkeypatch, shards_folder, tmp_path / "whole", 64.0)
     scaled_run(
@@ -168,6 +170,7 @@ def test_channels_last_computes_the_same() -> None:
         assert all(torch.equal(value, state[name]) for name, value in module.state_dict().items())
 
 
+@pytest.mark.slow
 def test_a_run_with_channels_last_goes_on_bit_for_bit(shards_folder: Path, plain: Path, tmp_path: Path) -> None:
     for name, resume in (("whole", None), ("resumed", "whole/checkpoints/step_00000002")):
         launch.pretrain(
