@@ -90,7 +90,7 @@ class Evaluator:
         Every rank calls it; leaves weights, modes and random states as they were.
         """
         start = self._clock()
-        with _untouched(model), nullcontext() if average is None else average.in_place():
+        with untouched(model), nullcontext() if average is None else average.in_place():
             assert self.options.shards is not None
             embedded = self._embedded(model, self.options.shards)
             figures = _retrieval(embedded, self.comm)
@@ -145,7 +145,7 @@ def _retrieval(embedded: EmbeddedShards, comm: Comm) -> dict[str, float]:
 
 
 @contextmanager
-def _untouched(model: nn.Module) -> Iterator[None]:
+def untouched(model: nn.Module) -> Iterator[None]:
     """Within the context a model may be evaluated; afterwards its modes and all random states are what they were."""
     random, training = random_state(), [module.training for module in model.modules()]
     try:

@@ -15,7 +15,7 @@ from support.shards import read_shards, write_shards
 from mmcl.distributed import Comm
 from mmcl.evaluation.run import evaluate_checkpoint
 from mmcl.recipe import RunConfig
-from mmcl.training.during import Evaluator
+from mmcl.training.during import Evaluator, untouched
 from mmcl.training.launch import pretrain
 from mmcl.types import ConfigError
 
@@ -117,3 +117,15 @@ def test_what_cannot_be_evaluated_is_said(
 ) -> None:
     with pytest.raises(ConfigError, match=words):
         Evaluator(config(shards_folder, tmp_path, *overrides), Comm(), sharded=False)
+
+
+def test_random_numbers_and_modes_are_put_back() -> None:
+    model = torch.nn.Sequential(torch.nn.Dropout(), torch.nn.Dropout().eval())
+    torch.manual_seed(0)
+    wanted = torch.rand(3)
+    torch.manual_seed(0)
+    with untouched(model):
+        torch.rand(5)
+        model.eval()
+    assert torch.equal(torch.rand(3), wanted)
+    assert [part.training for part in model.modules()] == [True, True, False]
