@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from mmcl.config import read_yaml
-from mmcl.folders import model_folder, read_report
+from mmcl.folders import read_report, run_config
 from mmcl.types import ConfigError, redact
 
 BLANK = "—"
@@ -117,8 +117,8 @@ def recipe_facts(checkpoint: Path | str) -> dict[str, str]:
 
     Of paths and URLs only the last part is told.
     """
-    folder = model_folder(Path(checkpoint))
-    config = read_yaml(folder / "config.yaml") if (folder / "config.yaml").exists() else {}
+    file = run_config(Path(checkpoint))
+    config = read_yaml(file) if file.exists() else {}
     train: dict[str, Any] = config.get("train") or {}
     data: dict[str, Any] = config.get("data") or {}
     sources = data.get("sources") or ([{"shards": data["shards"]}] if data.get("shards") else [])
@@ -129,7 +129,7 @@ def recipe_facts(checkpoint: Path | str) -> dict[str, str]:
         *([f"objectives {', '.join(objectives)}"] if objectives else []),
         *(f"{key.replace('_', ' ')} {train[key]}" for key in ("global_batch", "precision", "seed") if key in train),
     ]
-    return {"training data": ", ".join(filter(None, names)), "recipe": "; ".join(recipe), "steps": _steps(folder)}
+    return {"training data": ", ".join(filter(None, names)), "recipe": "; ".join(recipe), "steps": _steps(file.parent)}
 
 
 def _steps(folder: Path) -> str:

@@ -116,6 +116,9 @@ def train(
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Show what would run, and one batch; train nothing.")
     ] = False,
+    profile: Annotated[
+        bool, typer.Option("--profile", help="Also write where a step goes: profile/ in the run folder.")
+    ] = False,
 ) -> None:
     """Train in this process. On many: accelerate launch pipelines/pretrain.py CONFIG …, the same program."""
     from mmcl.config import read_yaml
@@ -131,7 +134,23 @@ def train(
     if dry_run:
         typer.echo(describe(resolved))
     else:
-        pretrain(resolved, resume=resume, allow=allow or [])
+        pretrain(resolved, resume=resume, allow=allow or [], profiled=profile)
+
+
+@app.command()
+def runs(
+    folders: Annotated[list[Path], typer.Argument(help="Run folders, or folders of them.")],
+    out: Annotated[Path, typer.Option(help="The HTML file with their curves.")] = Path("runs.html"),
+) -> None:
+    """Show runs side by side, and draw their curves."""
+    from mmcl.evaluation.runs import find_runs, run_lines, write_runs
+    from mmcl.folders import check_writable
+
+    check_writable(out.parent)
+    found = find_runs(folders)
+    for line in run_lines(found):
+        typer.echo(line)
+    typer.echo(str(write_runs(found, out)))
 
 
 @app.command()

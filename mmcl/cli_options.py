@@ -8,7 +8,9 @@ from typing import Annotated
 import typer
 
 Shards = Annotated[str, typer.Argument(help="A folder of indexed shards, or its URL.")]
-Checkpoint = Annotated[Path, typer.Argument(help="A checkpoint, a run folder, or an exported model.")]
+Checkpoint = Annotated[
+    Path, typer.Argument(help="A checkpoint, a run folder, or an exported model; RUN/ema: its moving average.")
+]
 Clips = Annotated[
     int | None, typer.Option(min=1, help="Windows per sample whose embeddings are averaged; default: as the run says.")
 ]

@@ -16,12 +16,23 @@ HUB = "hub:"
 """what a name begins with that may be downloaded"""
 
 
+AVERAGE = "ema"
+"""the folder of a checkpoint with the moving average of its model"""
+
+
 def model_folder(path: Path) -> Path:
     """The folder with ``config.json`` that ``path`` means: itself, or the newest checkpoint of a run folder.
+
+    ``RUN/ema`` is the moving average in the newest checkpoint of RUN.
 
     Raises:
         ConfigError: there is none.
     """
+    if path.name == AVERAGE and path.parent.exists() and not path.exists():
+        averaged = model_folder(path.parent) / AVERAGE
+        if not averaged.exists():
+            raise ConfigError(f"{path}: the run keeps no moving average; train.ema={{}} asks for one")
+        return averaged
     if not path.exists():
         raise ConfigError(f"{path}: no such folder")
     if (path / CONFIG).exists():
@@ -32,6 +43,12 @@ def model_folder(path: Path) -> Path:
         if (newest / CONFIG).exists():
             return newest
     raise ConfigError(f"{path}: neither a model, a checkpoint, nor a run folder with one")
+
+
+def run_config(checkpoint: Path) -> Path:
+    """``config.yaml`` of the run that wrote a model folder; may not be there."""
+    folder = model_folder(checkpoint)
+    return (folder.parent if folder.name == AVERAGE else folder) / "config.yaml"
 
 
 def check_writable(folder: Path) -> None:

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, TypeAlias
 
 import torch
-from pydantic import Discriminator, Field, Tag, field_validator
+from pydantic import Discriminator, Field, Tag, field_validator, model_validator
 
 from mmcl.config import Options, build, read_yaml, unknown_name
 from mmcl.data.options import DataOptions
@@ -26,8 +26,17 @@ Fraction = Annotated[float, Field(ge=0, le=1)]
 class ScheduleOptions(Options):
     """What every optimizer has; norms, biases and temperatures are never decayed."""
 
+    schedule: Literal["cosine", "linear", "constant", "wsd"] = "cosine"
+    """of the learning rate after the warm-up: half a cosine or a line down to ``floor`` at the last step, none, or
+    ``wsd``: none until the last ``decay_share`` of the steps, a line there (arXiv 2405.18392)"""
     warmup_steps: Annotated[int, Field(ge=0)] = 20
-    """linear warm-up from 0, then half a cosine down to 0 at the last step"""
+    """optimizer steps of a linear warm-up from 0"""
+    warmup_samples: Annotated[int, Field(ge=0)] | None = None
+    """instead: as many steps as it takes to draw so many rows"""
+    decay_share: Annotated[float, Field(gt=0, le=1)] = 0.2
+    """of ``wsd``: the share of all steps in which the rate goes down"""
+    floor: Fraction = 0.0
+    """where the rate ends, as a share of ``learning_rate``"""
     clip_norm: Annotated[float, Field(gt=0)] | None = 1.0
     """largest gradient norm over all parameters; null: no clipping"""
 
@@ -50,7 +59,15 @@ class SGDOptions(ScheduleOptions):
     learning_rate: Annotated[float, Field(gt=0)] = 0.1
     weight_decay: Annotated[float, Field(ge=0)] = 1e-4
     momentum: Annotated[float, Field(ge=0, lt=1)] = 0.9
+    nesterov: bool = False
+    """look ahead along the momentum (Sutskever et al. 2013)"""
     clip_norm: Annotated[float, Field(gt=0)] | None = None
+
+    @model_validator(mode="after")
+    def _has_momentum(self) -> SGDOptions:
+        if self.nesterov and not self.momentum:
+            raise ValueError("nesterov looks ahead along the momentum: give one above 0")
+        return self
 
 
 class LARSOptions(ScheduleOptions):
@@ -85,6 +102,26 @@ class MomentumOptions(Options):
     """half a cosine up to 1 at the last step, or ``start`` throughout"""
 
 
+class EmaOptions(Options):
+    """A moving average of the whole model, for evaluation: it steers nothing of the training."""
+
+    decay: Annotated[float, Field(gt=0, lt=1)] = 0.9999
+    """share that the average keeps of itself in a step"""
+    start_step: Annotated[int, Field(ge=0)] = 0
+    """until so many steps are taken it is the model itself"""
+
+
+class CollapseOptions(Options):
+    """When embeddings are so much alike that a line on stderr says so."""
+
+    std: Annotated[float, Field(ge=0)] = 0.05
+    """``std/TOWER`` in ``metrics.jsonl`` below this; 1 is a spread in all directions"""
+    effective_rank: Annotated[float, Field(ge=0)] = 1.5
+    """``effective_rank/TOWER`` below this; 1 is a line"""
+    logs: PositiveInt = 5
+    """in so many logged steps in a row"""
+
+
 class BestOptions(Options):
     """Which checkpoint is kept for good, beside the newest ones."""
 
@@ -111,7 +148,13 @@ class TrainOptions(Options):
     seed: Annotated[int, Field(ge=0, lt=2**63)] = 0
     processes: PositiveInt | None = None
     """how many ranks this run must have; a launcher that started another number is refused"""
-    precision: Literal["fp32", "bf16"] = "fp32"
+    precision: Literal["fp32", "bf16", "fp16"] = "fp32"
+    """of forwards; weights stay fp32. ``fp16`` (GPUs alone) scales losses, and skips steps while the scale is found"""
+    tf32: bool = False
+    """GPUs may multiply fp32 numbers with 10 bits behind the point"""
+    channels_last: bool = False
+    """convolutions of towers lie channels last, 2-d and 3-d: the same figures but for rounding. Made for tensor cores
+    of GPUs; on CPUs 3-d ones are slower by it (tools/bench/layout.py), so try both"""
     threads: PositiveInt | None = None
     """torch threads per rank on a CPU; null: the cores of a rank, less one where workers decode beside it"""
     log_every: PositiveInt = 10
@@ -134,15 +177,28 @@ class TrainOptions(Options):
     """``skip``: so many such steps in a row, and the next one ends the run"""
     trackers: tuple[str, ...] = ()
     """names of Accelerate trackers: tensorboard, wandb, trackio, …"""
+    collapse: CollapseOptions = CollapseOptions()
     optimizer: OptimizerOptions = AdamWOptions()
     momentum: MomentumOptions = MomentumOptions()
+    ema: EmaOptions | None = None
+    """null: no average is kept; else each checkpoint has one in its folder ``ema``, a model like any other"""
 
 
 class EvaluateOptions(Options):
-    """How shards are embedded for retrieval."""
+    """How shards are embedded for retrieval, and which of them while a run goes on."""
 
     clips: PositiveInt = 1
     """evenly spaced windows of a sample whose embeddings are averaged"""
+    shards: str | None = None
+    """retrieval on these every ``every_steps``, over all ranks, and after the last step: ``eval/…`` in
+    ``metrics.jsonl``; of the moving average where there is one (``train.ema``); null: none"""
+    knn_shards: str | None = None
+    """labelled shards among which samples of ``shards`` look for their label, by the joint space (k-NN)"""
+    every_steps: PositiveInt = 1000
+    max_share: Annotated[float, Field(gt=0, le=1)] = 0.1
+    """of the time that evaluation may take; one that would take more is skipped, which is said"""
+    workers: Annotated[int, Field(ge=0)] = 2
+    """decoding processes of each rank meanwhile"""
 
 
 class MultistageOptions(Options):

@@ -27,6 +27,9 @@ def main() -> None:
         "--allow", action="append", default=[], metavar="KEY", help="a dotted key that may differ from the checkpoint's"
     )
     parser.add_argument("--dry-run", action="store_true", help="show what would run, and one batch; train nothing")
+    parser.add_argument(
+        "--profile", action="store_true", help="also write where a step goes: profile/ in the run folder"
+    )
     arguments = parser.parse_intermixed_args()
 
     def run() -> None:
@@ -44,7 +47,7 @@ def main() -> None:
             if os.environ.get("RANK", "0") == "0":
                 print(describe(config))
         else:
-            pretrain(config, resume=arguments.resume, allow=arguments.allow)
+            pretrain(config, resume=arguments.resume, allow=arguments.allow, profiled=arguments.profile)
 
     guarded(run)
 

@@ -31,7 +31,7 @@ from mmcl.evaluation.embedding_store import (
     model_checksum,
     open_embeddings,
 )
-from mmcl.folders import check_writable, model_folder
+from mmcl.folders import check_writable, model_folder, run_config
 from mmcl.model import average_windows
 from mmcl.progress import show_progress
 from mmcl.shards import load_manifest
@@ -70,6 +70,7 @@ def embed_shards(
     level: Literal["joint", "pooled"] = "joint",
     each_view: bool = False,
     cache: Path | None = None,
+    quiet: bool = False,
 ) -> EmbeddedShards:
     """Embeds every sample of ``shards`` with the first tower of each modality; all captions of a sample are embedded.
 
@@ -84,6 +85,7 @@ def embed_shards(
         comm: with more than one rank each reads its share; every rank returns everything.
         cache: a folder that keeps every shard as soon as it is done. What it holds of the same model, shards and
             options is not embedded again.
+        quiet: shows no progress.
 
     Raises:
         ConfigError: crops that a tower has no use for.
@@ -93,7 +95,7 @@ def embed_shards(
     settings = EmbedSettings(clips, crops, level, each_view, decoder)
     store = None if cache is None else EmbeddingStore.in_cache(cache, manifest, model_checksum(model), settings)
     embedder = _Embedder(model.eval().to(own_device() if device is None else device), settings, batch, comm)
-    parts = dict(embedder.run(manifest, store, workers=workers, in_process=in_process))
+    parts = dict(embedder.run(manifest, store, workers=workers, in_process=in_process, quiet=quiet))
     found = join([parts[shard] for shard in range(manifest.num_shards)])
     if not found.items:
         raise RunError(f"{shards}: none of {manifest.num_samples} samples could be read")
@@ -151,7 +153,7 @@ def own_device() -> torch.device:
 
 def default_clips(checkpoint: Path | str) -> int:
     """Windows per sample as the run that wrote a checkpoint says; 1 for a model without its run."""
-    config = model_folder(Path(checkpoint)) / "config.yaml"
+    config = run_config(Path(checkpoint))
     # read as it is: a run of another version may hold keys that this one does not know
     return int(read_yaml(config).get("evaluate", {}).get("clips", 1)) if config.exists() else 1
 
@@ -238,6 +240,7 @@ class _Embedder:
         workers: int,
         in_process: bool,
         read: bool = True,
+        quiet: bool = False,
     ) -> Iterator[tuple[int, EmbeddedShards]]:
         """Every shard, on every rank; those of ``store`` first, left out unless ``read``."""
         here = torch.tensor(
@@ -251,7 +254,7 @@ class _Embedder:
             for shard in np.flatnonzero(done).tolist():
                 yield shard, store.read(shard)
         pending = np.flatnonzero(np.logical_not(done)).tolist()
-        for shard, part in self._make(manifest, pending, workers, in_process):
+        for shard, part in self._make(manifest, pending, workers, in_process, quiet):
             if store is not None and self.comm.rank == 0:
                 store.write(shard, part)
             yield shard, part
@@ -259,7 +262,7 @@ class _Embedder:
             store.finish(self.widths())
 
     def _make(
-        self, manifest: Manifest, pending: Sequence[int], workers: int, in_process: bool
+        self, manifest: Manifest, pending: Sequence[int], workers: int, in_process: bool, quiet: bool
     ) -> Iterator[tuple[int, EmbeddedShards]]:
         if not manifest.num_samples:
             raise ConfigError(f"{manifest.url}: holds no samples")
@@ -292,7 +295,7 @@ class _Embedder:
         )
         parts = {shard: _Part() for shard in pending}
         left = {shard: math.ceil(int(manifest.sizes[shard]) / batch) for shard in pending}
-        with show_progress("embedding", "batches", quiet=comm.rank > 0) as show:
+        with show_progress("embedding", "batches", quiet=quiet or comm.rank > 0) as show:
             for turn, rows in enumerate(stream):
                 for chunk, made in zip(chunks[turn * comm.world_size :], self._gathered(rows), strict=False):
                     parts[chunk[0]].add(*made)

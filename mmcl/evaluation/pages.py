@@ -165,13 +165,14 @@ def write_files(out_folder: str | Path, html: str, markdown: str, figures: Mappi
     try:
         folder.mkdir(parents=True, exist_ok=True)
         for name, text in files.items():
-            _write_atomically(folder / name, text)
+            write_atomically(folder / name, text)
     except OSError as error:
         raise RunError(f"cannot write the report to {folder}: {error.strerror or error}") from error
     return folder / "report.html"
 
 
-def _write_atomically(path: Path, text: str) -> None:
+def write_atomically(path: Path, text: str) -> None:
+    """The file appears under its name when it is complete."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         with temporary.open("w", encoding="utf-8", errors="replace", newline="\n") as file:

@@ -229,7 +229,7 @@ def evaluate_list(
         asked = {f"{first}->{second}", f"{second}->{first}"} & {*wanted}
         if not asked or not len(rows[first].items) or not len(rows[second].items):
             continue
-        right = _same(rows[first], rows[second], labels)
+        right = right_rows(rows[first], rows[second], labels)
         both = ranks_both(rows[first].embeddings, rows[second].embeddings, right, comm=comm)
         if any(len(each) for each in right):
             pairs[f"{first}-{second}"] = pair_figures(rows[first].embeddings, rows[second].embeddings, right)
@@ -292,7 +292,7 @@ def _corrected(
     comm: Comm | None,
 ) -> dict[str, dict[str, float]]:
     """The figures of each transductive method that was asked for."""
-    right = _same(queries, gallery, labels) if methods else []
+    right = right_rows(queries, gallery, labels) if methods else []
     return {
         method: transductive_ranks(
             queries.embeddings,
@@ -307,7 +307,7 @@ def _corrected(
 
 
 def _by_best(queries: ModalityRows, gallery: ModalityRows, labels: Integers | None, comm: Comm | None) -> RankResult:
-    right = _same(queries, gallery, labels)
+    right = right_rows(queries, gallery, labels)
     return ranks_by_best(queries.embeddings, gallery.embeddings, right, gallery.items, comm=comm)
 
 
@@ -333,7 +333,7 @@ def _duplicates(rows: ModalityRows) -> int:
     return len(np.unique(shown[counts[place] > 1, 1]))
 
 
-def _same(queries: ModalityRows, gallery: ModalityRows, labels: Integers | None) -> list[Integers]:
+def right_rows(queries: ModalityRows, gallery: ModalityRows, labels: Integers | None) -> list[Integers]:
     """For each query row the gallery rows of its item, or of its label."""
     left = np.asarray(queries.items) if labels is None else np.asarray(labels)[queries.items]
     right = np.asarray(gallery.items) if labels is None else np.asarray(labels)[gallery.items]

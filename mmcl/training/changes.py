@@ -34,6 +34,7 @@ FREE = (
     "multistage.stages",
     "train.best",
     "train.checkpoint_every",
+    "train.collapse",
     "train.checkpoint_minutes",
     "train.keep_checkpoints",
     "train.log_every",

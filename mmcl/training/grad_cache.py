@@ -35,6 +35,7 @@ def cached_backward(
     optimizer_step: int | None = None,
     no_sync: Context = nullcontext,
     autocast: Context = nullcontext,
+    scaled: Callable[[Tensor], Tensor] = lambda loss: loss,
 ) -> Term:
     """Forward and backward of one batch; leaves the gradients that a forward of the whole would leave.
 
@@ -46,6 +47,7 @@ def cached_backward(
         optimizer_step: as :class:`~mmcl.training.step.TrainStep` takes it.
         no_sync: keeps gradients of backwards inside it on this rank; they are reduced once, with the last replay.
         autocast: the precision of forwards.
+        scaled: what is done to the loss before its backward (fp16).
 
     Returns:
         The objectives' term; its graph is used up.
@@ -64,7 +66,7 @@ def cached_backward(
     with no_sync():
         with autocast():
             term: Term = step(batch, CachePass("loss", leaves), optimizer_step)
-        torch.autograd.backward(term.loss / parts)
+        torch.autograd.backward(scaled(term.loss / parts))
     after = _random_state(batch)
     for number, (chunk, state) in enumerate(zip(chunks, states, strict=True)):
         _set_random_state(batch, state)

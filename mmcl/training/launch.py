@@ -18,10 +18,10 @@ from mmcl.encoders.pretrained import Source
 from mmcl.model import parameter_counts
 from mmcl.recipe import RunConfig, build_model
 from mmcl.shards.sequential import describe_order
-from mmcl.training.changes import check_unchanged, flat
+from mmcl.training.changes import check_unchanged
 from mmcl.training.checkpoint import read_state
 from mmcl.training.peers import Peers
-from mmcl.training.processes import build_accelerator
+from mmcl.training.processes import begin_tracking, build_accelerator
 from mmcl.training.run_folder import RunFolder
 from mmcl.training.signals import StopRequest
 from mmcl.training.soundness import check_labels, check_pools, remarks
@@ -37,6 +37,7 @@ def pretrain(
     resume: str | None = None,
     allow: Sequence[str] = (),
     pretrained: Mapping[str, Source] | None = None,
+    profiled: bool = False,
 ) -> bool:
     """Trains; on one process or as one rank of many.
 
@@ -46,6 +47,7 @@ def pretrain(
             starts; a path goes on from that checkpoint.
         allow: dotted keys of the configuration that may differ from that of the checkpoint.
         pretrained: tower: what gives its first weights instead of what the configuration says, such as a function.
+        profiled: also writes where some of the steps went into ``profile`` of the run folder.
 
     Returns:
         Whether the last step was reached; False after a stop that was asked for.
@@ -55,7 +57,7 @@ def pretrain(
         RunError: the run cannot go on.
     """
     with StopRequest(Path(config.train.out) / "stop") as stop, training_processes(config) as accelerator:
-        return train(config, accelerator, stop, resume=resume, allow=allow, pretrained=pretrained)
+        return train(config, accelerator, stop, resume=resume, allow=allow, pretrained=pretrained, profiled=profiled)
 
 
 @contextmanager
@@ -87,6 +89,7 @@ def train(
     resume: str | None = None,
     allow: Sequence[str] = (),
     pretrained: Mapping[str, Source] | None = None,
+    profiled: bool = False,
 ) -> bool:
     """:func:`pretrain` within :func:`training_processes`."""
     with ExitStack() as stack:
@@ -102,8 +105,8 @@ def train(
             if source is not None:
                 print(_going_on(source, trainer.comm.world_size, changes), flush=True)
         if config.train.trackers:
-            accelerator.init_trackers("mmcl", config=flat(config.model_dump(mode="json")))
-        progress = trainer.fit(folder, stop, resume=source)
+            begin_tracking(accelerator, config)
+        progress = trainer.fit(folder, stop, resume=source, profiled=profiled)
         finished = progress.step >= config.train.steps
         if not finished and accelerator.is_main_process:
             print(f"stopped after step {progress.step} of {config.train.steps}; --resume auto goes on", flush=True)

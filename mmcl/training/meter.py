@@ -11,6 +11,7 @@ from torch import Tensor
 
 from mmcl.data.health import skip_records
 from mmcl.objectives.base import Term
+from mmcl.training.spans import span
 from mmcl.types import Batch
 
 
@@ -24,13 +25,24 @@ class Meter:
         self._start = time.perf_counter()
         self._skipped: list[tuple[int, str, str, str]] = []
         self._cut = 0
+        self.seconds_per_step = 0.0
+        """as it was when the last line was logged"""
 
     def timed(self, batches: Iterator[Batch]) -> Iterator[Batch]:
         while True:
             start = time.perf_counter()
-            batch = next(batches)
+            with span("data wait"):
+                batch = next(batches)
             self._wait_seconds += time.perf_counter() - start
             yield batch
+
+    def leave_out(self, seconds: float) -> None:
+        """Time that was not spent on training, such as on evaluation."""
+        self._start += seconds
+
+    def samples_per_second(self, samples_per_step: int) -> float:
+        """Since the last log line, so far."""
+        return self._steps * samples_per_step / max(time.perf_counter() - self._start, 1e-9)
 
     def count(self, batches: list[Batch]) -> None:
         self._steps += 1
@@ -42,8 +54,9 @@ class Meter:
     def rates(self, samples_per_step: int) -> dict[str, float]:
         """Since the last call."""
         seconds = max(time.perf_counter() - self._start, 1e-9)
+        self.seconds_per_step = seconds / max(self._steps, 1)
         rates = {
-            "samples_per_second": self._steps * samples_per_step / seconds,
+            "samples_per_second": self.samples_per_second(samples_per_step),
             "data_wait_fraction": min(self._wait_seconds / seconds, 1.0),
         }
         self._steps, self._wait_seconds, self._start = 0, 0.0, time.perf_counter()

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import SGD, AdamW, Optimizer
 
-from mmcl.recipe import AdamWOptions, LARSOptions, OptimizerOptions
+from mmcl.recipe import AdamWOptions, LARSOptions, OptimizerOptions, ScheduleOptions
 from mmcl.training.groups import parameter_groups
 
 
@@ -80,19 +80,38 @@ def build_optimizer(step: nn.Module, options: OptimizerOptions) -> Optimizer:
         )
     if isinstance(options, LARSOptions):
         return LARS(groups, lr=options.learning_rate, momentum=options.momentum, trust=options.trust)
-    return SGD(groups, lr=options.learning_rate, momentum=options.momentum)
+    return SGD(groups, lr=options.learning_rate, momentum=options.momentum, nesterov=options.nesterov)
 
 
-def learning_rate_factor(step: int, *, warmup_steps: int, steps: int) -> float:
-    """Linear warm-up, then half a cosine to 0 at ``steps``; ``step`` counts from 0.
+def warmup_steps(options: ScheduleOptions, samples_per_step: int) -> int:
+    """Optimizer steps of the warm-up.
 
-    >>> [round(learning_rate_factor(step, warmup_steps=2, steps=6), 3) for step in (0, 1, 2, 4, 6)]
-    [0.5, 1.0, 1.0, 0.5, 0.0]
+    >>> warmup_steps(AdamWOptions(warmup_samples=100), 32)
+    4
     """
-    if step < warmup_steps:
-        return (step + 1) / warmup_steps
-    progress = (step - warmup_steps) / max(steps - warmup_steps, 1)
-    return 0.5 * (1 + math.cos(math.pi * min(progress, 1.0)))
+    if options.warmup_samples is None:
+        return options.warmup_steps
+    return -(-options.warmup_samples // samples_per_step)
+
+
+def learning_rate_factor(step: int, options: ScheduleOptions, *, steps: int, samples_per_step: int = 1) -> float:
+    """What the learning rate is multiplied by in optimizer step ``step`` of ``steps``, counted from 0.
+
+    >>> options = AdamWOptions(warmup_steps=2, schedule="linear", floor=0.2)
+    >>> [round(learning_rate_factor(step, options, steps=6), 3) for step in (0, 1, 2, 4, 6)]
+    [0.5, 1.0, 1.0, 0.6, 0.2]
+    """
+    warmup = warmup_steps(options, samples_per_step)
+    if step < warmup:
+        return (step + 1) / warmup
+    start = warmup
+    if options.schedule == "wsd":
+        start = max(warmup, steps - round(options.decay_share * steps))
+    progress = min(max(step - start, 0) / max(steps - start, 1), 1.0)
+    if options.schedule == "constant":
+        return 1.0
+    left = 0.5 * (1 + math.cos(math.pi * progress)) if options.schedule == "cosine" else 1 - progress
+    return options.floor + (1 - options.floor) * left
 
 
 def set_learning_rate(optimizer: Optimizer, learning_rate: float) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Mapping
 from datetime import timedelta
+from pathlib import Path
 
 import torch
 from accelerate import Accelerator, DistributedDataParallelKwargs
@@ -12,6 +13,8 @@ from accelerate.tracking import get_available_trackers
 from accelerate.utils import InitProcessGroupKwargs
 
 from mmcl.recipe import RunConfig
+from mmcl.training.changes import flat
+from mmcl.training.loss_scale import set_tf32
 from mmcl.types import ConfigError
 
 
@@ -50,8 +53,9 @@ def check_launch(config: RunConfig, environment: Mapping[str, str]) -> None:
         )
     if _says(environment, "ACCELERATE_USE_DEEPSPEED"):
         raise ConfigError(
-            f"train.sharding: {train.sharding or 'none'}, but the launcher says DeepSpeed (ACCELERATE_USE_DEEPSPEED); "
-            "take configs/accelerate/fsdp2_8.yaml"
+            f"train.sharding: {train.sharding or 'none'}, but the launcher says DeepSpeed (ACCELERATE_USE_DEEPSPEED), "
+            "whose engine owns optimizer, clipping and checkpoints, which are this run's own here (exact resume, "
+            "objectives' state); its ZeRO stages are what train.sharding=fsdp2 does: configs/accelerate/fsdp2_8.yaml"
         )
     if _says(environment, "ACCELERATE_USE_FSDP"):
         version = environment.get("FSDP_VERSION", "1")
@@ -61,6 +65,17 @@ def check_launch(config: RunConfig, environment: Mapping[str, str]) -> None:
                 "(ACCELERATE_USE_FSDP, FSDP_VERSION); leave train.sharding out and set fsdp_version: 2 there, or take "
                 "another launch file"
             )
+
+
+def begin_tracking(accelerator: Accelerator, config: RunConfig) -> None:
+    """Tells the trackers of a run's configuration; what they write on this computer goes into the run folder."""
+    told = {key: value for key, value in flat(config.model_dump(mode="json")).items() if value is not None}
+    folder = Path(config.train.out)
+    accelerator.init_trackers(
+        "mmcl",
+        config=told,
+        init_kwargs={"wandb": {"dir": str(folder), "name": folder.name}, "trackio": {"name": folder.name}},
+    )
 
 
 def is_sharded(config: RunConfig, environment: Mapping[str, str]) -> bool:
@@ -81,6 +96,12 @@ def build_accelerator(config: RunConfig) -> Accelerator:
         ConfigError: the launcher contradicts the configuration, or a tracker is unknown.
     """
     check_launch(config, os.environ)
+    if config.train.precision == "fp16":
+        if not torch.cuda.is_available():
+            raise ConfigError("train.precision: fp16 needs a GPU, and there is none here; take bf16 or fp32")
+        if is_sharded(config, os.environ):
+            raise ConfigError("train.precision: fp16 scales losses, which train.sharding cannot; take bf16")
+    set_tf32(config.train.tf32)
     precision = "no" if config.train.precision == "fp32" else config.train.precision
     known = [tracker.value for tracker in get_available_trackers()]
     for number, name in enumerate(config.train.trackers):

@@ -47,11 +47,15 @@ class Saver:
     ) -> None:
         self._pool.shutdown()
 
-    def due(self, step: int) -> bool:
-        """Whether a checkpoint is wanted after this step; by the clock of this rank, so ranks have to agree."""
+    def due(self, step: int, evaluated: Mapping[str, float]) -> bool:
+        """Whether a checkpoint is wanted after this step; by the clock of this rank, so ranks have to agree.
+
+        ``evaluated``: figures of this step alone; what was judged by the best metric must be there to be kept.
+        """
         minutes = self.options.checkpoint_minutes
         by_clock = minutes is not None and time.monotonic() - self._last_seconds >= 60 * minutes
-        return by_clock or step % self.options.checkpoint_every == 0
+        judged = self.options.best is not None and self.options.best.metric in evaluated
+        return by_clock or judged or step % self.options.checkpoint_every == 0
 
     def save(self, snapshot: Snapshot, *, last: bool) -> None:
         """Takes a snapshot to be written; every rank calls it. ``last``: waits for it.
@@ -112,7 +116,7 @@ class Saver:
 
     def _remark(self, metrics: Mapping[str, Any]) -> None:
         best = self.options.best
-        if best is not None and best.metric not in metrics and best.metric not in self._missed:
+        if best is not None and best.metric not in {*metrics, *self._missed} and not best.metric.startswith("eval/"):
             self._missed.add(best.metric)
             print(
                 f"warning: train.best.metric: {best.metric!r} is not among what was logged so far, no checkpoint is "

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 import mmcl
+from mmcl.folders import AVERAGE
 from mmcl.hub import ModelFiles, write_model
 from mmcl.training import checkpoint as ckpt
 
@@ -49,8 +50,11 @@ class Snapshot:
         (folder / "config.yaml").write_text(self.config, encoding="utf-8")
         (folder / ckpt.STATE).write_text(json.dumps(self.state, indent=1), encoding="utf-8")
         write_model(folder, self.files, self.tensors.get("model"))
+        if AVERAGE in self.tensors:
+            alone = dataclasses.replace(self.files, description={**self.files.description, "momentum": []})
+            write_model(folder / AVERAGE, alone, self.tensors[AVERAGE])
         for name, tensors in self.tensors.items():
-            if name != "model":
+            if name not in ("model", AVERAGE):
                 ckpt.save_tensors(folder / f"{name}.safetensors", tensors)
         if self.optimizer is not None:
             ckpt.save_optimizer(folder / OPTIMIZER, self.optimizer)
@@ -79,10 +83,14 @@ def load_random_state(checkpoint: Path, rank: int) -> None:
     """One's own random state, or, on more ranks than before, another's."""
     saved = ckpt.load_tensors(checkpoint / "random.safetensors")
     # copied: torch crashes on a state that does not start its own memory
-    own = {name: states[rank % len(states)].clone() for name, states in saved.items()}
-    torch.set_rng_state(own["cpu"])
-    if "cuda" in own and torch.cuda.is_available():
-        torch.cuda.set_rng_state(own["cuda"])
+    set_random_state({name: states[rank % len(states)].clone() for name, states in saved.items()})
+
+
+def set_random_state(state: Mapping[str, Tensor]) -> None:
+    """Takes up what :func:`random_state` gave."""
+    torch.set_rng_state(state["cpu"])
+    if "cuda" in state and torch.cuda.is_available():
+        torch.cuda.set_rng_state(state["cuda"])
 
 
 @dataclass
@@ -97,12 +105,20 @@ class Progress:
     """bad samples among them, all ranks"""
     captions_cut: int = 0
     """captions that were longer than their tower takes, all ranks"""
+    skipped_by: dict[str, int] = field(default_factory=dict)
+    """reason: how many of them"""
     nonfinite: int = 0
     """steps whose loss or gradient was not finite and that changed nothing"""
+    overflowed: int = 0
+    """steps of fp16 whose loss was scaled too much and that changed nothing"""
 
 
 def counters(
-    progress: Progress, stream: Mapping[str, Any], metrics: Mapping[str, Any], world_size: int
+    progress: Progress,
+    stream: Mapping[str, Any],
+    metrics: Mapping[str, Any],
+    world_size: int,
+    loss_scale: Mapping[str, Any],
 ) -> dict[str, Any]:
     """``state.json``: where the run is, with what it was made, and what was logged last."""
     return {
@@ -113,7 +129,9 @@ def counters(
         "commit": git_commit(),
         "world_size": world_size,
         "progress": dataclasses.asdict(progress),
-        "stream": stream,
+        # batches may be fetched ahead of the step
+        "stream": {**stream, "draws": progress.samples},
+        "loss_scale": loss_scale,
         "metrics": metrics,
     }
 

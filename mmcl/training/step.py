@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -11,7 +12,7 @@ from torch import Tensor, nn
 from mmcl.distributed import Comm
 from mmcl.model import MultimodalModel, Values
 from mmcl.objectives.base import ObjectiveMix, Term
-from mmcl.types import Batch
+from mmcl.types import Batch, Embeddings
 
 
 @dataclass(frozen=True, eq=False)
@@ -29,6 +30,10 @@ class TrainStep(nn.Module):
     def __init__(self, model: MultimodalModel, mix: ObjectiveMix) -> None:
         super().__init__()
         self.model, self.mix = model, mix
+        self.watching = False
+        """whether ``seen`` is kept"""
+        self.seen: Embeddings | None = None
+        """what the objectives saw last, without its graph"""
 
     def forward(
         self, batch: Batch, cache: CachePass | None = None, optimizer_step: int | None = None
@@ -45,5 +50,8 @@ class TrainStep(nn.Module):
             touched = [0.0 * p.sum() for p in self.parameters() if p.requires_grad]
             return torch.stack([x.float() if x.dtype != torch.float64 else x for x in (*pulled, *touched)]).sum()
         embeddings = self.model(batch, self.mix.needs) if cache is None else self.model.embeddings(cache.values, batch)
+        if self.watching:
+            detached = {key: value.detach() for key, value in embeddings.values.items()}
+            self.seen = dataclasses.replace(embeddings, values=detached)
         term: Term = self.mix(embeddings, Comm.current(), step=optimizer_step)
         return term

@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import os
-import sys
+import time
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 import torch
 from accelerate import Accelerator
@@ -19,26 +18,36 @@ from mmcl.data.health import SkipLimits, read_quarantine
 from mmcl.distributed import Comm
 from mmcl.distributed.sharded import FOLDER, read_sharded
 from mmcl.encoders.pretrained import Source
+from mmcl.folders import AVERAGE
 from mmcl.media.augment import augment
 from mmcl.media.mixing import mix
 from mmcl.objectives.base import Term
-from mmcl.progress import on_terminal, show_progress
+from mmcl.progress import show_progress
 from mmcl.recipe import RunConfig, build_model
 from mmcl.shards.sequential import open_shards
 from mmcl.training import checkpoint as ckpt
+from mmcl.training.average import WeightAverage
+from mmcl.training.during import Evaluator
 from mmcl.training.grad_cache import cached_backward, check_cacheable
+from mmcl.training.layout import channels_last
+from mmcl.training.logbook import Logbook
+from mmcl.training.loss_scale import LossScale
 from mmcl.training.meter import Meter, mean_term
 from mmcl.training.momentum import advance, momentum_at
-from mmcl.training.nonfinite import NonFiniteLimit, describe_step, jsonable, total_norm, write_step
+from mmcl.training.nonfinite import NonFiniteLimit, describe_step, total_norm, write_step
 from mmcl.training.optim import build_optimizer, learning_rate_factor, set_learning_rate
+from mmcl.training.prefetch import on_device
 from mmcl.training.processes import is_sharded
+from mmcl.training.profiling import StepProfile
 from mmcl.training.run_folder import RunFolder
 from mmcl.training.saving import Saver
 from mmcl.training.sharding import average_whole_gradients, load_state_tensors, shard, state_tensors
 from mmcl.training.signals import StopRequest
 from mmcl.training.snapshot import OPTIMIZER, Progress, Snapshot, counters, host_copy, load_random_state, random_state
 from mmcl.training.soundness import SilenceWatch, check_labels, check_pools, not_finite
+from mmcl.training.spans import span
 from mmcl.training.step import TrainStep
+from mmcl.training.watching import embedding_figures, gradient_norms
 from mmcl.types import Batch, ConfigError, View
 
 
@@ -66,24 +75,31 @@ class Trainer:
         check_pools(config, self.mix)
         self.views = tuple(dict.fromkeys(need.view for need in self.mix.needs))
         self.stream = build_stream(config, self.views, self.comm)
-        step = TrainStep(self.model, self.mix)
+        self.step = step = TrainStep(self.model, self.mix)
         if config.train.micro_batch is not None:
             check_cacheable(step)
+        if config.train.channels_last:
+            channels_last(step)
         self.sharded = is_sharded(config, os.environ) and self.comm.world_size > 1
         if self.sharded and config.train.micro_batch is not None:
             raise ConfigError("train.micro_batch: the gradient cache replays whole towers, train.sharding splits them")
+        if self.sharded and config.train.ema is not None:
+            raise ConfigError("train.ema: keeps the weights as a whole, train.sharding splits them")
         self.step_module: nn.Module = (
             shard(step, accelerator.device) if self.sharded else accelerator.prepare_model(step)
         )
         self.optimizer = build_optimizer(self.step_module, config.train.optimizer)
+        self.average = None if config.train.ema is None else WeightAverage(self.model, config.train.ema)
+        self.loss_scale = LossScale(accelerator.scaler)
+        self.evaluator = Evaluator(config, self.comm, sharded=self.sharded)
         self.progress = Progress()
-        self._logged: dict[str, Any] = {}
-        """what was logged last"""
+        self._rows = config.train.global_batch * config.train.accumulate
         limit = config.train.nonfinite_limit if config.train.nonfinite == "skip" else 0
         self._nonfinite = NonFiniteLimit(limit)
         self._silence = SilenceWatch({name: objective.watched for name, objective in self.mix.each().items()})
+        self.logbook = Logbook(config, accelerator, self.comm, self._silence)
 
-    def fit(self, folder: RunFolder, stop: StopRequest, *, resume: Path | None) -> Progress:
+    def fit(self, folder: RunFolder, stop: StopRequest, *, resume: Path | None, profiled: bool = False) -> Progress:
         """Trains to the last step, or until ``stop`` is asked for, and saves; ``resume`` is what was loaded.
 
         Raises:
@@ -104,55 +120,84 @@ class Trainer:
         with (
             Saver(folder, options, self.comm, sharded=self.sharded) as saver,
             show_progress("training", "steps", quiet=quiet, plain=False) as show,
+            StepProfile(folder.path, self.step, wanted=profiled and not quiet) as profile,
         ):
-            batches = meter.timed(iter(self.stream))
+            batches = meter.timed(on_device(iter(self.stream), self.accelerator.device))
             while self.progress.step < options.steps:
+                number = self.progress.step + 1
+                last, evaluating = number == options.steps, self.evaluator.due(number)
+                self.step.watching = last or evaluating or number % options.log_every == 0
                 step_batches = [next(batches) for _ in range(options.accumulate)]
                 for batch in step_batches:
                     limits.watch(batch)
-                term, grad_norm = self.optimizer_step(step_batches)
+                figures = self.optimizer_step(step_batches)
                 meter.count(step_batches)
-                self.progress.step += 1
-                self.progress.samples = self.stream.draws
-                show(self.progress.step, options.steps, meter.note)
-                last = self.progress.step == options.steps
-                stopping, due = self.comm.any_of([stop.requested, saver.due(self.progress.step)])
-                if last or stopping or self.progress.step % options.log_every == 0:
-                    self._log(folder, meter, term, grad_norm)
+                self.progress.step = number
+                self.progress.samples += self._rows
+                show(number, options.steps, meter.note)
+                evaluated = self._evaluate(meter) if evaluating else {}
+                stopping, due = self.comm.any_of([stop.requested, saver.due(number, evaluated)])
+                if self.step.watching or stopping:
+                    with span("logging"):
+                        self._log(folder, meter, {**figures, **evaluated})
                 if last or stopping or due:
-                    saver.wait()  # before the next is copied: one at a time in memory
-                    saver.save(self.snapshot(), last=last or stopping)
+                    with span("checkpoint"):
+                        saver.wait()  # before the next is copied: one at a time in memory
+                        saver.save(self.snapshot(), last=last or stopping)
+                profile.next_step()
                 if stopping:
                     break
         return self.progress
 
-    def optimizer_step(self, batches: list[Batch]) -> tuple[Term, Tensor]:
-        """One optimizer step on ``accumulate`` batches; objectives commit after it."""
-        options = self.config.train.optimizer
-        factor = learning_rate_factor(
-            self.progress.step, warmup_steps=options.warmup_steps, steps=self.config.train.steps
-        )
-        set_learning_rate(self.optimizer, options.learning_rate * factor)
+    def optimizer_step(self, batches: list[Batch]) -> dict[str, Tensor | float]:
+        """One optimizer step on ``accumulate`` batches; objectives commit after it. Returns what is to be logged."""
+        options, number = self.config.train, self.progress.step
+        factor = learning_rate_factor(number, options.optimizer, steps=options.steps, samples_per_step=self._rows)
+        set_learning_rate(self.optimizer, options.optimizer.learning_rate * factor)
         terms = []
-        for number, batch in enumerate(batches):
-            moved = self._moved(batch)
-            if number < len(batches) - 1:
+        for part, batch in enumerate(batches):
+            with span("augmentation"):
+                moved = self._moved(batch)
+            if part < len(batches) - 1:
                 with self.accelerator.no_sync(self.step_module):
                     terms.append(self._backward(moved, len(batches)))
             else:
                 terms.append(self._backward(moved, len(batches)))
+        with span("optimizer"):
+            grad_norm, norms = self._gradients()
+            if self.loss_scale.overflowed(grad_norm):
+                self.progress.overflowed += 1
+            elif self._all_finite(terms, grad_norm, batches):
+                self.loss_scale.step(self.optimizer)
+                for term in terms:
+                    self.mix.commit(term.pending)
+                momentum = momentum_at(number, options.steps, options.momentum)
+                advance(self.model.ema_pairs() + self.mix.ema_pairs(), momentum)
+                if self.average is not None:
+                    self.average.advance(number)
+                self._silence.watch(mean_term(terms))
+            self.loss_scale.update()
+            self.optimizer.zero_grad(set_to_none=True)
+        term = mean_term(terms)
+        return {
+            "loss": term.loss.detach(),
+            **term.metrics,
+            "grad_norm": grad_norm,
+            **norms,
+            "learning_rate": options.optimizer.learning_rate * factor,
+        }
+
+    def _gradients(self) -> tuple[Tensor, dict[str, float]]:
+        """Reduces and clips them; their norm, and in steps that are watched that of each tower."""
         if self.sharded:
             average_whole_gradients(self.step_module)
-        grad_norm = self._clip(options.clip_norm)
-        if self._all_finite(terms, grad_norm, batches):
-            self.optimizer.step()
-            for term in terms:
-                self.mix.commit(term.pending)
-            momentum = momentum_at(self.progress.step, self.config.train.steps, self.config.train.momentum)
-            advance(self.model.ema_pairs() + self.mix.ema_pairs(), momentum)
-            self._silence.watch(mean_term(terms))
-        self.optimizer.zero_grad(set_to_none=True)
-        return mean_term(terms), grad_norm
+        self.loss_scale.unscale(self.optimizer)
+        norms = gradient_norms(self.model) if self.step.watching else {}
+        learning = [p for p in self.step_module.parameters() if p.grad is not None]
+        norm = total_norm([p.grad for p in learning if p.grad is not None])
+        if self.config.train.optimizer.clip_norm is not None:
+            nn.utils.clip_grads_with_norm_(learning, self.config.train.optimizer.clip_norm, norm)
+        return norm, norms
 
     def _moved(self, batch: Batch) -> Batch:
         """The batch on the training device, augmented there: models see no batch that has not gone through here."""
@@ -162,26 +207,22 @@ class Trainer:
     def _backward(self, batch: Batch, parts: int) -> Term:
         micro_batch = self.config.train.micro_batch
         if micro_batch is not None and micro_batch < len(batch):
-            return cached_backward(
-                self.step_module,
-                batch,
-                micro_batch=micro_batch,
-                parts=parts,
-                optimizer_step=self.progress.step,
-                no_sync=lambda: self.accelerator.no_sync(self.step_module),
-                autocast=self.accelerator.autocast,
-            )
+            with span("gradient cache"):
+                return cached_backward(
+                    self.step_module,
+                    batch,
+                    micro_batch=micro_batch,
+                    parts=parts,
+                    optimizer_step=self.progress.step,
+                    no_sync=lambda: self.accelerator.no_sync(self.step_module),
+                    autocast=self.accelerator.autocast,
+                    scaled=self.loss_scale,
+                )
         with self.accelerator.autocast():
             term: Term = self.step_module(batch, optimizer_step=self.progress.step)
-        torch.autograd.backward(term.loss / parts)
+        with span("backward"):
+            torch.autograd.backward(self.loss_scale(term.loss / parts))
         return term
-
-    def _clip(self, clip_norm: float | None) -> Tensor:
-        learning = [p for p in self.step_module.parameters() if p.grad is not None]
-        norm = total_norm([p.grad for p in learning if p.grad is not None])
-        if clip_norm is not None:
-            nn.utils.clip_grads_with_norm_(learning, clip_norm, norm)
-        return norm
 
     def _all_finite(self, terms: list[Term], grad_norm: Tensor, batches: list[Batch]) -> bool:
         """Whether this step may be taken, agreed by all ranks; what is wrong with it is written down.
@@ -219,42 +260,25 @@ class Trainer:
         for keys in self.comm.gather_objects(sorted(self.stream.quarantine)):
             self.stream.add_quarantine(keys)
 
-    def _log(self, folder: RunFolder, meter: Meter, term: Term, grad_norm: Tensor) -> None:
+    def _evaluate(self, meter: Meter) -> dict[str, float]:
+        """``eval/…``; nothing where it would take too much time."""
+        start = time.perf_counter()
+        found: dict[str, float] = {}
+        if self.evaluator.affordable(meter.samples_per_second(self._rows)):
+            with span("evaluation"):
+                found = self.evaluator.figures(self.model, self.average)
+        meter.leave_out(time.perf_counter() - start)
+        return found
+
+    def _log(self, folder: RunFolder, meter: Meter, figures: Mapping[str, Tensor | float]) -> None:
         self._share_quarantine()
-        skipped = [record for rank in self.comm.gather_objects(meter.take_skipped()) for record in rank]
-        self.progress.skipped += len(skipped)
-        cut, before = sum(self.comm.gather_objects(meter.take_cut())), self.progress.captions_cut
-        self.progress.captions_cut += cut
-        record = {
-            "step": self.progress.step,
-            "samples": self.progress.samples,
-            "loss": float(term.loss.detach()),
-            **{name: float(value) for name, value in term.metrics.items()},
-            **self._temperatures(),
-            "grad_norm": float(grad_norm),
-            "learning_rate": self.optimizer.param_groups[0]["lr"] / self.optimizer.param_groups[0]["factor"],
-            **meter.rates(self.config.train.global_batch * self.config.train.accumulate),
-            "skipped": self.progress.skipped,
-            "captions_cut": self.progress.captions_cut,
-            "nonfinite": self.progress.nonfinite,
-            **self._epochs(),
-        }
-        self._logged = {name: jsonable(value) for name, value in record.items()}
-        if not self.accelerator.is_main_process:
-            return
-        for line in self._silence.complaints(last=self.progress.step == self.config.train.steps):
-            print(line, file=sys.stderr, flush=True)
-        if cut and not before:
-            print(f"{cut} captions were longer than their tower takes; captions_cut in metrics.jsonl counts them")
-        folder.write_metrics(self._logged)
-        folder.write_skipped(sorted(skipped, key=lambda entry: int(entry["draw"])))
-        self.accelerator.log({k: v for k, v in record.items() if k != "step"}, step=self.progress.step)
-        meter.note = (
-            f"loss {record['loss']:.3f}  {record['samples_per_second']:.0f} samples/s  "
-            f"waiting for data {record['data_wait_fraction']:.0%}"
-        ) + (f"  skipped {record['skipped']}" if record["skipped"] else "")
-        if not on_terminal():
-            print(f"step {record['step']}/{self.config.train.steps}  {meter.note}", flush=True)
+        seen, self.step.seen = self.step.seen, None
+        if seen is not None:
+            figures = {**figures, **embedding_figures(seen, self.comm)}
+        told = {**figures, **self._temperatures()}
+        self.logbook.write(
+            folder, meter, self.progress, {name: float(value) for name, value in told.items()}, self.stream.epochs
+        )
 
     def _temperatures(self) -> dict[str, float]:
         """τ = 1 / scale of each pair, and their mean."""
@@ -263,11 +287,6 @@ class Trainer:
             return {}
         return {"temperature": sum(each.values()) / len(each), **{f"temperature/{k}": v for k, v in each.items()}}
 
-    def _epochs(self) -> dict[str, float]:
-        """Epochs drawn so far, of each source of a mixture its own."""
-        epochs = self.stream.epochs
-        return {"epoch": epochs[0]} if len(epochs) == 1 else {f"epoch/{n}": epoch for n, epoch in enumerate(epochs)}
-
     def snapshot(self) -> Snapshot:
         """A copy of all that a checkpoint holds; every rank hands in its random state."""
         self._share_quarantine()
@@ -275,7 +294,13 @@ class Trainer:
             name: self.comm.gather(value[None].to(self.accelerator.device)).cpu()
             for name, value in random_state().items()
         }
-        state = counters(self.progress, self.stream.state_dict(), self._logged, self.comm.world_size)
+        state = counters(
+            self.progress,
+            self.stream.state_dict(),
+            self.logbook.last,
+            self.comm.world_size,
+            self.loss_scale.state_dict(),
+        )
         common = (self.progress.step, to_yaml(self.config), state, self.model.told())
         if self.sharded:
             tensors = host_copy(state_tensors(self.step_module, self.optimizer))
@@ -283,6 +308,8 @@ class Trainer:
         if not self.accelerator.is_main_process:
             return Snapshot(*common, {})
         tensors = {name: host_copy(module.state_dict()) for name, module in self._saved_modules().items()}
+        if self.average is not None:
+            tensors[AVERAGE] = host_copy(self.average.values)
         return Snapshot(*common, {**tensors, "random": random}, host_copy(self.optimizer.state_dict()))
 
     def _saved_modules(self) -> dict[str, nn.Module]:
@@ -312,11 +339,14 @@ class Trainer:
                 for name, module in self._saved_modules().items():
                     module.load_state_dict(ckpt.load_tensors(source / f"{name}.safetensors"))
                 self.optimizer.load_state_dict(ckpt.load_optimizer(source / OPTIMIZER))
+                if self.average is not None and (source / AVERAGE).is_dir():  # --allow train.ema: it begins here
+                    self.average.load(ckpt.load_tensors(source / AVERAGE / "model.safetensors"))
         except (RuntimeError, ValueError) as error:
             first = " ".join(str(error).split())
             raise ConfigError(f"--resume: {source} does not fit this configuration: {first[:300]}") from None
         self.stream.load_state_dict(state["stream"])
-        self.progress, self._logged = Progress(**state["progress"]), state.get("metrics", {})
+        self.loss_scale.load_state_dict(state.get("loss_scale", {}))
+        self.progress, self.logbook.last = Progress(**state["progress"]), state.get("metrics", {})
 
 
 def build_stream(config: RunConfig, views: tuple[View, ...], comm: Comm) -> ClipStream:

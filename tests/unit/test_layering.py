@@ -36,6 +36,7 @@ NEIGHBOURS = {
     ("model", "encode"),
     ("model", "hub"),
     ("recipe", "model"),
+    ("training", "evaluation"),  # runs are evaluated while they go on
     ("search", "search_faiss"),
     ("serve", "evaluation"),
     ("serve", "search"),

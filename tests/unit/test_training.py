@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import load_file
 from support.recipes import tiny_config
 
-from mmcl.recipe import RunConfig
+from mmcl.recipe import AdamWOptions, RunConfig
 from mmcl.training.checkpoint import complete_checkpoints, find_checkpoint, write_checkpoint
 from mmcl.training.launch import describe, pretrain
 from mmcl.training.optim import learning_rate_factor
@@ -227,7 +227,7 @@ def test_no_decay_on_norms_biases_and_temperatures(shards_folder: Path, tmp_path
 
 
 def test_the_schedule_warms_up_and_ends_at_zero() -> None:
-    factors = [learning_rate_factor(step, warmup_steps=10, steps=100) for step in range(100)]
+    factors = [learning_rate_factor(step, AdamWOptions(warmup_steps=10), steps=100) for step in range(100)]
     assert factors[0] == pytest.approx(0.1)
     assert max(factors) == 1.0
     assert factors[10:] == sorted(factors[10:], reverse=True)
