@@ -9,6 +9,7 @@ from pydantic import Field
 
 from mmcl.config import Options
 from mmcl.objectives import (
+    classification,
     compositional_distillation,
     contrastive_distillation,
     cross_modal,
@@ -20,6 +21,7 @@ from mmcl.objectives import (
     tcl,
 )
 from mmcl.objectives.base import Objective
+from mmcl.objectives.classification import ClassificationOptions
 from mmcl.objectives.compositional_distillation import CompositionalDistillationOptions
 from mmcl.objectives.contrastive_distillation import ContrastiveDistillationOptions
 from mmcl.objectives.cross_modal import CrossModalOptions
@@ -38,6 +40,7 @@ class ObjectiveEntry(NamedTuple):
 
 
 OBJECTIVES: dict[str, ObjectiveEntry] = {
+    "classification": ObjectiveEntry(ClassificationOptions, classification.build),
     "compositional_distillation": ObjectiveEntry(CompositionalDistillationOptions, compositional_distillation.build),
     "contrastive_distillation": ObjectiveEntry(ContrastiveDistillationOptions, contrastive_distillation.build),
     "cross_modal": ObjectiveEntry(CrossModalOptions, cross_modal.build),
@@ -50,7 +53,8 @@ OBJECTIVES: dict[str, ObjectiveEntry] = {
 }
 
 ObjectiveOptions: TypeAlias = Annotated[
-    CompositionalDistillationOptions
+    ClassificationOptions
+    | CompositionalDistillationOptions
     | ContrastiveDistillationOptions
     | CrossModalOptions
     | DistillationOptions

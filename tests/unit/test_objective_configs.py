@@ -107,7 +107,12 @@ def test_it_trains(name: str, shards_folder: Path, taught_shards: Path, teacher:
 
 def test_every_objective_and_every_method_has_one() -> None:
     """… so that adding an objective without a configuration is noticed."""
-    listed = [x for name in CONFIGS for x in mmcl.load_config(ROOT / f"configs/pretrain/{name}.yaml").objectives]
+    listed = [
+        x
+        for path in ROOT.glob("configs/*/*.yaml")
+        if path.parent.name in ("pretrain", "finetune")
+        for x in mmcl.load_config(path).objectives
+    ]
     chosen = {(x.name, switch, getattr(way, "name", way)) for x in listed for switch, way in x if switch in SWITCHES}
     wanted = {(name, *way) for name, entry in OBJECTIVES.items() for way in ways(entry.options)}
     # the collection of distillers has one file, whose method is a word to change
