@@ -27,6 +27,7 @@ from mmcl.recipe import RunConfig, build_model
 from mmcl.shards.sequential import open_shards
 from mmcl.training import checkpoint as ckpt
 from mmcl.training.grad_cache import cached_backward, check_cacheable
+from mmcl.training.large_batch import describe_split
 from mmcl.training.meter import Meter, mean_term
 from mmcl.training.momentum import advance, momentum_at
 from mmcl.training.nonfinite import NonFiniteLimit, describe_step, jsonable, total_norm, write_step
@@ -60,6 +61,7 @@ class Trainer:
         """``pretrained`` and ``fresh``: as :func:`~mmcl.recipe.build_model` takes them."""
         self.config, self.accelerator = config, accelerator
         self.comm = Comm.current()
+        describe_split(config.train, self.comm.world_size)  # refuses what does not divide, before anything is built
         torch.manual_seed(config.train.seed)
         self.model, self.mix = build_model(config, pretrained=pretrained, fresh=fresh)
         check_labels(config, self.mix)
@@ -334,6 +336,8 @@ def build_stream(config: RunConfig, views: tuple[View, ...], comm: Comm) -> Clip
         workers=data.workers,
         streams=data.streams,
         block=data.block,
+        resampled=data.resampled,
+        samples_per_epoch=data.samples_per_epoch,
         decoder=data.decoder,
         short=data.short,
         sampling=data.sampling,

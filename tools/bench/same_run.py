@@ -56,7 +56,7 @@ FAMILIES = {
     "tcl": ("tcl", [VIDEO, TEXT, "objectives.0.queue=96", "objectives.0.fusion={width: 32, layers: 1, heads: 2}"]),
     "compositional_distillation": (
         "compositional_distillation",
-        [VIDEO, f"{AUDIO[:-1]}, pretrained: {{work}}/cross_modal/1, lock: with_head}}"],
+        [VIDEO, f"{AUDIO[:-1]}, pretrained: {{work}}/cross_modal/1, lock: with_head}}", "objectives.0.level=joint"],
     ),
 }
 """configuration, and what makes it small; the audio teacher of the last is what the first learned"""
