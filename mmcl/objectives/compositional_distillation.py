@@ -35,6 +35,8 @@ class CompositionalDistillationOptions(Options):
     teachers: Annotated[tuple[str, ...], Field(min_length=1)]
     """frozen towers (``lock: with_head``); they see the student's time window. A tower ``precomputed`` gives embeddings
     that are stored in the shards; a sample without one is a row without that teacher"""
+    augmentation: str = "none"
+    """a name in ``data.augmentations``, of what the student sees; teachers see it as it is"""
     level: Literal["pooled", "joint"] = "pooled"
     """what student and teachers are compared by"""
     classes: Annotated[int, Field(ge=2)] | None = None
@@ -194,6 +196,8 @@ def build(
             raise unknown_name(f"{path}.temperatures", name, options.teachers)
     used = {name: towers[name] for name in (options.student, *options.teachers)}
     needs = {name: Need(name, View(tower.spec), (options.level,)) for name, tower in used.items()}
+    seen = View(used[options.student].spec, augmentation=options.augmentation)
+    needs[options.student] = Need(options.student, seen, (options.level,))
     return CompositionalDistillation(
         options,
         needs[options.student],

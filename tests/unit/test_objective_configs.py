@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 from support.objective_cases import SWITCHES, ways
-from support.recipes import ROOT, tiny_config
+from support.recipes import PAPERS, ROOT, tiny_config
 from support.shards import read_shards, write_shards
 
 import mmcl
@@ -81,7 +81,7 @@ def quick(name: str, shards: Path, taught: Path, teacher: Path, out: Path) -> Ru
     [
         name if name in IN_THE_DEFAULT_SUITE else pytest.param(name, marks=pytest.mark.slow)
         for name in CONFIGS
-        if name not in FROM_PACKAGES
+        if name not in FROM_PACKAGES and name not in PAPERS  # test_recipes.py builds those
     ],
 )
 def test_it_trains(name: str, shards_folder: Path, taught_shards: Path, teacher: Path, tmp_path: Path) -> None:
