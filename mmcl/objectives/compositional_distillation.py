@@ -35,8 +35,6 @@ class CompositionalDistillationOptions(Options):
     teachers: Annotated[tuple[str, ...], Field(min_length=1)]
     """frozen towers (``lock: with_head``); they see the student's time window. A tower ``precomputed`` gives embeddings
     that are stored in the shards; a sample without one is a row without that teacher"""
-    augmentation: str = "none"
-    """a name in ``data.augmentations``, of what the student sees; teachers see it as it is"""
     level: Literal["pooled", "joint"] = "pooled"
     """what student and teachers are compared by"""
     classes: Annotated[int, Field(ge=2)] | None = None
@@ -47,6 +45,8 @@ class CompositionalDistillationOptions(Options):
     """how predictions are compared: ½ of Jeffreys' divergence as the authors' code has it, or true Jensen-Shannon"""
     teacher_weight: Annotated[float, Field(ge=0)] | None = None
     """λ on all that teachers say to the student; null: 1 with one teacher, 0.5 with several"""
+    augmentation: str = "none"
+    """a name in ``data.augmentations``, of what the student sees; teachers see it as it is"""
 
 
 class Composition(nn.Module):
