@@ -307,7 +307,9 @@ def memory(work: Path, steps: int) -> dict[str, Any]:
 
     trainer._log = log  # type: ignore[method-assign]
     with StopRequest(work / "stop") as stop, RunFolder(Path(run.train.out), writer=True) as folder:
-        trainer.fit(folder, stop, resume=None)
+        reached = trainer.fit(folder, stop, resume=None).step
+    if reached < steps:
+        sys.exit(f"memory: stopped after {reached} of {steps} steps")
     settled = [size for step, size in seen if step > steps // 4]
     third = max(1, len(settled) // 3)
     first, last = statistics.median(settled[:third]), statistics.median(settled[-third:])
@@ -374,7 +376,7 @@ def main() -> None:
         write_clips(work / "shards", 64)
         if "overhead" in parts:
             for world in (1, 2):
-                report[f"overhead_{world}"] = overhead(work, world, 7 if quick else 15, 4 if quick else 10, 32)
+                report[f"overhead_{world}"] = overhead(work, world, 7 if quick else 15, 4 if quick else 10, 64)
         if "data" in parts:
             report["data"] = hidden(work, 20 if quick else 60, 32)
         if "start" in parts:
