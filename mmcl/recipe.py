@@ -139,10 +139,10 @@ class TrainOptions(Options):
     steps: PositiveInt
     """optimizer steps"""
     global_batch: PositiveInt
-    """rows of one loss over all ranks"""
+    """rows of one loss over all ranks, which share them equally: the same number on any number of processes"""
     micro_batch: PositiveInt | None = None
-    """rows per forward of a rank; smaller than its share of the batch: the same loss and gradients in less memory for
-    a second forward (gradient cache); null: all at once"""
+    """rows per forward of a rank; smaller than its share of the batch, which it divides: the same loss and gradients in
+    less memory for a second forward (gradient cache); null: all at once"""
     accumulate: PositiveInt = 1
     """losses whose gradients are averaged into one optimizer step; each sees its own global batch"""
     seed: Annotated[int, Field(ge=0, lt=2**63)] = 0

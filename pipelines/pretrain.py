@@ -12,9 +12,9 @@ from pathlib import Path
 from mmcl.cli import guarded
 
 
-def main() -> None:
-    """Reads the command line and trains."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+def train_parser(description: str | None) -> argparse.ArgumentParser:
+    """What a program that trains is told."""
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("config", help="a YAML file, e.g. configs/pretrain/demo.yaml")
     parser.add_argument("overrides", nargs="*", help="changes to it: dotted.path=value")
     parser.add_argument(
@@ -30,26 +30,33 @@ def main() -> None:
     parser.add_argument(
         "--profile", action="store_true", help="also write where a step goes: profile/ in the run folder"
     )
-    arguments = parser.parse_intermixed_args()
+    return parser
 
-    def run() -> None:
-        from mmcl.config import read_yaml
-        from mmcl.folders import check_resume
 
-        check_resume(arguments.resume)
-        read_yaml(Path(arguments.config))  # a wrong path is said before torch is imported, which takes seconds
+def train(arguments: argparse.Namespace) -> Path | None:
+    """Trains, or shows what it would do; the run folder of a run that reached its last step."""
+    from mmcl.config import read_yaml
+    from mmcl.folders import check_resume
 
-        from mmcl.recipe import load_config
-        from mmcl.training.launch import describe, pretrain
+    check_resume(arguments.resume)
+    read_yaml(Path(arguments.config))  # a wrong path is said before torch is imported, which takes seconds
 
-        config = load_config(arguments.config, arguments.overrides)
-        if arguments.dry_run:
-            if os.environ.get("RANK", "0") == "0":
-                print(describe(config))
-        else:
-            pretrain(config, resume=arguments.resume, allow=arguments.allow, profiled=arguments.profile)
+    from mmcl.recipe import load_config
+    from mmcl.training.launch import describe, pretrain
 
-    guarded(run)
+    config = load_config(arguments.config, arguments.overrides)
+    if arguments.dry_run:
+        if os.environ.get("RANK", "0") == "0":
+            print(describe(config))
+        return None
+    finished = pretrain(config, resume=arguments.resume, allow=arguments.allow, profiled=arguments.profile)
+    return Path(config.train.out) if finished else None
+
+
+def main() -> None:
+    """Reads the command line and trains."""
+    arguments = train_parser(__doc__).parse_intermixed_args()
+    guarded(lambda: train(arguments))
 
 
 if __name__ == "__main__":

@@ -20,7 +20,7 @@ Configurations = dict[tuple[str, str], list[Path]]
 def configurations(folder: Path = FOLDER) -> Configurations:
     """The files that train each objective, those that bear its name first."""
     found: Configurations = {}
-    for path in sorted(folder.glob("*.yaml")):
+    for path in sorted([*folder.glob("*.yaml"), *(folder.parent / "finetune").glob("*.yaml")]):
         for objective in yaml.safe_load(path.read_text(encoding="utf-8"))["objectives"]:
             name, method = objective["name"], objective.get("method", "")
             method = method["name"] if isinstance(method, dict) else ""
@@ -89,9 +89,14 @@ def _files(paths: Sequence[Path]) -> Iterator[str]:
     first, *others = paths
     text = first.read_text(encoding="utf-8").rstrip()
     text = text.removeprefix("# yaml-language-server: $schema=../schema.json\n")
-    yield from ("", f"[{first.name}]({first.name}):", "", "```yaml", text, "```")
+    yield from ("", f"{_link(first)}:", "", "```yaml", text, "```")
     if others:
-        yield from ("", "Also in " + ", ".join(f"[{path.name}]({path.name})" for path in others) + ".")
+        yield from ("", "Also in " + ", ".join(map(_link, others)) + ".")
+
+
+def _link(path: Path) -> str:
+    place = path.name if path.parent.name == FOLDER.name else f"../{path.parent.name}/{path.name}"
+    return f"[{path.name}]({place})"
 
 
 def main() -> None:

@@ -94,6 +94,12 @@ class DataOptions(Options):
     """runs into which an epoch is cut; choose a multiple of the largest ranks × workers"""
     block: PositiveInt = 256
     """samples permuted together inside a run"""
+    resampled: bool = False
+    """draw with replacement: draw g is any sample of its source, by a hash of g, so that a part of an epoch is a fair
+    sample of the whole. Every draw is then a read of its own, ``streams`` and ``block`` play no part"""
+    samples_per_epoch: PositiveInt | None = None
+    """draws that the figure ``epoch`` of the log counts as one; null: as many as a source has samples. The order goes
+    on over it, nothing is left out"""
     allow_shared_streams: bool = False
     """let several workers read each run of remote shards, where ranks × workers do not divide ``streams``"""
     timeout_seconds: Annotated[float, Field(gt=0)] = 120.0

@@ -19,11 +19,12 @@ import numpy as np
 import numpy.typing as npt
 
 from mmcl.hashing import hash64
+from mmcl.types import ConfigError
 
 Integers = npt.NDArray[np.int64]
 
 # what a hashed number is for: the third word, so that no two uses share their numbers
-_SHARD_ORDER, _OFFSET, _WITHIN_BLOCK = 0, 1, 2
+_SHARD_ORDER, _OFFSET, _WITHIN_BLOCK, _RESAMPLED = 0, 1, 2, 3
 
 
 class HasSizes(Protocol):
@@ -93,30 +94,46 @@ class EpochOrder:
 class SampleOrder:
     """Draw number → (epoch, shard, index) over any number of epochs.
 
-    ``shuffle=False`` reads shards and samples in the order of the manifest (evaluation).
+    ``shuffle=False`` reads shards and samples in the order of the manifest (evaluation). ``resampled=True`` draws with
+    replacement: draw g is sample ``hash(seed, g) mod N``, and its epoch is g itself, so that a sample that comes again
+    is augmented anew.
     """
 
     def __init__(
-        self, sizes: Integers, *, seed: int = 0, streams: int = 64, block: int = 256, shuffle: bool = True
+        self,
+        sizes: Integers,
+        *,
+        seed: int = 0,
+        streams: int = 64,
+        block: int = 256,
+        shuffle: bool = True,
+        resampled: bool = False,
     ) -> None:
         self.sizes = np.asarray(sizes, np.int64)
         self.seed, self.streams, self.block, self.shuffle = seed, streams, block, shuffle
+        self.resampled, self._ends = resampled, np.cumsum(self.sizes)
         self.num_samples = int(self.sizes.sum())
         self._epochs: dict[int, EpochOrder] = {}
 
     def locate(self, draws: Integers) -> tuple[Integers, Integers, Integers]:
         """Epochs, shards and indices of draws, each int64 with the shape of ``draws``."""
         draws = np.asarray(draws, np.int64)
+        if self.resampled:
+            drawn = hash64(self.seed, 0, _RESAMPLED, draws.astype(np.uint64)) % np.uint64(self.num_samples)
+            return draws, *self._place(drawn.astype(np.int64))
         epoch, in_epoch = np.divmod(draws, self.num_samples)
         if not self.shuffle:
-            ends = np.cumsum(self.sizes)
-            shard = np.searchsorted(ends, in_epoch, side="right").astype(np.int64)
-            return epoch, shard, in_epoch - (ends[shard] - self.sizes[shard])
+            return epoch, *self._place(in_epoch)
         shard, index = np.empty_like(draws), np.empty_like(draws)
         for number in np.unique(epoch):
             here = epoch == number
             shard[here], index[here] = self._epoch(int(number)).locate(in_epoch[here])
         return epoch, shard, index
+
+    def _place(self, numbers: Integers) -> tuple[Integers, Integers]:
+        """Shards and indices of samples that are counted in the order of the manifest."""
+        shard = np.searchsorted(self._ends, numbers, side="right").astype(np.int64)
+        return shard, numbers - (self._ends[shard] - self.sizes[shard])
 
     def _epoch(self, number: int) -> EpochOrder:
         if number not in self._epochs:
@@ -163,13 +180,16 @@ class MixedOrder:
         streams: int = 64,
         block: int = 256,
         shuffle: bool = True,
+        resampled: bool = False,
     ) -> None:
         self.weights = reduced_weights(weights)
         self.period = sum(self.weights)
         if min(self.weights) < 1 or self.period > MAX_PERIOD:
             raise ValueError(f"weights must be at least 1 and their sum at most {MAX_PERIOD:,}, got {list(weights)}")
         self.columns = streams
-        self.sources = [SampleOrder(s, seed=seed, streams=streams, block=block, shuffle=shuffle) for s in sizes]
+        self.sources = [
+            SampleOrder(s, seed=seed, streams=streams, block=block, shuffle=shuffle, resampled=resampled) for s in sizes
+        ]
         self.table = spread_evenly(self.weights)
         kind = _Shifted if self.period <= streams <= SHIFTED_STREAMS else _InTurn
         self._visits: _Shifted | _InTurn = kind(self.table, len(self.weights), streams)
@@ -310,6 +330,21 @@ def sample_order(
         draws = np.arange(start, min(start + chunk, order.num_samples), dtype=np.int64)
         shards, indices = order.locate(draws)
         yield from zip(shards.tolist(), indices.tolist(), strict=True)
+
+
+def rows_of_rank(global_batch: int, world_size: int) -> int:
+    """How many rows of a batch are a rank's.
+
+    Raises:
+        ConfigError: not all ranks would have the same; names the nearest batch that they can share.
+    """
+    if global_batch % world_size:
+        nearest = max(world_size, round(global_batch / world_size) * world_size)
+        raise ConfigError(
+            f"train.global_batch: {world_size} processes cannot share {global_batch} rows: {global_batch} / "
+            f"{world_size} = {global_batch / world_size:.4g}; nearest: {nearest}"
+        )
+    return global_batch // world_size
 
 
 def rank_rows(step: int, *, global_batch: int, rank: int, world_size: int) -> Integers:

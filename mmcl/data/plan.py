@@ -41,6 +41,8 @@ class Plan:
     """of the whole rank"""
     tars: TarList | None = None
     """tars without an index, read one after the other, instead of ``manifests``"""
+    resampled: bool = False
+    """draws with replacement"""
     samples: Integers | None = None
     """int64: the draws that are made, in this order, instead of 0, 1, 2, …; ``last_draw`` stands for a hole"""
     clusters: Clusters | None = None
@@ -71,6 +73,7 @@ class Plan:
             streams=self.streams,
             block=self.block,
             shuffle=self.shuffle,
+            resampled=self.resampled,
         )
 
     def pool(self, shard: int, index: int) -> int:

@@ -14,7 +14,7 @@ from mmcl.data.collate import interleave
 from mmcl.data.health import append_quarantine
 from mmcl.data.loader import Loss, PartLoader, WorkersLostError
 from mmcl.data.options import SamplingOptions
-from mmcl.data.order import MAX_PERIOD, Integers, fitting_workers, reduced_weights, stream_sharing
+from mmcl.data.order import MAX_PERIOD, Integers, fitting_workers, reduced_weights, rows_of_rank, stream_sharing
 from mmcl.data.plan import Plan
 from mmcl.data.views import ViewMaker
 from mmcl.media.augmentation import Augmentation
@@ -48,6 +48,9 @@ class ClipStream:
         global_batch: rows of all ranks together; ``world_size`` must divide it.
         workers: decoding processes of this rank; lowered to a divisor of the rank's rows. 0 means one.
         shuffle: False reads the shards in order, once, and ends (evaluation); the last batch is filled with holes.
+        resampled: draws with replacement, each sample as likely as any other of its source in each draw.
+        samples_per_epoch: draws that ``epochs`` counts as one; None: as many as a source has samples. The order does
+            not depend on it, nothing is left out.
         samples: without shuffle, the numbers of the samples to read, in this order, instead of all; −1 is a hole.
         clusters: with shuffle, pseudo-labels of the samples: every global batch holds samples of one, and holes where
             a label's samples do not fill its batches (see ``mmcl.data.cluster_order``).
@@ -79,6 +82,8 @@ class ClipStream:
         streams: int = 64,
         block: int = 256,
         shuffle: bool = True,
+        resampled: bool = False,
+        samples_per_epoch: int | None = None,
         samples: Sequence[int] | None = None,
         clusters: Clusters | None = None,
         mixed_clusters: bool = False,
@@ -100,20 +105,23 @@ class ClipStream:
         tars = _only_tars(given, shuffle=shuffle)
         if samples is not None and shuffle:
             raise ValueError("samples are read in the order given: shuffle=False")
+        if resampled and not shuffle:
+            raise ValueError("what is resampled has no order to keep: shuffle=True")
+        if resampled and tars is not None:
+            raise ConfigError(
+                f"data.resampled: tars without an index are read one after the other; index {tars.urls[0]}"
+            )
         if tars is None:
             _check_sources(sources, shuffle=shuffle)
         if clusters is not None:
+            if resampled:
+                raise ConfigError("data.resampled: draws with replacement know no clusters; leave one of the two out")
             _check_clusters(clusters, manifests, tars is not None or not shuffle)
-        if global_batch % world_size:
-            nearest = max(world_size, round(global_batch / world_size) * world_size)
-            raise ConfigError(
-                f"train.global_batch: {world_size} processes cannot share {global_batch} rows; nearest: {nearest}"
-            )
-        rows = global_batch // world_size
-        self.workers = fitting_workers(workers, rows)
+        self.workers = fitting_workers(workers, rows_of_rank(global_batch, world_size))
         self.in_process, self.timeout_seconds, self.quarantine_file = in_process, timeout_seconds, quarantine_file
         self.sharing = 1
-        if shuffle and tars is None and (clusters is None or mixed_clusters):  # all workers read a label's samples
+        # all workers read a label's samples; what is resampled reads no streams
+        if shuffle and tars is None and not resampled and (clusters is None or mixed_clusters):
             self.sharing = stream_sharing(streams, world_size * (1 if in_process else self.workers))
         """workers that read each stream"""
         if self.sharing > 1 and not allow_shared_streams and any(is_remote(manifest.url) for manifest in manifests):
@@ -147,10 +155,12 @@ class ClipStream:
             quarantine=frozenset(),
             remote=remote or RemoteOptions(),
             tars=tars,
+            resampled=resampled,
             samples=None if samples is None else _padded(samples, global_batch, manifests[0].num_samples),
             clusters=clusters,
             mixed=clusters is not None and mixed_clusters,
         )
+        self.samples_per_epoch = samples_per_epoch
         self.draws = 0
         """samples drawn so far by all ranks together: the position"""
 
@@ -169,6 +179,8 @@ class ClipStream:
     @property
     def epochs(self) -> list[float]:
         """Epochs drawn so far, of each source its own; none where they are not known."""
+        if self.samples_per_epoch is not None:
+            return [self.draws / self.samples_per_epoch]
         if self.plan.tars is not None:
             return []
         return self.plan.order().epochs(self.draws)
@@ -194,6 +206,7 @@ class ClipStream:
             "seed": self.plan.maker.seed,
             "streams": self.plan.streams,
             "block": self.plan.block,
+            **({"resampled": True} if self.plan.resampled else {}),
         }
         if self.plan.clusters is not None:
             same["clusters"] = self.plan.clusters.checksum

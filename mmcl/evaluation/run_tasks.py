@@ -287,7 +287,7 @@ def evaluate_task(run: TaskRun, task: Task, out: Path) -> TaskReport:
     for modality, found in attempts.items():
         if isinstance(found, ConfigError) and (not results or modality in run.options.modalities):
             raise found
-    return _written(run, run.report(results, _left_out(task, attempts)), out)
+    return written(run, run.report(results, _left_out(task, attempts)), out)
 
 
 def _attempt(run: TaskRun, task: Task, modality: Modality) -> TaskResult | ConfigError:
@@ -333,14 +333,15 @@ def evaluate_all(run: TaskRun, out: Path) -> TaskReport:
         left_out.append(LeftOut("retrieval", str(error)))
     if not results and not tables:
         raise ConfigError(left_out[0].why)
-    return _written(run, run.report(results, left_out, tables), out)
+    return written(run, run.report(results, left_out, tables), out)
 
 
 def _rows(cells: Sequence[Sequence[str]]) -> tuple[tuple[str, ...], ...]:
     return tuple(tuple(row) for row in cells)
 
 
-def _written(run: TaskRun, report: TaskReport, out: Path) -> TaskReport:
+def written(run: TaskRun, report: TaskReport, out: Path) -> TaskReport:
+    """The report, once the first process has written it."""
     comm = Comm.current()
     if comm.rank == 0:
         report.write(out)

@@ -17,8 +17,9 @@ TITLES = {
     "k-nn": "Nearest neighbours",
     "linear": "Linear probe",
     "few-shot": "Few-shot episodes",
+    "head": "Fine-tuned head",
 }
-SHORT = {"zero-shot": "zero-shot", "k-nn": "k-NN", "linear": "linear", "few-shot": "few-shot"}
+SHORT = {"zero-shot": "zero-shot", "k-nn": "k-NN", "linear": "linear", "few-shot": "few-shot", "head": "head"}
 FIGURES = ("top-1", "top-5", "mean-per-class", "mAP")
 COUNTS = ("samples", "classes", "ties", "training samples", "also in training", "classes without training samples")
 WORST = 10

@@ -23,7 +23,7 @@ class TaskResult:
     """What one task found on one modality."""
 
     task: str
-    """``zero-shot``, ``k-nn``, ``linear`` or ``few-shot``"""
+    """``zero-shot``, ``k-nn``, ``linear``, ``few-shot`` or ``head``"""
     modality: Modality
     metrics: Mapping[str, float]
     ci95: Mapping[str, tuple[float, float]] = field(default_factory=dict)
@@ -154,6 +154,24 @@ def linear_task(
     }
     found = classify(probe.scores(tests.rows), tests.labels(names))
     return _judged("linear", modality, found, names, settings, _bank(bank, tests))
+
+
+def head_task(modality: Modality, tests: Labelled, weight: Tensor, bias: Tensor) -> TaskResult:
+    """A classifier that was trained with its tower: ``(C, D)`` and ``(C,)``; the softmax of all views is averaged.
+
+    Raises:
+        ConfigError: a sample without a number as its label, one that the head does not have, or several classes.
+    """
+    _one_each(tests)
+    labels = torch.tensor([item.label for item in tests.items], device=tests.rows.device)
+    if int(labels.min()) < 0 or int(labels.max()) >= len(weight):
+        key = tests.items[int(labels.argmin() if labels.min() < 0 else labels.argmax())].key
+        found = "no number" if labels.min() < 0 else f"label {int(labels.max())}"
+        raise ConfigError(f"sample {key} has {found}: the head tells 0 … {len(weight) - 1} apart")
+    spoken = {item.label: each[0] for item, each in zip(tests.items, tests.classes, strict=True)}
+    names = [spoken.get(label, str(label)) for label in range(len(weight))]
+    scores = torch.nn.functional.linear(tests.rows.float(), weight, bias).softmax(-1)
+    return _judged("head", modality, classify(scores if scores.ndim == 2 else scores.mean(1), labels), names, {})
 
 
 def few_shot_task(

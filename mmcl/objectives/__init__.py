@@ -9,6 +9,7 @@ from pydantic import Field
 
 from mmcl.config import Options
 from mmcl.objectives import (
+    classification,
     compositional_distillation,
     contrastive_distillation,
     cross_modal,
@@ -25,6 +26,7 @@ from mmcl.objectives import (
     video_qa,
 )
 from mmcl.objectives.base import Objective
+from mmcl.objectives.classification import ClassificationOptions
 from mmcl.objectives.compositional_distillation import CompositionalDistillationOptions
 from mmcl.objectives.contrastive_distillation import ContrastiveDistillationOptions
 from mmcl.objectives.cross_modal import CrossModalOptions
@@ -48,6 +50,7 @@ class ObjectiveEntry(NamedTuple):
 
 
 OBJECTIVES: dict[str, ObjectiveEntry] = {
+    "classification": ObjectiveEntry(ClassificationOptions, classification.build),
     "cmim": ObjectiveEntry(CMIMOptions, generative.build_cmim),
     "compositional_distillation": ObjectiveEntry(CompositionalDistillationOptions, compositional_distillation.build),
     "contrastive_distillation": ObjectiveEntry(ContrastiveDistillationOptions, contrastive_distillation.build),
@@ -66,7 +69,8 @@ OBJECTIVES: dict[str, ObjectiveEntry] = {
 }
 
 ObjectiveOptions: TypeAlias = Annotated[
-    CMIMOptions
+    ClassificationOptions
+    | CMIMOptions
     | CompositionalDistillationOptions
     | ContrastiveDistillationOptions
     | CrossModalOptions

@@ -45,6 +45,8 @@ class CompositionalDistillationOptions(Options):
     """how predictions are compared: ½ of Jeffreys' divergence as the authors' code has it, or true Jensen-Shannon"""
     teacher_weight: Annotated[float, Field(ge=0)] | None = None
     """λ on all that teachers say to the student; null: 1 with one teacher, 0.5 with several"""
+    augmentation: str = "none"
+    """a name in ``data.augmentations``, of what the student sees; teachers see it as it is"""
 
 
 class Composition(nn.Module):
@@ -194,6 +196,8 @@ def build(
             raise unknown_name(f"{path}.temperatures", name, options.teachers)
     used = {name: towers[name] for name in (options.student, *options.teachers)}
     needs = {name: Need(name, View(tower.spec), (options.level,)) for name, tower in used.items()}
+    seen = View(used[options.student].spec, augmentation=options.augmentation)
+    needs[options.student] = Need(options.student, seen, (options.level,))
     return CompositionalDistillation(
         options,
         needs[options.student],

@@ -31,8 +31,9 @@ def related_rows(groups: Tensor, comm: Comm) -> Tensor:
     return ((groups[:, None] == everyone) & (groups[:, None] >= 0)).any(2)
 
 
-def classification(logits: Tensor, labels: Tensor, rows: Tensor, comm: Comm) -> Tensor:
-    """Cross-entropy of ``(B, K)`` logits, the mean over these ``rows`` of all ranks that have a label (not −1).
+def classification(logits: Tensor, labels: Tensor, rows: Tensor, comm: Comm, *, smoothing: float = 0.0) -> Tensor:
+    """Cross-entropy of ``(B, K)`` logits, the mean over these ``rows`` of all ranks that have a label (not −1);
+    ``smoothing`` spreads that share of the target evenly over all classes.
 
     Raises:
         RunError: on all ranks, if one has a label of K or above.
@@ -42,7 +43,8 @@ def classification(logits: Tensor, labels: Tensor, rows: Tensor, comm: Comm) -> 
         raise RunError(f"a sample has label {highest}, but the objective was given classes: {logits.shape[1]}")
     with torch.autocast(logits.device.type, enabled=False):
         wide = logits if logits.dtype == torch.float64 else logits.float()
-        return comm.mean(F.cross_entropy(wide, labels.clamp_min(0), reduction="none"), rows & (labels >= 0))
+        each = F.cross_entropy(wide, labels.clamp_min(0), reduction="none", label_smoothing=smoothing)
+        return comm.mean(each, rows & (labels >= 0))
 
 
 @torch.no_grad()

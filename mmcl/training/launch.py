@@ -20,6 +20,7 @@ from mmcl.recipe import RunConfig, build_model
 from mmcl.shards.sequential import describe_order
 from mmcl.training.changes import check_unchanged
 from mmcl.training.checkpoint import read_state
+from mmcl.training.large_batch import describe_split
 from mmcl.training.peers import Peers
 from mmcl.training.processes import begin_tracking, build_accelerator
 from mmcl.training.run_folder import RunFolder
@@ -157,6 +158,8 @@ def _headline(trainer: Trainer) -> str:
         f"{config.train.global_batch} on {trainer.comm.world_size} process(es) ({trainer.accelerator.device.type}) "
         f"with {stream.workers} decoding worker(s)"
     ]
+    if config.train.micro_batch is not None or config.train.accumulate > 1:
+        lines.append(describe_split(config.train, trainer.comm.world_size))
     if stream.workers != config.data.workers and config.data.workers > 0:
         lines.append(
             f"data.workers lowered from {config.data.workers} to {stream.workers}: it must divide a rank's rows"
@@ -187,6 +190,7 @@ def _going_on(source: Path, world_size: int, changes: Sequence[str]) -> str:
 
 def describe(config: RunConfig) -> str:
     """What a run would do: the resolved configuration, parameter counts, the shapes of its first batch."""
+    split = describe_split(config.train, config.train.processes or int(os.environ.get("WORLD_SIZE", "1")))
     torch.manual_seed(config.train.seed)
     model, mix = build_model(config)
     check_labels(config, mix)
@@ -196,6 +200,7 @@ def describe(config: RunConfig) -> str:
     lines = [to_yaml(config).rstrip(), "", "# parameters that learn"]
     lines += [f"# {name}: {count:,}" for name, count in parameter_counts(model).items()]
     lines += [f"# warning: {remark}" for remark in remarks(config, model, mix)]
+    lines.append(f"# {split}")
     return "\n".join([*lines, "# first batch", *(f"# {line}" for line in batch_lines(batch))])
 
 

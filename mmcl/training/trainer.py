@@ -29,6 +29,7 @@ from mmcl.training import checkpoint as ckpt
 from mmcl.training.average import WeightAverage
 from mmcl.training.during import Evaluator
 from mmcl.training.grad_cache import cached_backward, check_cacheable
+from mmcl.training.large_batch import describe_split
 from mmcl.training.layout import channels_last
 from mmcl.training.logbook import Logbook
 from mmcl.training.loss_scale import LossScale
@@ -69,6 +70,7 @@ class Trainer:
         """``pretrained`` and ``fresh``: as :func:`~mmcl.recipe.build_model` takes them."""
         self.config, self.accelerator = config, accelerator
         self.comm = Comm.current()
+        describe_split(config.train, self.comm.world_size)  # refuses what does not divide, before anything is built
         torch.manual_seed(config.train.seed)
         self.model, self.mix = build_model(config, pretrained=pretrained, fresh=fresh)
         check_labels(config, self.mix)
@@ -367,6 +369,8 @@ def build_stream(config: RunConfig, views: tuple[View, ...], comm: Comm) -> Clip
         block=data.block,
         clusters=data.pseudo_labels,
         mixed_clusters=data.cluster_batches == "mixed",
+        resampled=data.resampled,
+        samples_per_epoch=data.samples_per_epoch,
         decoder=data.decoder,
         short=data.short,
         sampling=data.sampling,

@@ -27,4 +27,5 @@ def test_two_processes_are_one_in_losses_gradients_and_retrieval(tmp_path: Path)
     assert done.returncode == 0, done.stdout + done.stderr
     (line,) = json.loads((tmp_path / "out.json").read_text())["runs"]
     assert line["same"] and line["processes"] == 2
-    assert line["loss"][1] < line["loss"][0]
+    assert abs(line["loss"][1] - line["loss"][0]) > 1, "nothing was learned"  # it grows while the queue fills
+    assert line["recall_at_1"] > 3 * 100 / 48  # three times chance

@@ -50,7 +50,7 @@ def test_a_mix_goes_on_bit_for_bit_and_micro_batches_change_nothing(shards_folde
         for key, value in whole.items():
             assert torch.equal(value, again[key]), key
     assert any("queue.filled" in key for key in whole) and int(max(v for k, v in whole.items() if "filled" in k)) > 20
-    pretrain(mixed(shards_folder, tmp_path / "cached", "train.micro_batch=3"))
+    pretrain(mixed(shards_folder, tmp_path / "cached", "train.micro_batch=4"))
     assert losses(tmp_path / "cached") == pytest.approx(losses(tmp_path / "whole"), rel=1e-4)
     assert len(set(losses(tmp_path / "whole"))) == 6
 
@@ -59,7 +59,7 @@ def test_a_mix_goes_on_bit_for_bit_and_micro_batches_change_nothing(shards_folde
 def test_two_processes_with_micro_batches_equal_one(shards_folder: Path, tmp_path: Path) -> None:
     pretrain(mixed(shards_folder, tmp_path / "one"))
     launch = ["-m", "accelerate.commands.launch", "--config_file", str(ROOT / "configs/accelerate/cpu_2.yaml")]
-    overrides = tiny_overrides(MIX, *SIZES, "train.micro_batch=3", shards=shards_folder / "train", out=tmp_path / "two")
+    overrides = tiny_overrides(MIX, *SIZES, "train.micro_batch=2", shards=shards_folder / "train", out=tmp_path / "two")
     done = subprocess.run(
         [sys.executable, *launch, str(ROOT / "pipelines/pretrain.py"), str(TINY), *overrides, "train.processes=2"],
         capture_output=True,

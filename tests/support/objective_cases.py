@@ -119,6 +119,8 @@ CASES: dict[str, Case] = {
         f"persistency: {method} with sound": _view_method("persistency", method, other="audio")
         for method in PERSISTENCY
     },
+    "classification": Case("classification", {"classes": 3, "label_smoothing": 0.1}),
+    "classification: joint": Case("classification", {"tower": "audio", "classes": 3, "level": "joint"}),
     "compositional_distillation": Case(
         _CCL, {"teachers": ("audio",)}, taught=True, cold={"temperatures": {"audio": 0.01}}
     ),

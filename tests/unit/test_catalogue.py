@@ -56,7 +56,7 @@ def test_it_fits_a_terminal() -> None:
 def test_the_command_needs_no_towers() -> None:
     done = CliRunner().invoke(app, ["objectives", "mutual"])
     assert done.exit_code == 0 and "soft_temperature: number > 0; default 3.0" in done.output
-    with pytest.raises(ConfigError, match=r"no objective 'mutal' \(did you mean 'mutual'\?\); there are: cmim, comp"):
+    with pytest.raises(ConfigError, match=r"no objective 'mutal' \(did you mean 'mutual'\?\); there are: clas"):
         find_entry("mutal", ENTRIES)
     code = (
         "import sys; from mmcl.cli import app; app(['objectives'], standalone_mode=False); "

@@ -126,7 +126,10 @@ def test_the_shipped_schema_is_true() -> None:
     assert json.loads((ROOT / "configs/schema.json").read_text()) == json.loads(json.dumps(json_schema()))
 
 
-@pytest.mark.parametrize("path", sorted((ROOT / "configs/pretrain").glob("*.yaml")), ids=lambda path: path.stem)
+RECIPES = sorted([*(ROOT / "configs/pretrain").glob("*.yaml"), *(ROOT / "configs/finetune").glob("*.yaml")])
+
+
+@pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
 def test_every_shipped_config_is_valid(path: Path) -> None:
     mmcl.load_config(path)
 

@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mmcl.data.order import SampleOrder, fitting_workers, rank_rows, sample_order, worker_rows
+from mmcl.data.order import MixedOrder, SampleOrder, fitting_workers, rank_rows, sample_order, worker_rows
 from mmcl.hashing import hash64, uniform
 
 sizes_strategy = st.lists(st.integers(0, 40), min_size=1, max_size=30).filter(lambda sizes: sum(sizes) > 0)
@@ -91,6 +91,33 @@ def test_a_batch_mixes_shards(extra: list[int], size: int, seed: int, start: int
     order = SampleOrder(size + np.array(extra) * size // 1000, seed=seed)
     _, shards, _ = order.locate(np.arange(start, start + 256))
     assert len(set(shards.tolist())) >= 45
+
+
+@given(sizes_strategy, st.integers(0, 3), st.integers(1, 5), st.integers(1, 6))
+@settings(max_examples=50)
+def test_resampled_draws_are_a_function_of_their_number_alone(
+    sizes: list[int], seed: int, streams: int, block: int
+) -> None:
+    order = SampleOrder(np.array(sizes), seed=seed, streams=streams, block=block, resampled=True)
+    draws = np.arange(200)
+    epoch, shard, index = order.locate(draws)
+    assert (epoch == draws).all(), "each draw is augmented by numbers of its own"
+    assert ((index >= 0) & (index < np.array(sizes)[shard])).all()
+    again = SampleOrder(np.array(sizes), seed=seed, resampled=True)
+    for draw in np.random.default_rng(seed).permutation(draws)[:20]:
+        assert [int(x) for x in again.locate(np.array(draw))] == [epoch[draw], shard[draw], index[draw]]
+
+
+def test_resampled_draws_are_with_replacement_and_each_sample_is_as_likely() -> None:
+    sizes, draws = np.array([30, 0, 50, 20]), 100_000
+    _, shard, index = SampleOrder(sizes, seed=1, resampled=True).locate(np.arange(draws))
+    counts = np.bincount((np.cumsum(sizes) - sizes)[shard] + index, minlength=100)
+    chi_square = float(((counts - draws / 100) ** 2 / (draws / 100)).sum())
+    assert 60 < chi_square < 150  # of 99 degrees of freedom: outside once in a thousand
+    _, shard, index = SampleOrder(sizes, seed=1, resampled=True).locate(np.arange(100))
+    assert 50 <= len(set(zip(shard.tolist(), index.tolist(), strict=True))) <= 76  # 1 − 1/e of them, not all
+    mixed = MixedOrder([np.array([10]), np.array([10])], [3, 1], seed=2, streams=4, resampled=True)
+    assert np.bincount(mixed.locate(np.arange(4000))[0]).tolist() == [3000, 1000]
 
 
 def test_without_shuffle_shards_are_read_in_order() -> None:

@@ -223,3 +223,35 @@ def test_too_many_bad_samples_stop_the_run(broken_shards: Path) -> None:
     assert limits.skipped >= 3
     with pytest.raises(RunError, match="in a row"):
         SkipLimits(in_a_row=1, rate=1.0).watch(batch)
+
+
+def test_resampled_goes_on_exactly_on_any_number_of_ranks(shards_folder: Path) -> None:
+    options = {"resampled": True, "samples_per_epoch": 8}
+    whole = take(stream(shards_folder / "train", **options), 6)
+    begun = stream(shards_folder / "train", **options)
+    take(begun, 2)
+    assert begun.epochs == [12 / 8]
+    keys = [key for batch in whole for key in batch.keys]
+    assert len(set(keys[:16])) < 16, "with replacement, some come again before all have come"
+    for world_size in (1, 2, 3):
+        for rank in range(world_size):
+            again = stream(shards_folder / "train", rank=rank, world_size=world_size, **options)
+            again.load_state_dict(begun.state_dict())
+            for mine, all_rows in zip(take(again, 4), whole[2:], strict=True):
+                assert mine.keys == all_rows.keys[rank::world_size]
+                assert torch.equal(mine.views[VIDEO].data, all_rows.views[VIDEO].data[rank::world_size])
+    with pytest.raises(ConfigError, match=r"resampled: True then, None now"):
+        stream(shards_folder / "train").load_state_dict(begun.state_dict())
+    # the figure alone: the order does not depend on it
+    stream(shards_folder / "train", resampled=True, samples_per_epoch=5).load_state_dict(begun.state_dict())
+
+
+def test_a_sample_that_is_drawn_again_is_seen_anew(shards_folder: Path) -> None:
+    batches = take(stream(shards_folder / "train", resampled=True, global_batch=16), 3)
+    seen: dict[str, list[torch.Tensor]] = {}
+    for batch in batches:
+        for key, pictures in zip(batch.keys, batch.views[VIDEO].data, strict=True):
+            seen.setdefault(key, []).append(pictures)
+    again = [pictures for pictures in seen.values() if len(pictures) > 1]
+    different = [not all(torch.equal(pictures[0], other) for other in pictures[1:]) for pictures in again]
+    assert len(again) >= 8 and sum(different) >= 0.8 * len(again)
