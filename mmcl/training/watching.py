@@ -54,7 +54,8 @@ def _rows_of_towers(seen: Embeddings, comm: Comm) -> dict[str, tuple[Tensor, Ten
     for level in ("joint", "pooled"):
         for (tower, view, at, kind), values in seen.values.items():
             if at == level and kind == "online" and tower not in chosen:
-                chosen[tower], masks[tower] = values, seen.batch.views[view].present
+                first = values if values.ndim == 2 else values[:, 0]  # of several texts of a sample
+                chosen[tower], masks[tower] = first, seen.batch.views[view].present
     return {
         tower: (
             F.normalize(comm.gather(values.detach().float())[:ROWS], dim=-1),

@@ -20,13 +20,13 @@ class Deadly(ViewMaker):
 
     fates: Mapping[str, str] = field(default_factory=dict)
 
-    def __call__(self, sample: Sample, *, epoch: int) -> tuple[dict[View, Value], str]:
+    def __call__(self, sample: Sample, *, epoch: int, batch: int = 0) -> tuple[dict[View, Value], str]:
         fate = self.fates.get(sample.key)
         if fate in ("SIGKILL", "SIGSEGV", "SIGSTOP"):
             os.kill(os.getpid(), getattr(signal, fate))
         if fate == "mistake":
             raise RuntimeError("a mistake in our own code")
-        return super().__call__(sample, epoch=epoch)
+        return super().__call__(sample, epoch=epoch, batch=batch)
 
 
 def make_deadly(source: ClipStream, fates: Mapping[str, str]) -> ClipStream:
