@@ -72,7 +72,7 @@ class Comm:
         if self.world_size == 1 or not _small(xs):
             return [self.gather_by_rank(x.detach()) for x in xs]
         packed = self.gather_by_rank(torch.cat([x.detach().flatten() for x in xs]))
-        parts = packed.view(self.world_size, sum(x.numel() for x in xs)).split([x.numel() for x in xs], 1)
+        parts = torch.split(packed.view(self.world_size, len(packed) // self.world_size), [x.numel() for x in xs], 1)
         return [
             part.reshape(self.world_size * len(x), *x.shape[1:]).to(x.dtype) for part, x in zip(parts, xs, strict=True)
         ]
@@ -180,7 +180,7 @@ def reduce_scatter_together(xs: Sequence[Tensor], comm: Comm) -> list[Tensor]:
         return [reduce_scatter(x, comm) for x in xs]
     packed = torch.cat([x.reshape(comm.world_size, x.numel() // comm.world_size) for x in xs], 1)
     own = reduce_scatter(packed, comm)[0]
-    parts = own.split([x.numel() // comm.world_size for x in xs])
+    parts = torch.split(own, [x.numel() // comm.world_size for x in xs])
     return [part.view(len(x) // comm.world_size, *x.shape[1:]).to(x.dtype) for part, x in zip(parts, xs, strict=True)]
 
 
