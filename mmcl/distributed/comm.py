@@ -128,7 +128,7 @@ class Comm:
         """A small JSON value of each rank, in rank order. Travels as JSON: nothing is unpickled."""
         text = torch.frombuffer(bytearray(json.dumps(value).encode()), dtype=torch.uint8).to(self.host_device)
         lengths = self.gather(torch.tensor([len(text)], device=text.device)).tolist()
-        rows = self.gather(text[None], pad=True).cpu()
+        rows = self.gather(F.pad(text, [0, max(lengths) - len(text)])[None]).cpu()
         return [json.loads(row[:n].numpy().tobytes()) for row, n in zip(rows, lengths, strict=True)]
 
     def barrier(self) -> None:

@@ -221,10 +221,13 @@ class Trainer:
             self.stream.add_quarantine(keys)
 
     def _log(self, folder: RunFolder, meter: Meter, term: Term, grad_norm: Tensor) -> None:
-        self._share_quarantine()
-        skipped = [record for rank in self.comm.gather_objects(meter.take_skipped()) for record in rank]
+        own = [sorted(self.stream.quarantine), meter.take_skipped(), meter.take_cut()]
+        quarantines, skips, cuts = zip(*self.comm.gather_objects(own), strict=True)  # one exchange for all three
+        for keys in quarantines:
+            self.stream.add_quarantine(keys)
+        skipped = [record for rank in skips for record in rank]
         self.progress.skipped += len(skipped)
-        cut, before = sum(self.comm.gather_objects(meter.take_cut())), self.progress.captions_cut
+        cut, before = sum(cuts), self.progress.captions_cut
         self.progress.captions_cut += cut
         record = {
             "step": self.progress.step,
