@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -40,23 +41,22 @@ class Candidates:
         cls,
         takes_part_a: Tensor,
         takes_part_b: Tensor,
-        groups: tuple[Tensor, Tensor] | None,
+        numbers: Sequence[tuple[Tensor, Tensor]],
         tile: int,
         comm: Comm,
         pools: Tensor | None = None,
     ) -> Candidates:
-        """From bool ``(B, K)`` of own rows of both sides, and int64 numbers ``(B, G)`` of both sides and ``pools``
-        ``(B,)``, −1: none.
+        """From bool ``(B, K)`` of own rows of ``a``, bool ``(B · world_size, K)`` of the rows of ``b`` of all ranks,
+        int64 numbers of all ranks from :func:`meeting`, and ``pools`` ``(B,)`` of own samples, −1: none.
         """
         batch, per_row = takes_part_a.shape
         per_column = takes_part_b.shape[1]
-        everyone = comm.gather_by_rank(takes_part_b).flatten()
+        everyone = takes_part_b.flatten()
         rows, columns = takes_part_a.flatten().nonzero()[:, 0], everyone.nonzero()[:, 0]
         row_samples = rows // per_row
         place = torch.full_like(everyone, -1, dtype=torch.int64)
         place[columns] = torch.arange(len(columns), device=columns.device)
         own = place.view(-1, per_column)[comm.rank * batch + row_samples]
-        numbers = () if groups is None else _meeting(*(comm.gather_by_rank(x) for x in groups))
         mine = slice(comm.rank * batch, (comm.rank + 1) * batch)
         return cls(
             comm=comm,
@@ -113,7 +113,10 @@ class Candidates:
 
     def gather_columns(self, x: Tensor) -> Tensor:
         """Of own rows of ``b`` ``(B·K, …)`` the candidates of all ranks."""
-        x = self.comm.gather_by_rank(x)
+        return self.pick_columns(self.comm.gather_by_rank(x))
+
+    def pick_columns(self, x: Tensor) -> Tensor:
+        """Of rows of ``b`` of all ranks the candidates."""
         return x if len(self.columns) == len(x) else x[self.columns]
 
     def put_back(self, x: Tensor, index: Tensor, size: int, fill: float = 0.0) -> Tensor:
@@ -131,8 +134,14 @@ def above(logits: Tensor, floor: Tensor) -> Tensor:
     return logits.masked_fill(logits.float() < floor, -torch.inf)
 
 
-def _meeting(rows: Tensor, columns: Tensor) -> tuple[tuple[Tensor, Tensor], ...]:
-    """The columns of ``(N, G)`` numbers in which two samples meet; the others would mask nothing."""
+def gather_columns_of(blocks: Sequence[Candidates], xs: Sequence[Tensor]) -> list[Tensor]:
+    """:meth:`Candidates.gather_columns` for several blocks of the same ranks, together."""
+    everyone = blocks[0].comm.gather_together(xs)
+    return [block.pick_columns(x) for block, x in zip(blocks, everyone, strict=True)]
+
+
+def meeting(rows: Tensor, columns: Tensor) -> tuple[tuple[Tensor, Tensor], ...]:
+    """The columns of ``(N, G)`` numbers, −1: none, in which two samples meet; the others would mask nothing."""
     found = []
     for x, y in zip(rows.unbind(1), columns.unbind(1), strict=True):
         values, inverse = torch.unique(torch.cat([x, y]), return_inverse=True)

@@ -64,6 +64,19 @@ class Comm:
         gathered: Tensor = _Gather.apply(x, self)
         return gathered
 
+    def gather_together(self, xs: Sequence[Tensor]) -> list[Tensor]:
+        """:meth:`gather_by_rank` of each, in one exchange where they are small: that one takes as long as any.
+
+        Their dtypes are one of floats, or of whole numbers and bool. Without gradient.
+        """
+        if self.world_size == 1 or not _small(xs):
+            return [self.gather_by_rank(x.detach()) for x in xs]
+        packed = self.gather_by_rank(torch.cat([x.detach().flatten() for x in xs]))
+        parts = torch.split(packed.view(self.world_size, len(packed) // self.world_size), [x.numel() for x in xs], 1)
+        return [
+            part.reshape(self.world_size * len(x), *x.shape[1:]).to(x.dtype) for part, x in zip(parts, xs, strict=True)
+        ]
+
     def sum(self, x: Tensor) -> Tensor:
         """Sum over ranks, elementwise. Differentiable: the gradient is the sum of what all ranks hand back."""
         if self.world_size == 1:
@@ -85,8 +98,13 @@ class Comm:
         The value is global on every rank. The gradient is ``world_size`` × own sum ÷ global count, so that averaging
         over ranks is exact.
         """
-        count = self.sum(mask.sum()).clamp_min(1)
-        return self.share(values.masked_fill(~mask, 0).sum() / count)
+        own = values.masked_fill(~mask, 0).sum()
+        if self.world_size == 1:
+            return own / mask.sum().clamp_min(1)
+        both = torch.stack([own.detach().double(), mask.sum().double()])  # one exchange, and the count stays exact
+        total, count = self.sum(both).to(own.dtype).unbind()
+        count = count.clamp_min(1)
+        return total / count + self.world_size * (own - own.detach()) / count
 
     def share(self, own: Tensor) -> Tensor:
         """Sum over ranks of what each adds to one loss, with the gradient of :meth:`mean`: ``world_size`` × own."""
@@ -110,7 +128,7 @@ class Comm:
         """A small JSON value of each rank, in rank order. Travels as JSON: nothing is unpickled."""
         text = torch.frombuffer(bytearray(json.dumps(value).encode()), dtype=torch.uint8).to(self.host_device)
         lengths = self.gather(torch.tensor([len(text)], device=text.device)).tolist()
-        rows = self.gather(text[None], pad=True).cpu()
+        rows = self.gather(F.pad(text, [0, max(lengths) - len(text)])[None]).cpu()
         return [json.loads(row[:n].numpy().tobytes()) for row, n in zip(rows, lengths, strict=True)]
 
     def barrier(self) -> None:
@@ -154,6 +172,24 @@ def reduce_scatter(x: Tensor, comm: Comm) -> Tensor:
     x = x.contiguous()  # gloo scatters no sum
     dist.all_reduce(x, group=comm.group)
     return x[comm.rank * rows : (comm.rank + 1) * rows].clone()
+
+
+def reduce_scatter_together(xs: Sequence[Tensor], comm: Comm) -> list[Tensor]:
+    """:func:`reduce_scatter` of each, in one exchange where they are small. May write into them."""
+    if comm.world_size == 1 or not _small(xs):
+        return [reduce_scatter(x, comm) for x in xs]
+    packed = torch.cat([x.reshape(comm.world_size, x.numel() // comm.world_size) for x in xs], 1)
+    own = reduce_scatter(packed, comm)[0]
+    parts = torch.split(own, [x.numel() // comm.world_size for x in xs])
+    return [part.view(len(x) // comm.world_size, *x.shape[1:]).to(x.dtype) for part, x in zip(parts, xs, strict=True)]
+
+
+SMALL_BYTES = 2**24
+"""tensors that travel together; above it the copy costs more than an exchange of its own"""
+
+
+def _small(xs: Sequence[Tensor]) -> bool:
+    return len(xs) > 1 and sum(x.nbytes for x in xs) <= SMALL_BYTES
 
 
 class _Gather(torch.autograd.Function):

@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal, TypeAlias
+from typing import Literal, TypeAlias, TypeVar
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from mmcl.distributed.candidates import Candidates
+from mmcl.distributed.candidates import Candidates, meeting
 from mmcl.distributed.comm import Comm
 from mmcl.distributed.tiled import LogSums, Unit, WeightedTotal, count_negatives, with_hardest
 
+_T = TypeVar("_T")
 FormName: TypeAlias = Literal["infonce", "siglip", "dcl", "dclw", "clip_label_smoothing"]
 
 
@@ -40,6 +42,27 @@ class Form:
     """share of negatives that count, the hardest: each query keeps ⌈share · M⌉ of the M negatives it has on all ranks,
     those of highest cosine, ties included; a query is a row in one direction, a column in the other. SigLIP has no
     direction: a negative weighs ½ for its row and ½ for its column. 1: all (Wang & Liu 2021, arXiv 2012.09740)"""
+
+
+@dataclass(frozen=True, eq=False)
+class Pair:
+    """What of :func:`contrastive`'s arguments is of one pair of sides."""
+
+    a: Tensor
+    b: Tensor
+    scale: Tensor | float
+    present_a: Tensor | None = None
+    present_b: Tensor | None = None
+    groups: Tensor | None = None
+    groups_b: Tensor | None = None
+    bias: Tensor | float = 0.0
+    pools: Tensor | None = None
+
+    def masks(self) -> tuple[Tensor, Tensor]:
+        """``present_a`` and ``present_b``, all rows where they are not given."""
+        given = ((self.present_a, self.a.shape[:1]), (self.present_b, self.b.shape[:-1]))
+        a, b = (x if x is not None else torch.ones(n, dtype=torch.bool, device=self.a.device) for x, n in given)
+        return a, b
 
 
 def contrastive(
@@ -89,32 +112,98 @@ def contrastive(
     Raises:
         ValueError: on all ranks, if the shapes are not those above or differ between ranks.
     """
+    pair = Pair(a, b, scale, present_a, present_b, groups, groups_b, bias, pools)
+    return contrastive_pairs([pair], comm=comm, tile=tile, unpaired_negatives=unpaired_negatives, form=form)[0][0]
+
+
+def contrastive_pairs(
+    pairs: Sequence[Pair],
+    *,
+    comm: Comm,
+    tile: int | None = None,
+    unpaired_negatives: bool = False,
+    form: Form | None = None,
+) -> list[tuple[Tensor, Tensor]]:
+    """:func:`contrastive` of each pair, on one device, with the exchanges of one; as many pairs on all ranks.
+
+    Pairs with the same tensor as ``groups`` share what is found of it.
+
+    Returns:
+        Of each pair the loss and, int64, the number of positives of all ranks.
+    """
     form = form or Form()
-    groups, groups_b = (x[:, None] if x is not None and x.ndim == 1 else x for x in (groups, groups_b))
-    masks = [
-        torch.ones(a.shape[:1], dtype=torch.bool, device=a.device) if present_a is None else present_a,
-        torch.ones(b.shape[:-1], dtype=torch.bool, device=b.device) if present_b is None else present_b,
-    ]
-    wants = _agree([a, b, *masks, groups, groups_b, pools], (scale, bias), unpaired_negatives, form, comm)
-    with torch.autocast(a.device.type, enabled=False):
-        dtype = torch.float64 if torch.float64 in (a.dtype, b.dtype) else torch.float32
-        mask_a, mask_b = masks[0][:, None], masks[1] if b.ndim > 2 else masks[1][:, None]
-        both = mask_a & mask_b
-        pairs = _Pairs(
-            a=_unit(a.to(dtype)[:, None], mask_a),
-            b=_unit(b.to(dtype) if b.ndim > 2 else b.to(dtype)[:, None], mask_b),
-            both=both,
-            scale=torch.as_tensor(scale, dtype=dtype, device=a.device),
-            bias=torch.as_tensor(bias, dtype=dtype, device=a.device),
+    wants = _agree(pairs, unpaired_negatives, form, comm)
+    with torch.autocast(pairs[0].a.device.type, enabled=False):
+        made, blocks = _met(pairs, wants, unpaired_negatives, form, tile, comm)
+        if form.name == "siglip":
+            own = [pair.siglip(block) for pair, block in zip(made, blocks, strict=True)]
+        else:
+            own = _softmax(made, blocks)
+        losses = comm.share(torch.stack(own))
+        return [(loss.to(pair.a.dtype), pair.everyone.sum()) for loss, pair in zip(losses.unbind(), made, strict=True)]
+
+
+def _met(
+    pairs: Sequence[Pair],
+    wants: list[tuple[bool, bool]],
+    unpaired_negatives: bool,
+    form: Form,
+    tile: int | None,
+    comm: Comm,
+) -> tuple[list[_Pairs], list[Candidates]]:
+    """The pairs and who meets whom in them, after one exchange of masks and groups."""
+    masks = [mask for pair in pairs for mask in pair.masks()]
+    numbers, places = _distinct([x for pair in pairs for x in (pair.groups, pair.groups_b)])
+    everyone = comm.gather_together([*masks, *(x[:, None] if x.ndim == 1 else x for x in numbers)])
+    everyone, numbers = everyone[: len(masks)], everyone[len(masks) :]
+    meetings: dict[tuple[int, int], tuple[tuple[Tensor, Tensor], ...]] = {(-1, -1): ()}
+    made, blocks = [], []
+    for k, pair in enumerate(pairs):
+        mask_a, mask_b, all_a, all_b = (x if x.ndim > 1 else x[:, None] for x in _of(masks, k) + _of(everyone, k))
+        dtype = torch.float64 if torch.float64 in (pair.a.dtype, pair.b.dtype) else torch.float32
+        own = _Pairs(
+            a=_unit(pair.a.to(dtype)[:, None], mask_a),
+            b=_unit(pair.b.to(dtype) if pair.b.ndim > 2 else pair.b.to(dtype)[:, None], mask_b),
+            both=mask_a & mask_b,
+            everyone=all_a & all_b,
+            scale=torch.as_tensor(pair.scale, dtype=dtype, device=pair.a.device),
+            bias=torch.as_tensor(pair.bias, dtype=dtype, device=pair.a.device),
             form=form,
-            wants=wants,
+            wants=wants[k],
         )
-        takes_part = (mask_a, mask_b) if unpaired_negatives else (both.any(1, keepdim=True), both)
-        numbers = None if groups is None else (groups, groups if groups_b is None else groups_b)
-        block = Candidates.of(*takes_part, numbers, _tile(tile, a), comm, pools)
+        x, y = _of(places, k)
+        sides = (x, x if y < 0 else y)
+        if sides not in meetings:
+            meetings[sides] = meeting(numbers[sides[0]], numbers[sides[1]])
+        takes_part = (mask_a, all_b) if unpaired_negatives else (own.both.any(1, keepdim=True), own.everyone)
+        block = Candidates.of(*takes_part, meetings[sides], _tile(tile, pair.a), comm, pair.pools)
         if form.hard_quantile < 1:
-            block = with_hardest(block, pairs.rows, pairs.columns, pairs.scale, form.hard_quantile)
-        return pairs.siglip(block) if form.name == "siglip" else pairs.softmax(block)
+            block = with_hardest(block, own.rows, own.columns, own.scale, form.hard_quantile)
+        made.append(own)
+        blocks.append(block)
+    return made, blocks
+
+
+def _of(xs: list[_T], k: int) -> list[_T]:
+    """The two of pair ``k``."""
+    return xs[2 * k : 2 * k + 2]
+
+
+def _distinct(xs: Sequence[Tensor | None]) -> tuple[list[Tensor], list[int]]:
+    """The different tensors of these, and where among them each stands; −1: None."""
+    found: dict[int, tuple[int, Tensor]] = {}
+    places = [-1 if x is None else found.setdefault(id(x), (len(found), x))[0] for x in xs]
+    return [x for _, x in found.values()], places
+
+
+def _softmax(pairs: list[_Pairs], blocks: list[Candidates]) -> list[Tensor]:
+    """What this rank adds to the mean over rows of the mean over their positives of both directions, of each pair."""
+    sides = [x for pair in pairs for x in (pair.rows, pair.columns, pair.scale)]
+    anchor = _anchor(sides[0], any(pair.wants[0] for pair in pairs))
+    sums: tuple[Tensor, ...] = LogSums.apply(anchor, blocks, [pair.wants[1] for pair in pairs], *sides)
+    return [
+        pair.softmax(block, *sums[2 * k : 2 * k + 2]) for k, (pair, block) in enumerate(zip(pairs, blocks, strict=True))
+    ]
 
 
 def view_contrastive(
@@ -140,22 +229,24 @@ def view_contrastive(
     form = form or Form()
     if form.name not in ("infonce", "dcl", "dclw"):
         raise ValueError(f"views are compared by infonce, dcl or dclw, got {form.name!r}")
-    groups = groups[:, None] if groups is not None and groups.ndim == 1 else groups
     mask = torch.ones(a.shape[:1], dtype=torch.bool, device=a.device) if present is None else present
-    any_wants, _ = _agree([a, b, mask, mask, groups, None, pools], (scale, 0.0), False, form, comm, several=False)
+    ((any_wants, _),) = _agree([Pair(a, b, scale, mask, mask, groups, pools=pools)], False, form, comm, several=False)
     with torch.autocast(a.device.type, enabled=False):
         dtype = torch.float64 if torch.float64 in (a.dtype, b.dtype) else torch.float32
         both = mask[:, None].expand(-1, 2)
         views = _unit(torch.stack([a.to(dtype), b.to(dtype)], 1), both)
         rows = views.flatten(0, 1)
         scale = torch.as_tensor(scale, dtype=dtype, device=a.device)
-        block = Candidates.of(both, both, None if groups is None else (groups, groups), _tile(tile, a), comm, pools)
+        given = [] if groups is None else [groups[:, None] if groups.ndim == 1 else groups]
+        everyone, *numbers = comm.gather_together([mask, *given])
+        meetings = [x for each in numbers for x in meeting(each, each)]
+        block = Candidates.of(both, everyone[:, None].expand(-1, 2), meetings, _tile(tile, a), comm, pools)
         if form.hard_quantile < 1:
             block = with_hardest(block, rows, None, scale, form.hard_quantile)
-        sums: Tensor = LogSums.apply(rows, None, scale, _anchor(rows, any_wants), block, False)
+        sums: Tensor = LogSums.apply(_anchor(rows, any_wants), [block], [False], rows, None, scale)[0]
         cosines = (views[:, 0] * views[:, 1]).sum(1)[:, None]
-        values = _softmax_values(sums.view(-1, 2), cosines, mask[:, None], scale, form, comm)
-        return comm.mean(values.mean(1), mask)
+        values = _softmax_values(sums.view(-1, 2), cosines, mask[:, None], everyone.sum(), scale, form, comm)
+        return comm.share(values.mean(1).masked_fill(~mask, 0).sum() / everyone.sum().clamp_min(1))
 
 
 @dataclass(frozen=True, eq=False)
@@ -165,6 +256,8 @@ class _Pairs:
     a: Tensor
     b: Tensor
     both: Tensor
+    everyone: Tensor
+    """``both`` of all ranks"""
     scale: Tensor
     bias: Tensor
     form: Form
@@ -179,37 +272,34 @@ class _Pairs:
     def columns(self) -> Tensor:
         return self.b.flatten(0, 1)
 
-    def softmax(self, block: Candidates) -> Tensor:
-        """The mean over rows of the mean over their positives of both directions."""
-        comm, form = block.comm, self.form
-        rows, columns = self.rows, self.columns
-        any_wants, b_wants = self.wants
-        row_sums, column_sums = LogSums.apply(rows, columns, self.scale, _anchor(rows, any_wants), block, b_wants)
+    def softmax(self, block: Candidates, row_sums: Tensor, column_sums: Tensor) -> Tensor:
+        """What this rank adds to the mean over rows of the mean over their positives of both directions."""
+        form, rows = self.form, self.rows
         cosines = (self.a * self.b).sum(2)
         sums = torch.stack([row_sums[:, None].expand_as(cosines), column_sums.view_as(cosines)])
-        values = _softmax_values(sums, cosines, self.both, self.scale, form, comm)
+        values = _softmax_values(sums, cosines, self.both, self.everyone.sum(), self.scale, form, block.comm)
         per_row = self.both.to(rows.dtype) / self.both.sum(1, keepdim=True).clamp_min(1)
-        smoothed = torch.zeros_like(self.scale)
+        queries = self.everyone.any(1).sum().clamp_min(1)
+        smoothed: Tensor | float = 0.0
         if form.name == "clip_label_smoothing":
-            of_rows, of_columns = (1 + x.to(rows.dtype) for x in count_negatives(block, rows, columns, self.scale))
+            of_rows, of_columns = (1 + x.to(rows.dtype) for x in count_negatives(block, rows, self.columns, self.scale))
             candidates = torch.stack([of_rows[:, None].expand_as(cosines), of_columns.view_as(cosines)])
             values = values + form.smoothing * (1 - 1 / candidates) * cosines * self.scale
-            pairs = comm.sum(self.both.any(1).sum()).clamp_min(1)
-            weights = form.smoothing * per_row / candidates / (2 * pairs)
+            weights = form.smoothing * per_row / candidates / (2 * queries)
             smoothed = self._total(block, (weights[0].sum(1), weights[1].flatten()), None)
-        return comm.mean((values.mean(0) * per_row).sum(1), self.both.any(1)) - comm.share(smoothed)
+        own = (values.mean(0) * per_row).sum(1).masked_fill(~self.both.any(1), 0).sum()
+        return own / queries - smoothed
 
     def siglip(self, block: Candidates) -> Tensor:
-        """The sum over questions ÷ the number of positives of all ranks."""
-        comm = block.comm
+        """What this rank adds to the sum over questions ÷ the number of positives of all ranks."""
         logits = self.scale * (self.a * self.b).sum(2) + self.bias
         positives = F.softplus(-logits, threshold=40.0).masked_fill(~self.both, 0.0).sum()
         halves = None
         if self.form.hard_quantile < 1:
             halves = self.rows.new_full((len(self.rows),), 0.5), self.rows.new_full((len(self.columns),), 0.5)
-        count = comm.sum(self.both.sum()).to(positives.dtype)
+        count = self.everyone.sum().to(positives.dtype)
         share = torch.where(count > 0, 1 / count.clamp_min(1), 0.0)  # nothing to ask where there is no pair
-        return comm.share(share * (positives + self._total(block, halves, self.bias)))
+        return share * (positives + self._total(block, halves, self.bias))
 
     def _total(self, block: Candidates, weights: tuple[Tensor, Tensor] | None, bias: Tensor | None) -> Tensor:
         any_wants, b_wants = self.wants
@@ -219,7 +309,9 @@ class _Pairs:
         return total
 
 
-def _softmax_values(sums: Tensor, cosines: Tensor, both: Tensor, scale: Tensor, form: Form, comm: Comm) -> Tensor:
+def _softmax_values(
+    sums: Tensor, cosines: Tensor, both: Tensor, positives_everywhere: Tensor, scale: Tensor, form: Form, comm: Comm
+) -> Tensor:
     """The form of each query, in the shape of ``sums``, from the log-sum-exps of its negatives; 0 without any."""
     positives = scale * cosines
     if form.name not in ("dcl", "dclw"):
@@ -230,7 +322,7 @@ def _softmax_values(sums: Tensor, cosines: Tensor, both: Tensor, scale: Tensor, 
         everyone = everyone.masked_fill(everyone.isneginf().all(), 0.0)  # no positive at all: any number, but no NaN
         shares = (everyone / form.sigma).flatten().softmax(0).view_as(everyone)
         own = shares[comm.rank * len(cosines) : (comm.rank + 1) * len(cosines)]
-        weight = 2 - comm.sum(both.sum()) * own
+        weight = 2 - positives_everywhere * own
         positives = (weight.detach() if form.detach_weight else weight) * positives
     alone = sums.isneginf()
     return (sums.masked_fill(alone, 0.0) - positives).masked_fill(alone, 0.0)
@@ -251,22 +343,45 @@ def _tile(tile: int | None, x: Tensor) -> int:
 
 
 def _agree(
-    tensors: list[Tensor | None],
-    learned: tuple[Tensor | float, ...],
-    unpaired_negatives: bool,
-    form: Form,
-    comm: Comm,
-    several: bool = True,
-) -> tuple[bool, bool]:
-    """Raises on all ranks if one of them cannot go on. Returns whether some rank wants a gradient, and for ``b``."""
-    wants = [torch.is_grad_enabled() and isinstance(x, Tensor) and x.requires_grad for x in (*tensors[:2], *learned)]
-    shapes = [[-1, -1, -1] if x is None else [*x.shape, -1, -1, -1][:3] for x in tensors]
+    pairs: Sequence[Pair], unpaired_negatives: bool, form: Form, comm: Comm, several: bool = True
+) -> list[tuple[bool, bool]]:
+    """Raises on all ranks if one of them cannot go on. Returns of each pair whether some rank wants a gradient, and for
+    ``b``."""
     settings = [int(unpaired_negatives), *form.name.encode().ljust(24), *_bits(form)]
-    facts = [*(size for shape in shapes for size in shape), *settings, int(any(wants)), int(wants[1])]
+    _, places = _distinct([x for pair in pairs for x in (pair.groups, pair.groups_b)])
+    facts = [[*_sizes(pair), *settings, *_of(places, k), *_wants(pair)] for k, pair in enumerate(pairs)]
     every = comm.gather(torch.tensor([facts], device=comm.host_device)).tolist()
-    a, b, present_a, present_b, groups, groups_b, pools = shapes
+    for k, own in enumerate(facts):
+        if not _fits(own[:SIZES], several) or any(other[k][:-2] != own[:-2] for other in every):
+            raise ValueError(
+                "a must be (B, D), b (B, D) or (B, K, D), present_a (B,), present_b as b without D, groups and "
+                "groups_b (B,) or (B, G) or None, pools (B,) or None, all equal on all ranks, as unpaired_negatives "
+                f"and form; these by rank, -1 for no axis: {[other[k][: SIZES + 1] for other in every]}"
+            )
+    return [(any(x[k][-2] for x in every), any(x[k][-1] for x in every)) for k in range(len(pairs))]
+
+
+SIZES = 21
+"""of three axes of the seven tensors of a pair"""
+
+
+def _sizes(pair: Pair) -> list[int]:
+    numbers = [x[:, None] if x is not None and x.ndim == 1 else x for x in (pair.groups, pair.groups_b)]
+    tensors = [pair.a, pair.b, *pair.masks(), *numbers, pair.pools]
+    return [n for x in tensors for n in ([-1, -1, -1] if x is None else [*x.shape, -1, -1, -1][:3])]
+
+
+def _wants(pair: Pair) -> tuple[int, int]:
+    """Whether this rank wants a gradient, and for ``b``."""
+    given = (pair.b, pair.a, pair.scale, pair.bias)
+    wants = [torch.is_grad_enabled() and isinstance(x, Tensor) and x.requires_grad for x in given]
+    return int(any(wants)), int(wants[0])
+
+
+def _fits(sizes: list[int], several: bool) -> bool:
+    a, b, present_a, present_b, groups, groups_b, pools = (sizes[start : start + 3] for start in range(0, SIZES, 3))
     width = b[2] if b[2] >= 0 and several else b[1]
-    fits = (
+    return (
         a == [b[0], width, -1]
         and width >= 0
         and present_a == [a[0], -1, -1]
@@ -275,13 +390,6 @@ def _agree(
         and groups_b in ([-1, -1, -1], groups)
         and pools in ([-1, -1, -1], [a[0], -1, -1])
     )
-    if not fits or any(other[:-2] != facts[:-2] for other in every):
-        raise ValueError(
-            "a must be (B, D), b (B, D) or (B, K, D), present_a (B,), present_b as b without D, groups and groups_b "
-            "(B,) or (B, G) or None, pools (B,) or None, all equal on all ranks, as unpaired_negatives and form; these "
-            f"by rank, -1 for no axis: {[other[: 3 * len(shapes) + 1] for other in every]}"
-        )
-    return any(other[-2] for other in every), any(other[-1] for other in every)
 
 
 def _bits(form: Form) -> list[int]:

@@ -7,14 +7,15 @@ partial and joined. Upstream gradients are those of :meth:`Comm.share`: ``world_
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from mmcl.distributed.candidates import Candidates
-from mmcl.distributed.comm import Comm, reduce_scatter
+from mmcl.distributed.candidates import Candidates, gather_columns_of
+from mmcl.distributed.comm import reduce_scatter, reduce_scatter_together
 
 
 class Unit(torch.autograd.Function):
@@ -43,8 +44,11 @@ class Unit(torch.autograd.Function):
 class LogSums(torch.autograd.Function):
     """log Σ exp of the negatives of own rows of ``a`` and of own rows of ``b``; −inf where there is none.
 
+    Takes an anchor, blocks, whether some rank wants a gradient for each ``b``, and ``a``, ``b``, ``scale`` of each
+    block in turn; gives the sums of ``a`` and of ``b`` of each in turn. Several blocks make the exchanges of one.
+
     Forward keeps only the sums, backward makes each tile again: four matrix products, where a block for each direction
-    takes six. ``b`` None: ``a`` meets itself, and only its rows' sums come back; the block is its own transpose, so
+    takes six. ``b`` None: ``a`` meets itself, and only its rows' sums are of use; the block is its own transpose, so
     their sums over all ranks are those of the columns.
 
     ``anchor`` wants a gradient where some rank wants one: ranks meet in backward as well, and one whose own inputs are
@@ -53,48 +57,79 @@ class LogSums(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, a: Tensor, b: Tensor | None, scale: Tensor, anchor: Tensor, block: Candidates, b_wants_gradient: bool
-    ) -> Any:
-        comm = block.comm
-        rows, columns = block.pick_rows(a), block.gather_columns(a if b is None else b)
-        row_sums, column_sums = (a.new_full((len(x),), -torch.inf) for x in (rows, columns))
-        for i, j in block.tiles():
-            logits = block.logits(rows, columns, scale, i, j)
-            row_sums[i] = torch.logaddexp(row_sums[i], block.for_rows(logits, i).logsumexp(1))
-            if b is not None:
-                column_sums[j] = torch.logaddexp(column_sums[j], block.for_columns(logits, j).logsumexp(0))
-        all_rows = block.put_back(row_sums, block.rows, len(a), -torch.inf)
-        column_sums = block.gather_columns(all_rows) if b is None else _joined(column_sums, comm)
-        ctx.save_for_backward(a, scale, columns, row_sums, column_sums)
-        ctx.block, ctx.size_b, ctx.b_wants_gradient = block, None if b is None else len(b), b_wants_gradient
-        return all_rows if b is None else (all_rows, block.own_part(column_sums, len(b), -torch.inf))
+        ctx: Any, anchor: Tensor, blocks: Sequence[Candidates], b_wants: Sequence[bool], *tensors: Tensor | None
+    ) -> tuple[Tensor, ...]:
+        sides = _by_block(tensors)
+        everyone = gather_columns_of(blocks, [a if b is None else b for a, b, _ in sides])
+        row_sums, partial = [], []
+        for block, (a, b, scale), columns in zip(blocks, sides, everyone, strict=True):
+            rows = block.pick_rows(a)
+            of_rows, of_columns = (a.new_full((len(x),), -torch.inf) for x in (rows, columns))
+            for i, j in block.tiles():
+                logits = block.logits(rows, columns, scale, i, j)
+                of_rows[i] = torch.logaddexp(of_rows[i], block.for_rows(logits, i).logsumexp(1))
+                if b is not None:
+                    of_columns[j] = torch.logaddexp(of_columns[j], block.for_columns(logits, j).logsumexp(0))
+            row_sums.append(of_rows)
+            partial.append(of_columns if b is not None else block.put_back(of_rows, block.rows, len(a), -torch.inf))
+        comm = blocks[0].comm
+        column_sums = [
+            block.pick_columns(x) if b is None else _joined(x.view(comm.world_size, len(x) // comm.world_size))
+            for block, (_, b, _), x in zip(blocks, sides, comm.gather_together(partial), strict=True)
+        ]
+        ctx.save_for_backward(*(x for a, _, scale in sides for x in (a, scale)), *everyone, *row_sums, *column_sums)
+        ctx.blocks, ctx.b_wants = blocks, b_wants
+        ctx.sizes_b = [None if b is None else len(b) for _, b, _ in sides]
+        found = []
+        for block, (a, b, _), of_rows, of_columns in zip(blocks, sides, row_sums, column_sums, strict=True):
+            found.append(block.put_back(of_rows, block.rows, len(a), -torch.inf))
+            found.append(block.own_part(of_columns, len(a if b is None else b), -torch.inf))
+        return tuple(found)
 
     @staticmethod
     @torch.autograd.function.once_differentiable
-    def backward(ctx: Any, row_gradient: Tensor, column_gradient: Tensor | None = None) -> tuple[Tensor | None, ...]:
-        a, scale, columns, row_sums, column_sums = ctx.saved_tensors
-        block: Candidates = ctx.block
-        itself = ctx.size_b is None
-        rows = block.pick_rows(a)
-        with torch.autocast(a.device.type, enabled=False):
-            weights = (
-                block.pick_rows(row_gradient)[:, None],
-                block.gather_columns(row_gradient if column_gradient is None else column_gradient),
-            )
-            # +inf: the softmax over nothing is 0 everywhere
-            sums = [x.masked_fill(x.isneginf(), torch.inf) for x in (row_sums, column_sums)]
-            d_rows = torch.zeros_like(rows)
-            d_columns = torch.zeros_like(columns) if ctx.b_wants_gradient and not itself else None
-            for i, j in block.tiles():
-                logits = block.logits(rows, columns, scale, i, j)
-                softmax = (block.for_rows(logits, i) - sums[0][i, None]).exp_().mul_(weights[0][i])
-                softmax.addcmul_(block.for_columns(logits, j).sub_(sums[1][j]).exp_(), weights[1][j])
-                _add_products(softmax, rows, columns, d_rows, d_columns, i, j)
-            d_a = block.put_back(d_rows, block.rows, len(a))
-            # until it is scaled, Σ a·d_a is the gradient by scale; a block with itself holds each pair twice
-            d_scale = (d_a * a).sum() / (2 if itself else 1)
-            d_b = None if d_columns is None else _back_to_ranks(d_columns, block, ctx.size_b).mul_(scale)
-            return d_a.mul_(scale), d_b, d_scale, None, None, None
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
+        blocks: Sequence[Candidates] = ctx.blocks
+        count = len(blocks)
+        saved = ctx.saved_tensors
+        sides, (everyone, row_sums, column_sums) = saved[: 2 * count], _split(saved[2 * count :], 3)
+        itself = [size is None for size in ctx.sizes_b]
+        weights = gather_columns_of(blocks, [gradients[2 * k + (not itself[k])] for k in range(count)])
+        found: list[Tensor | None] = []
+        d_everyone: dict[int, Tensor] = {}
+        with torch.autocast(sides[0].device.type, enabled=False):
+            for k, block in enumerate(blocks):
+                a, scale = sides[2 * k : 2 * k + 2]
+                rows, columns = block.pick_rows(a), everyone[k]
+                d_rows = torch.zeros_like(rows)
+                d_columns = torch.zeros_like(columns) if ctx.b_wants[k] and not itself[k] else None
+                row_weights = block.pick_rows(gradients[2 * k])[:, None]
+                # +inf: the softmax over nothing is 0 everywhere
+                sums = [x.masked_fill(x.isneginf(), torch.inf) for x in (row_sums[k], column_sums[k])]
+                for i, j in block.tiles():
+                    logits = block.logits(rows, columns, scale, i, j)
+                    softmax = (block.for_rows(logits, i) - sums[0][i, None]).exp_().mul_(row_weights[i])
+                    softmax.addcmul_(block.for_columns(logits, j).sub_(sums[1][j]).exp_(), weights[k][j])
+                    _add_products(softmax, rows, columns, d_rows, d_columns, i, j)
+                d_a = block.put_back(d_rows, block.rows, len(a))
+                # until it is scaled, Σ a·d_a is the gradient by scale; a block with itself holds each pair twice
+                d_scale = (d_a * a).sum() / (2 if itself[k] else 1)
+                found += [d_a.mul_(scale), None, d_scale]
+                if d_columns is not None:
+                    d_everyone[k] = _of_all_ranks(d_columns, block, ctx.sizes_b[k])
+            own = reduce_scatter_together(list(d_everyone.values()), blocks[0].comm)
+            for k, d_b in zip(d_everyone, own, strict=True):
+                found[3 * k + 1] = d_b.mul_(sides[2 * k + 1])
+            return None, None, None, *found
+
+
+def _by_block(tensors: Sequence[Any]) -> list[tuple[Any, Any, Any]]:
+    return list(zip(tensors[::3], tensors[1::3], tensors[2::3], strict=True))
+
+
+def _split(xs: Sequence[Tensor], parts: int) -> list[Sequence[Tensor]]:
+    size = len(xs) // parts
+    return [xs[k * size : (k + 1) * size] for k in range(parts)]
 
 
 class WeightedTotal(torch.autograd.Function):
@@ -143,7 +178,9 @@ class WeightedTotal(torch.autograd.Function):
         if wanted:
             d_a = block.put_back(d_rows, block.rows, len(a))
             d_scale = (d_a * a).sum()
-            d_b = None if d_columns is None else _back_to_ranks(d_columns, block, len(b)).mul_(scale)
+            d_b = None
+            if d_columns is not None:
+                d_b = reduce_scatter(_of_all_ranks(d_columns, block, len(b)), block.comm).mul_(scale)
             ctx.gradients = (d_a.mul_(scale), d_b, d_scale, None if bias is None else d_bias)
         return total
 
@@ -180,16 +217,16 @@ def _add_products(
         d_columns[j].addmm_(slope.T, rows[i])
 
 
-def _back_to_ranks(d_columns: Tensor, block: Candidates, size: int) -> Tensor:
-    """The sum over ranks of the gradients of this rank's rows of ``b``."""
-    return reduce_scatter(block.put_back(d_columns, block.columns, size * block.comm.world_size), block.comm)
+def _of_all_ranks(d_columns: Tensor, block: Candidates, size: int) -> Tensor:
+    """Gradients of the candidates among all rows of ``b``; a rank's own are the sum over ranks."""
+    return block.put_back(d_columns, block.columns, size * block.comm.world_size)
 
 
-def _joined(partial: Tensor, comm: Comm) -> Tensor:
-    """log Σ exp over ranks, elementwise."""
-    top = comm.max(partial)
+def _joined(partial: Tensor) -> Tensor:
+    """log Σ exp over ranks ``(world_size, N)``, elementwise."""
+    top = partial.amax(0)
     top = top.masked_fill(top.isneginf(), 0.0)
-    return top + comm.sum((partial - top).exp()).log()
+    return top + (partial - top).exp().sum(0).log()
 
 
 @torch.no_grad()

@@ -11,7 +11,7 @@ from pydantic import Field, model_validator
 from torch import Tensor, nn
 
 from mmcl.config import Options
-from mmcl.distributed import Comm, Form, contrastive
+from mmcl.distributed import Comm, Form, Pair, contrastive_pairs
 from mmcl.objectives.base import Objective, Term
 from mmcl.objectives.pairs import checked_pairs
 from mmcl.objectives.weights import Weight
@@ -99,31 +99,35 @@ class CrossModal(Objective):
         self.biases = nn.ParameterDict({name: torch.tensor(options.start_bias) for name in self.scales if siglip})
 
     def forward(self, embeddings: Embeddings, comm: Comm) -> Term:
-        losses, metrics = [], {}
-        for name, (a, b) in self.pairs.items():
-            present_a, present_b = embeddings.present(a[0].view), _stack([embeddings.present(x.view) for x in b])
-            groups, groups_b = self._groups(embeddings, b)
-            scale = self.scale_of[name]
-            loss = contrastive(
-                embeddings.get(a[0]),
-                _stack([embeddings.get(need) for need in b]),
-                scale=embeddings.scales[scale],
-                comm=comm,
-                present_a=present_a,
-                present_b=present_b,
-                groups=groups,
-                groups_b=groups_b,
-                unpaired_negatives=self.options.unpaired_negatives,
-                form=self.form,
-                bias=self.biases.get(scale, 0.0),
-                pools=embeddings.batch.pools,
-            )
-            losses.append(loss)
+        found = contrastive_pairs(
+            [self._pair(embeddings, name) for name in self.pairs],
+            comm=comm,
+            unpaired_negatives=self.options.unpaired_negatives,
+            form=self.form,
+        )
+        metrics = {}
+        for name, (loss, pairs) in zip(self.pairs, found, strict=True):
             metrics[f"loss/{name}"] = loss.detach()
-            metrics[f"pairs/{name}"] = comm.sum((present_a[:, None] & present_b.view(len(present_b), len(b))).sum())
+            metrics[f"pairs/{name}"] = pairs
         for name, bias in self.biases.items():
             metrics[f"bias/{name}"] = bias.detach()
-        return Term(torch.stack(losses).mean(), metrics)
+        return Term(torch.stack([loss for loss, _ in found]).mean(), metrics)
+
+    def _pair(self, embeddings: Embeddings, name: str) -> Pair:
+        a, b = self.pairs[name]
+        groups, groups_b = self._groups(embeddings, b)
+        scale = self.scale_of[name]
+        return Pair(
+            embeddings.get(a[0]),
+            _stack([embeddings.get(need) for need in b]),
+            embeddings.scales[scale],
+            present_a=embeddings.present(a[0].view),
+            present_b=_stack([embeddings.present(need.view) for need in b]),
+            groups=groups,
+            groups_b=groups_b,
+            bias=self.biases.get(scale, 0.0),
+            pools=embeddings.batch.pools,
+        )
 
     def _groups(self, embeddings: Embeddings, captions: Side) -> tuple[Tensor | None, Tensor | None]:
         """Numbers of both sides: those of the batch, and every caption of one sample beside every one of the other."""

@@ -10,6 +10,7 @@ from support.gloo import GlooPool
 from torch import Tensor
 
 from mmcl.distributed import Comm
+from mmcl.distributed.comm import SMALL_BYTES, reduce_scatter, reduce_scatter_together
 
 
 def rows_of(rank: int, world: int, rows: int = 12) -> Tensor:
@@ -70,6 +71,41 @@ def test_mean_of_nothing_is_zero_with_zero_gradient() -> None:
     loss = Comm().mean(x, torch.tensor([False, False]))
     loss.backward()
     assert float(loss.detach()) == 0 and x.grad is not None and x.grad.equal(torch.zeros(2))
+
+
+def together(rank: int, world: int) -> None:
+    """Several in one exchange are what each is alone, whatever their shapes and dtypes, small or not."""
+    comm, generator = Comm.current(), torch.Generator().manual_seed(rank)
+    numbers = [torch.randint(-9, 2**40, (4, 2), generator=generator), torch.tensor([True, False, rank == 0])]
+    numbers.append(torch.zeros(0, 3, dtype=torch.bool))
+    floats = [torch.randn(2, 3, generator=generator), torch.randn(5, generator=generator, dtype=torch.float64)]
+    large = [torch.full((2, SMALL_BYTES // 2), rank, dtype=torch.uint8), torch.full((1,), rank, dtype=torch.uint8)]
+    for several in (numbers, floats, large, numbers[:1]):
+        for found, x in zip(comm.gather_together(several), several, strict=True):
+            assert found.dtype == x.dtype and found.equal(comm.gather_by_rank(x))
+    several = [torch.randn(2 * world, 3, generator=generator), torch.randn(world, generator=generator).double()]
+    alone = [reduce_scatter(x.clone(), comm) for x in several]
+    for found, expected in zip(reduce_scatter_together(several, comm), alone, strict=True):
+        assert found.dtype == expected.dtype
+        torch.testing.assert_close(found, expected, rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize("world", [1, 2, 3])
+def test_several_travel_together(gloo: GlooPool, world: int) -> None:
+    gloo(world, together)
+
+
+def means(rank: int, world: int) -> list[Tensor]:
+    comm, own = Comm.current(), rows_of(rank, world)
+    masks = own > 20, own % 4 == 1, own >= 0
+    return [comm.mean(own.to(dtype) / 7, mask) for dtype in (torch.float32, torch.float64) for mask in masks]
+
+
+def test_means_keep_their_dtype_and_digits(gloo: GlooPool) -> None:
+    for reply in gloo(3, means):
+        for found, value in zip(reply, 2 * [0.0, 5 / 7, 5.5 / 7], strict=True):
+            assert float(found) == pytest.approx(value, rel=1e-15 if found.dtype == torch.float64 else 1e-7)
+        assert [x.dtype for x in reply] == 3 * [torch.float32] + 3 * [torch.float64]
 
 
 def host_values(rank: int, world: int) -> tuple[Any, ...]:

@@ -10,7 +10,7 @@ from support.gloo import GlooPool
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from mmcl.distributed import Comm, Form, contrastive, view_contrastive
+from mmcl.distributed import Comm, Form, Pair, contrastive, contrastive_pairs, view_contrastive
 
 ROWS = 12
 CASES = ("full", "uneven", "rank_1_of_2_empty", "rank_2_of_3_empty", "no_b", "groups", "unpaired", "unpaired_groups")
@@ -186,3 +186,32 @@ def one_rank_holds_constants(rank: int, world: int) -> list[Tensor]:
 def test_a_rank_whose_inputs_are_constants_comes_to_backward_too(gloo: GlooPool) -> None:
     mine, other = gloo(2, one_rank_holds_constants, timeout_seconds=20.0)
     assert len(mine) == 2 and not other
+
+
+def exchanges(rank: int, world: int, pairs: int) -> tuple[int, list[float], list[float]]:
+    """How often ranks meet in a forward and a backward of several pairs; their losses together and one by one."""
+    generator = torch.Generator().manual_seed(5)
+    sides = [torch.randn(12, 8, generator=generator)[rank::world].requires_grad_() for _ in range(pairs + 1)]
+    groups = (torch.arange(12) // 2)[rank::world]
+    masks = [torch.rand(12, generator=generator)[rank::world] > 0.3 for _ in sides]
+    given = [Pair(sides[k], sides[k + 1], 5.0, masks[k], masks[k + 1], groups if k < 2 else None) for k in range(pairs)]
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
+        found = contrastive_pairs(given, comm=Comm.current())
+        torch.stack([loss for loss, _ in found]).sum().backward()
+    alone = [
+        contrastive(
+            x.a, x.b, scale=x.scale, comm=Comm.current(), present_a=x.present_a, present_b=x.present_b, groups=x.groups
+        )
+        for x in given
+    ]
+    count = sum(event.name.startswith("gloo:") for event in profile.events() or [])
+    return count, [float(loss.detach()) for loss, _ in found], [float(x.detach()) for x in alone]
+
+
+def test_several_pairs_meet_no_more_often_than_one(gloo: GlooPool) -> None:
+    counts = []
+    for pairs in (1, 3):
+        for count, together, alone in gloo(2, exchanges, pairs):
+            assert together == pytest.approx(alone, rel=1e-6) and min(alone) > 0.1
+            counts.append(count)
+    assert counts == [7] * 4  # facts, masks with groups, columns, sums of columns, loss; both ways back
