@@ -48,7 +48,8 @@ def build_everything(taught: bool, dropout: float = 0.0) -> TrainStep:
     objectives = {
         name.replace(": ", "_").replace(" ", "_"): case.build(infos)
         for name, case in CASES.items()
-        if case.taught == taught
+        # towers of a prefix are causal, these are not; nor are there questions in these batches
+        if case.taught == taught and case.options.get("layout") != "prefix" and case.objective != "video_qa"
     }
     mix = ObjectiveMix(objectives, dict.fromkeys(objectives, 1.0))
     model.add_scales(mix.scales)

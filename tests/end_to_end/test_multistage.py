@@ -137,7 +137,7 @@ def test_mixed_batches_learn_too_and_micro_batches_change_nothing(
 ) -> None:
     labels = f"data.clusters={labels_file(whole, 0)}"
     mixed = (labels, "data.cluster_batches=mixed", "train.steps=4", "train.log_every=1")
-    runs = {"base": mixed[2:], "pure": (labels, *mixed[2:]), "mixed": mixed, "micro": (*mixed, "train.micro_batch=3")}
+    runs = {"base": mixed[2:], "pure": (labels, *mixed[2:]), "mixed": mixed, "micro": (*mixed, "train.micro_batch=4")}
     lines = {}
     for name, more in runs.items():
         pretrain(config(shards_folder, tmp_path / name, "train.global_batch=8", *more))

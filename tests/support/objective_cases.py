@@ -240,11 +240,13 @@ def leaves_of(embeddings: Embeddings) -> list[Tensor]:
     return [x for x in (*embeddings.values.values(), *embeddings.scales.values()) if x.requires_grad]
 
 
-def everything(taught: bool) -> Subject:
-    """All cases of one set of towers in one mix."""
-    objectives = {
-        name.replace(": ", "_").replace(" ", "_"): case.build() for name, case in CASES.items() if case.taught == taught
-    }
+PARTS = 3
+
+
+def everything(taught: bool, part: int) -> Subject:
+    """Every third case of one set of towers, in one mix: in larger ones rounding errors grow from step to step."""
+    chosen = [(name, case) for name, case in CASES.items() if case.taught == taught][part::PARTS]
+    objectives = {name.replace(": ", "_").replace(" ", "_"): case.build() for name, case in chosen}
     weights = {name: 0.5 + 0.25 * (i % 3) for i, name in enumerate(objectives)}
     return Subject(ObjectiveMix(objectives, weights), FROZEN if taught else TOWERS)
 
