@@ -152,7 +152,40 @@ class VideoSpec:
     stride: int | None = None
     """take every such frame of the source instead: ``fps`` is then its mean frame rate / ``stride``, and holds for
     pictures alone"""
+    keyframe: bool = False
+    """take the nearest keyframes of the source instead of the frames themselves"""
     modality: Modality = field(default="video", init=False)
+
+    @property
+    def seconds(self) -> float:
+        return self.frames / self.fps
+
+
+@dataclass(frozen=True, slots=True)
+class MotionSpec:
+    """What a tower of motion eats: float32 ``(T, 2, S, S)``, velocities (x, y) as the compressed video has them.
+
+    In pixels of a picture of ``size`` pixels, per frame of the source.
+    """
+
+    frames: int = 8
+    size: int = 64
+    """pixels, height = width, of the picture that moves"""
+    cell: float = 4.0
+    """of these pixels, that one velocity stands for"""
+    fps: float = 25.0
+    """frames per second at which the window is sampled"""
+    fit: Literal["crop", "squash"] = "crop"
+    stride: int | None = 1
+    """take every such frame of the source instead, as :class:`VideoSpec` has it"""
+    keyframes: Literal["hold", "zero"] = "hold"
+    """they have no motion of their own: that of the frame before, or none"""
+    modality: Modality = field(default="motion", init=False)
+
+    @property
+    def side(self) -> int:
+        """``S``"""
+        return max(1, round(self.size / self.cell))
 
     @property
     def seconds(self) -> float:
@@ -202,10 +235,15 @@ class VectorSpec:
         return 0.0
 
 
-Spec: TypeAlias = VideoSpec | AudioSpec | TextSpec | VectorSpec
+TimedSpec: TypeAlias = VideoSpec | AudioSpec | MotionSpec
+Spec: TypeAlias = TimedSpec | TextSpec | VectorSpec
 
-TIMED = (VideoSpec, AudioSpec)
+TIMED = (VideoSpec, AudioSpec, MotionSpec)
 """specs of what lies in time: their views are windows"""
+
+Place: TypeAlias = Literal["window", "after", "elsewhere", "near"]
+"""where a view lies: in the window of its clip; after it; anywhere in the sample that shares no instant with what lies
+after; or at most 5 frames of the source away from it"""
 
 
 @dataclass(frozen=True, slots=True)
@@ -221,6 +259,9 @@ class View:
     """a name in ``data.augmentations``"""
     copy: int = 0
     """views that differ in this alone are independent draws of the same augmentation"""
+    place: Place = "window"
+    gap_frames: int = 0
+    """frames, at the spec's rate, between the window and what lies after it"""
 
     @property
     def modality(self) -> Modality:
@@ -228,7 +269,8 @@ class View:
 
     def __str__(self) -> str:
         suffix = "" if self.augmentation == "none" else f",{self.augmentation}"
-        return f"{self.modality}[{self.clip}{suffix}{f'#{self.copy}' if self.copy else ''}]"
+        place = "" if self.place == "window" else f" {self.place}"
+        return f"{self.modality}[{self.clip}{place}{suffix}{f'#{self.copy}' if self.copy else ''}]"
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -236,7 +278,8 @@ class ViewBatch:
     """One view of every row: padded values, who has it, and the parameters it was made with."""
 
     data: Tensor
-    """uint8 ``(B, T, C, H, W)`` | float32 ``(B, S)`` | int64 ``(B, L)`` | float32 ``(B, D)``"""
+    """uint8 ``(B, T, C, H, W)`` | float32 ``(B, S)`` | int64 ``(B, L)`` | float32 ``(B, D)`` | float32
+    ``(B, T, 2, S, S)``"""
     present: Tensor
     """bool ``(B,)``; rows that are not present hold zeros"""
     mask: Tensor | None = None

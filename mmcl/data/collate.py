@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from mmcl.hashing import text_hash
-from mmcl.types import AudioSpec, Batch, TextSpec, VectorSpec, VideoSpec, View, ViewBatch
+from mmcl.types import Batch, MotionSpec, TextSpec, TimedSpec, VectorSpec, VideoSpec, View, ViewBatch
 
 T = TypeVar("T")
 
@@ -116,10 +116,12 @@ def _collate_view(values: Sequence[Value | None], view: View, blank: Value) -> V
     return ViewBatch(data, present, params={"start_seconds": starts, **params})
 
 
-def row_shape(spec: VideoSpec | AudioSpec | VectorSpec) -> tuple[int, ...]:
+def row_shape(spec: TimedSpec | VectorSpec) -> tuple[int, ...]:
     """The shape of one row of a view."""
     if isinstance(spec, VideoSpec):
         return (spec.frames, 3, spec.size, spec.size)
+    if isinstance(spec, MotionSpec):
+        return (spec.frames, 2, spec.side, spec.side)
     return (spec.width,) if isinstance(spec, VectorSpec) else (spec.samples,)
 
 

@@ -2,22 +2,23 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 from mmcl.data.collate import Value, blank_value
 from mmcl.data.options import SamplingOptions
+from mmcl.data.places import place_views
 from mmcl.hashing import text_hash, uniform
 from mmcl.media.augmentation import Augmentation, Params, blank_params, check_views, decoded_spec, draw_params
-from mmcl.media.clip import MediaReader, own_window
-from mmcl.media.windows import Rule, Short, Window, place_windows, sample_windows
+from mmcl.media.clip import MediaReader
+from mmcl.media.motion_file import MEMBER as MOTION_MEMBER
+from mmcl.media.windows import Rule, Short
 from mmcl.shards.members import Sample
 from mmcl.shards.vectors import read_vector
-from mmcl.types import DEFAULT_DECODER, TIMED, AudioSpec, Decoder, SampleError, TextSpec, VectorSpec, VideoSpec, View
+from mmcl.types import DEFAULT_DECODER, TIMED, Decoder, SampleError, TextSpec, TimedSpec, VectorSpec, View
 
 # what a random number is for, so that no two uses share their numbers
-_WINDOW, _CAPTION = 16, 17
+_CAPTION = 17
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,6 +61,7 @@ class ViewMaker:
                 video=sample.video,
                 image=sample.image,
                 audio=sample.audio,
+                motion=sample.vectors.get(MOTION_MEMBER),
                 decoder=self.decoder,
                 duration_seconds=sample.duration_seconds,
                 source_size=sample.video_size,
@@ -68,12 +70,14 @@ class ViewMaker:
                 window_seconds=sample.window_seconds,
             ) as media:
                 specs = [media.resolved(spec) for spec in specs]
-                windows = self._windows(timed, specs, media.duration_seconds, words)
-                wanted = [(windows[view.clip], spec) for view, spec in zip(timed, specs, strict=True)]
-                for view, (window, spec), data in zip(timed, wanted, media.read_all(wanted), strict=True):
+                windows = place_views(
+                    timed, specs, media.duration_seconds, words=words, rule=self.rule, sampling=self.sampling
+                )
+                placed = [(v, w, spec) for v, w, spec in zip(timed, windows, specs, strict=True) if w is not None]
+                found = media.read_all([(window, spec) for _, window, spec in placed])
+                for (view, window, _), data in zip(placed, found, strict=True):
                     if data is not None:
-                        start_seconds = own_window(window, spec).start_seconds
-                        values[view] = Value(data, start_seconds, self._params(view, words))
+                        values[view] = Value(data, window.start_seconds, self._params(view, words))
         for view in self.views:
             if isinstance(view.spec, TextSpec) and view.clip < len(captions):
                 values[view] = Value(captions[view.clip], params=self._params(view, words))
@@ -88,36 +92,11 @@ class ViewMaker:
         first = 0 if self.rule == "even" else int(uniform(*words, _CAPTION) * len(captions))
         return [*captions[first:], *captions[:first]]
 
-    def _windows(
-        self,
-        timed: Sequence[View],
-        specs: Sequence[VideoSpec | AudioSpec],
-        duration_seconds: float,
-        words: tuple[int, ...],
-    ) -> Mapping[int, Window]:
-        """One window per clip number, as long as the longest view asks for."""
-        clips = sorted({view.clip for view in timed})
-        length_seconds = max(spec.seconds for spec in specs)
-        if "even" in (self.rule, self.sampling.rule):
-            windows = place_windows(duration_seconds, length_seconds, len(clips), rule="even")
-        else:
-            windows = sample_windows(
-                duration_seconds,
-                length_seconds,
-                len(clips),
-                words=(*words, _WINDOW),
-                span_seconds=math.inf if self.sampling.span_seconds is None else self.sampling.span_seconds,
-                gap_seconds=self.sampling.gap_limits(length_seconds),
-            )
-        return dict(zip(clips, windows, strict=True))
-
-    def _decoded(self, view: View) -> VideoSpec | AudioSpec:
-        """What to decode for a view of picture or sound."""
+    def _decoded(self, view: View) -> TimedSpec:
+        """What to decode for a view of picture, motion or sound."""
         assert isinstance(view.spec, TIMED)
         augmentation = self.augmentations.get(view.augmentation)
-        if augmentation is None or isinstance(view.spec, AudioSpec):
-            return view.spec
-        return decoded_spec(view.spec, augmentation)
+        return view.spec if augmentation is None else decoded_spec(view.spec, augmentation)
 
     def _params(self, view: View, words: tuple[int, ...]) -> Params:
         augmentation = self.augmentations.get(view.augmentation)

@@ -16,7 +16,7 @@ from pydantic import Field, field_validator, model_validator
 
 from mmcl.config import Options, unknown_name
 from mmcl.hashing import hash64, text_hash, uniform
-from mmcl.types import AudioSpec, ConfigError, TextSpec, VideoSpec, View
+from mmcl.types import AudioSpec, ConfigError, MotionSpec, TextSpec, TimedSpec, VideoSpec, View
 
 Params: TypeAlias = dict[str, np.ndarray]
 """parameters of one row by name; what each means stands in ``augment``"""
@@ -204,21 +204,31 @@ def vocabulary(spec: TextSpec) -> int | None:
     return None if size is None else int(size)
 
 
-def decoded_spec(spec: VideoSpec, augmentation: Augmentation) -> VideoSpec:
-    """What to decode for a view of this spec: larger pictures where the augmentation wants room to crop."""
-    return replace(spec, size=round(spec.size * augmentation.video.oversample))
+def decoded_spec(spec: TimedSpec, augmentation: Augmentation) -> TimedSpec:
+    """What to decode for a view of this spec: larger pictures, finer motion where the augmentation wants room to crop."""
+    if isinstance(spec, VideoSpec):
+        return replace(spec, size=_decoded_size(spec.size, augmentation.video))
+    if isinstance(spec, MotionSpec):
+        return replace(spec, cell=spec.cell / augmentation.video.oversample)
+    return spec
+
+
+def _decoded_size(size: int, options: VideoAugmentation) -> int:
+    return round(size * options.oversample)
 
 
 def draw_params(augmentation: Augmentation, view: View, words: Sequence[int]) -> Params:
     """Parameters of one view of one sample; ``words`` are (seed, epoch, hash of the key).
 
-    Views that differ in their spec alone (towers of two sizes) share their draws; ``copy``, ``clip`` and the name of
-    the augmentation make them independent. Names and shapes depend on the options alone.
+    Views that differ in their spec or place alone (towers of two sizes, pictures and the motion after them) share their
+    draws; ``copy``, ``clip`` and the name of the augmentation make them independent. Names and shapes depend on the
+    options alone.
     """
     draws = _Draws((*words, view.clip, text_hash(view.augmentation), view.copy))
     if isinstance(view.spec, VideoSpec):
-        size = decoded_spec(view.spec, augmentation).size
-        return _video_params(augmentation.video, size, view.spec.frames, draws)
+        return _video_params(augmentation.video, view.spec.size, view.spec.frames, draws)
+    if isinstance(view.spec, MotionSpec):
+        return _motion_params(augmentation.video, view.spec.size, draws)
     if isinstance(view.spec, AudioSpec):
         return _audio_params(augmentation.audio, view.spec, draws)
     return _text_params(augmentation.text, draws) if isinstance(view.spec, TextSpec) else {}
@@ -245,11 +255,7 @@ class _Draws:
 
 
 def _video_params(options: VideoAugmentation, size: int, frames: int, draws: _Draws) -> Params:
-    params: Params = {}
-    if options.crop is not None:
-        params["crop_box"] = _crop_box(options.crop, size, draws(_CROP, 4 * CROP_TRIES).reshape(4, CROP_TRIES))
-    if options.flip:
-        params["flip"] = draws(_FLIP, 1)[0] < options.flip
+    params = _geometry(options, size, draws)
     if options.rotation is not None:
         chance, turn = draws(_ROTATION, 2)
         degrees = options.rotation.degrees * (2 * turn - 1)
@@ -270,6 +276,24 @@ def _video_params(options: VideoAugmentation, size: int, frames: int, draws: _Dr
     if options.mix is not None:
         params.update(_mix_share(options.mix, draws))
     return {name: np.asarray(value) for name, value in params.items()}
+
+
+def _geometry(options: VideoAugmentation, size: int, draws: _Draws) -> Params:
+    params: Params = {}
+    if options.crop is not None:
+        tries = draws(_CROP, 4 * CROP_TRIES).reshape(4, CROP_TRIES)
+        params["crop_box"] = _crop_box(options.crop, _decoded_size(size, options), tries)
+    if options.flip:
+        params["flip"] = np.asarray(draws(_FLIP, 1)[0] < options.flip)
+    return params
+
+
+def _motion_params(options: VideoAugmentation, size: int, draws: _Draws) -> Params:
+    """Box and flip of a picture of this size, the box as shares of its sides."""
+    params = _geometry(options, size, draws)
+    if "crop_box" in params:
+        params["crop_share"] = (params.pop("crop_box") / _decoded_size(size, options)).astype(np.float32)
+    return params
 
 
 def _between(limits: tuple[float, float], u: float) -> float:

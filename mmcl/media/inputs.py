@@ -12,13 +12,13 @@ import torch.nn.functional as F
 
 from mmcl.media.clip import MediaReader
 from mmcl.media.windows import place_windows
-from mmcl.types import AudioSpec, Clip, SampleError, VideoSpec
+from mmcl.types import Clip, MotionSpec, SampleError, TimedSpec, VideoSpec
 
 Media: TypeAlias = str | Path | bytes | Clip
 
 
-def decode_windows(clip: Media, spec: VideoSpec | AudioSpec, windows: int) -> npt.NDArray[Any]:
-    """Evenly spaced windows of one clip, ``(windows, …)``: uint8 frames or float32 sound.
+def decode_windows(clip: Media, spec: TimedSpec, windows: int) -> npt.NDArray[Any]:
+    """Evenly spaced windows of one clip, ``(windows, …)``: uint8 frames, float32 sound or float32 motion.
 
     Raises:
         SampleError: damaged, or without this modality.
@@ -40,7 +40,7 @@ def decode_windows(clip: Media, spec: VideoSpec | AudioSpec, windows: int) -> np
     return np.stack(rows)
 
 
-def fit_clip(clip: Clip, spec: VideoSpec | AudioSpec) -> npt.NDArray[Any]:
+def fit_clip(clip: Clip, spec: TimedSpec) -> npt.NDArray[Any]:
     """A decoded clip as one row of a tower's input: frames at even distances and scaled, or sound cut or padded.
 
     Raises:
@@ -53,6 +53,8 @@ def fit_clip(clip: Clip, spec: VideoSpec | AudioSpec) -> npt.NDArray[Any]:
         frames = torch.from_numpy(chosen).float()
         scaled = F.interpolate(frames, (spec.size, spec.size), mode="bilinear", antialias=True, align_corners=False)
         return scaled.round().clamp(0, 255).byte().numpy()
+    if isinstance(spec, MotionSpec):
+        raise SampleError("no_motion_vectors", f"{clip.key}: decoded pictures tell nothing of them")
     if clip.audio is None:
         raise SampleError("no_audio_stream", clip.key)
     if clip.sample_rate_hz != spec.sample_rate_hz:
