@@ -11,6 +11,7 @@ from mmcl.config import Options, unknown_name
 from mmcl.encoders.audio import TinyAudio, TinyAudioOptions
 from mmcl.encoders.base import Encoder
 from mmcl.encoders.library import HfText, HfTextOptions, OpenClipOptions, build_open_clip
+from mmcl.encoders.motion import TinyMotion, TinyMotionOptions
 from mmcl.encoders.precomputed import Precomputed, PrecomputedOptions
 from mmcl.encoders.text import TinyText, TinyTextOptions
 from mmcl.encoders.video import TinyVideo, TinyVideoOptions
@@ -32,6 +33,7 @@ class TowerEntry(NamedTuple):
 TOWERS: Mapping[str, TowerEntry] = {
     "tiny_video": TowerEntry(TinyVideoOptions, TinyVideo, "video"),
     "tiny_audio": TowerEntry(TinyAudioOptions, TinyAudio, "audio"),
+    "tiny_motion": TowerEntry(TinyMotionOptions, TinyMotion, "motion"),
     "tiny_text": TowerEntry(TinyTextOptions, TinyText, "text"),
     "precomputed": TowerEntry(PrecomputedOptions, Precomputed, "stored embeddings"),
     "open_clip:": TowerEntry(OpenClipOptions, build_open_clip, "video, text"),
@@ -58,6 +60,7 @@ def _tag(options: Any) -> str | None:
 TowerOptions: TypeAlias = Annotated[
     Annotated[TinyVideoOptions, Tag("tiny_video")]
     | Annotated[TinyAudioOptions, Tag("tiny_audio")]
+    | Annotated[TinyMotionOptions, Tag("tiny_motion")]
     | Annotated[TinyTextOptions, Tag("tiny_text")]
     | Annotated[PrecomputedOptions, Tag("precomputed")]
     | Annotated[OpenClipOptions, Tag("open_clip:")]

@@ -205,7 +205,7 @@ def vocabulary(spec: TextSpec) -> int | None:
 
 
 def decoded_spec(spec: TimedSpec, augmentation: Augmentation) -> TimedSpec:
-    """What to decode for a view of this spec: larger pictures, finer motion where the augmentation wants room to crop."""
+    """What to decode for a view of this spec: larger, where the augmentation wants room to crop, and finer motion."""
     if isinstance(spec, VideoSpec):
         return replace(spec, size=_decoded_size(spec.size, augmentation.video))
     if isinstance(spec, MotionSpec):

@@ -231,4 +231,4 @@ def _overlaps(cells: int, cell: int, length: int, start: float, end: float, side
     shared = np.minimum(outer[1:, None], inner[None, 1:]) - np.maximum(outer[:-1, None], inner[None, :-1])
     weights = np.maximum(shared, 0.0)
     weights /= np.maximum(weights.sum(1, keepdims=True), 1e-9)
-    return weights.astype(np.float32)
+    return np.asarray(weights, np.float32)
