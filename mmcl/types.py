@@ -180,6 +180,8 @@ class MotionSpec:
     """take every such frame of the source instead, as :class:`VideoSpec` has it"""
     keyframes: Literal["hold", "zero"] = "hold"
     """they have no motion of their own: that of the frame before, or none"""
+    corrected: bool = True
+    """velocities are scaled with the picture and turned round with a flip; false: neither"""
     modality: Modality = field(default="motion", init=False)
 
     @property

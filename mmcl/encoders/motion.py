@@ -34,6 +34,9 @@ class TinyMotionOptions(TowerCommon):
     """as the video tower's"""
     keyframes: Literal["hold", "zero"] = "hold"
     """they have no vectors: those of the frame before, or none"""
+    corrected: bool = True
+    """velocities are scaled with the picture and turned round with a flip; false: neither, as in the official code of
+    context and motion decoupling"""
     limit: float = Field(default=10.0, gt=0)
     """pixels per frame that velocities are cut at, and divided by"""
 
@@ -56,6 +59,7 @@ class TinyMotion(Encoder):
             fit=options.fit,
             stride=options.stride,
             keyframes=options.keyframes,
+            corrected=options.corrected,
         )
         self.width, self.limit = options.width, options.limit
         channels, width = options.channels, options.width

@@ -67,5 +67,7 @@ def _augment_view(view: View, values: ViewBatch) -> ViewBatch:
     if isinstance(spec, VectorSpec):
         return values
     if isinstance(spec, MotionSpec):
-        return replace(values, data=augment_motion(values.data, values.params, side=spec.side))
+        return replace(
+            values, data=augment_motion(values.data, values.params, side=spec.side, corrected=spec.corrected)
+        )
     return replace(values, data=augment_video(values.data, values.params, size=spec.size))

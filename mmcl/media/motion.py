@@ -209,7 +209,7 @@ def reference_distances(table: FrameTable) -> tuple[np.ndarray, np.ndarray]:
 def resized(grids: np.ndarray, cell: int, picture_size: tuple[int, int], spec: MotionSpec) -> np.ndarray:
     """float32 ``(n, 2, S, S)``: velocities of a picture that is scaled and cut as ``spec.fit`` says, S = ``spec.side``.
 
-    Every place is the mean over its area.
+    Every place is the mean over its area. Unless ``spec.corrected``, velocities stay those of the stored picture.
     """
     cuts = []
     for length in picture_size:
@@ -220,7 +220,8 @@ def resized(grids: np.ndarray, cell: int, picture_size: tuple[int, int], spec: M
     )
     scale = [spec.size / (end - start) for start, end in (cuts[1], cuts[0])]
     maps = down @ grids @ across.T
-    maps *= np.array(scale, np.float32).reshape(2, 1, 1)
+    if spec.corrected:
+        maps *= np.array(scale, np.float32).reshape(2, 1, 1)
     return np.asarray(maps, np.float32)
 
 

@@ -14,6 +14,7 @@ from mmcl.objectives import (
     cross_modal,
     distillation,
     intra_modal,
+    motion_decoupling,
     multi_view,
     mutual,
     persistency,
@@ -25,6 +26,7 @@ from mmcl.objectives.contrastive_distillation import ContrastiveDistillationOpti
 from mmcl.objectives.cross_modal import CrossModalOptions
 from mmcl.objectives.distillation import DistillationOptions
 from mmcl.objectives.intra_modal import IntraModalOptions
+from mmcl.objectives.motion_decoupling import MotionDecouplingOptions
 from mmcl.objectives.multi_view import MultiViewOptions
 from mmcl.objectives.mutual import MutualOptions
 from mmcl.objectives.persistency import PersistencyOptions
@@ -43,6 +45,7 @@ OBJECTIVES: dict[str, ObjectiveEntry] = {
     "cross_modal": ObjectiveEntry(CrossModalOptions, cross_modal.build),
     "distillation": ObjectiveEntry(DistillationOptions, distillation.build),
     "intra_modal": ObjectiveEntry(IntraModalOptions, intra_modal.build),
+    "motion_decoupling": ObjectiveEntry(MotionDecouplingOptions, motion_decoupling.build),
     "multi_view": ObjectiveEntry(MultiViewOptions, multi_view.build),
     "mutual": ObjectiveEntry(MutualOptions, mutual.build),
     "persistency": ObjectiveEntry(PersistencyOptions, persistency.build),
@@ -55,6 +58,7 @@ ObjectiveOptions: TypeAlias = Annotated[
     | CrossModalOptions
     | DistillationOptions
     | IntraModalOptions
+    | MotionDecouplingOptions
     | MultiViewOptions
     | MutualOptions
     | PersistencyOptions

@@ -7,13 +7,13 @@ from typing import Annotated, Literal
 
 import torch
 from pydantic import Field
-from torch import Tensor
 
 from mmcl.config import Options, unknown_name
 from mmcl.distributed import Comm
 from mmcl.losses._math import unit
 from mmcl.losses.multi_view import mv_dhel_rows, mv_info_nce_rows
 from mmcl.objectives.base import Objective, Term
+from mmcl.objectives.ranks import related_rows
 from mmcl.objectives.weights import Weight
 from mmcl.types import TIMED, ConfigError, Embeddings, Need, TowerInfo, View
 
@@ -59,7 +59,7 @@ class MultiViewContrast(Objective):
         itself = comm.index(has.shape[1], own.device)
         others = everyone_has.any(0) & (torch.arange(everyone.shape[1], device=own.device) != itself[:, None])
         if self.options.mask_false_negatives:
-            others &= ~self._related(embeddings.batch.groups, comm)
+            others &= ~related_rows(embeddings.batch.groups, comm)
         known = (own, has, everyone, everyone_has, itself, others)
         takes_part = has.any(0)
         with torch.autocast(own.device.type, enabled=False):
@@ -72,12 +72,6 @@ class MultiViewContrast(Objective):
                 takes_part = takes_part & (has & (others[None] & everyone_has[:, None]).any(2)).any(0)
         views = comm.mean(has.sum(0).to(own.dtype), has.any(0)).detach()
         return Term(comm.mean(values, takes_part), {"views": views})
-
-    @staticmethod
-    def _related(groups: Tensor, comm: Comm) -> Tensor:
-        """bool ``(B, N)``: which rows of all ranks share a number with an own row."""
-        everyone = comm.gather(groups)
-        return ((groups[:, None] == everyone) & (groups[:, None] >= 0)).any(2)
 
 
 def build(options: MultiViewOptions, towers: Mapping[str, TowerInfo], path: str = "objectives.0") -> MultiViewContrast:

@@ -25,6 +25,12 @@ def all_rows(x: Tensor, present: Tensor, comm: Comm) -> Tensor:
     return comm.gather(x)[comm.gather(present)]
 
 
+def related_rows(groups: Tensor, comm: Comm) -> Tensor:
+    """bool ``(B, N)``: which rows of all ranks share a number with an own row; ``groups`` as in a batch."""
+    everyone = comm.gather(groups)
+    return ((groups[:, None] == everyone) & (groups[:, None] >= 0)).any(2)
+
+
 def classification(logits: Tensor, labels: Tensor, rows: Tensor, comm: Comm) -> Tensor:
     """Cross-entropy of ``(B, K)`` logits, the mean over these ``rows`` of all ranks that have a label (not −1).
 

@@ -20,7 +20,7 @@ from torch.nn.parallel import DistributedDataParallel
 from mmcl.distributed import Comm
 from mmcl.objectives.base import ObjectiveMix, Term
 from mmcl.training.momentum import advance
-from mmcl.types import AudioSpec, Batch, Embeddings, Level, TextSpec, TowerInfo, VideoSpec, View, ViewBatch
+from mmcl.types import AudioSpec, Batch, Embeddings, Level, MotionSpec, TextSpec, TowerInfo, VideoSpec, View, ViewBatch
 
 INPUT_WIDTH, WIDTH, JOINT_WIDTH, TOKENS, VOCABULARY = 8, 10, 6, 4, 9
 
@@ -36,6 +36,9 @@ TOWERS = {
     name: TowerInfo(name, spec, WIDTH, JOINT_WIDTH)
     for name, spec in {"video": VideoSpec(), "audio": AudioSpec(), "text": TextSpec(_NoTokens())}.items()
 }
+
+MOTION = {"motion": TowerInfo("motion", MotionSpec(), WIDTH, JOINT_WIDTH)}
+"""for the objectives that ask for it"""
 
 KINDS = ("mixed", "rank_1_of_2_empty", "rank_2_of_3_empty", "no_audio", "full", "all_absent")
 """batches: uneven masks; no row at all on one rank; a modality absent everywhere; nothing absent; nothing present"""

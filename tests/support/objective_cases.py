@@ -16,7 +16,7 @@ from mmcl.config import build as build_options
 from mmcl.objectives import OBJECTIVES
 from mmcl.objectives.base import Objective, ObjectiveMix
 from mmcl.types import Batch, Embeddings, TowerInfo
-from support.exactness import TOWERS, Subject
+from support.exactness import MOTION, TOWERS, Subject
 from support.objectives import FROZEN, SHAPES
 from support.tcl import SMALL as TCL
 from support.view_methods import EXTRAS, INTRA_MODAL, PERSISTENCY
@@ -33,6 +33,8 @@ class Case:
     objective: str
     options: Mapping[str, Any]
     taught: bool = False
+    moving: bool = False
+    """there is a tower of motion too"""
     cold: Mapping[str, Any] | None = None
     """what makes its temperature 0.01; None: it has none, or takes the model's"""
     smooth: Mapping[str, Any] | None = None
@@ -43,6 +45,8 @@ class Case:
     def build(self, towers: Mapping[str, TowerInfo] | None = None, *, seed: int = 3, **changes: Any) -> Objective:
         """A float32 objective with weights from this seed."""
         infos = towers or (FROZEN if self.taught else TOWERS)
+        if self.moving:
+            infos = {**infos, **MOTION}
         torch.manual_seed(seed)
         entry = OBJECTIVES[self.objective]
         options = build_options(entry.options, _merged({"name": self.objective, **self.options}, changes))
@@ -75,6 +79,18 @@ def _zoo(method: str, **more: Any) -> Case:
 _TOKENS = ("tokens", "tokens")
 _CCL, _CRD = "compositional_distillation", "contrastive_distillation"
 _COLD = {"temperature": 0.01}
+_DECOUPLING: Mapping[str, Any] = {
+    "points": 4,
+    "width": 8,
+    "heads": 2,
+    "feed_forward": 8,
+    "encoder_layers": 1,
+    "decoder_layers": 1,
+    "hidden": 8,
+    "out": 5,
+    "negatives": 2,
+    "temperature": 0.3,
+}
 
 CASES: dict[str, Case] = {
     "cross_modal": Case("cross_modal", {}),
@@ -119,6 +135,16 @@ CASES: dict[str, Case] = {
     "neuron_selectivity": _zoo("neuron_selectivity"),
     "flow": _zoo("flow", levels=(_TOKENS, _TOKENS)),
     "kdsvd": _zoo("kdsvd", levels=(_TOKENS, _TOKENS)),
+    "motion_decoupling": Case("motion_decoupling", _DECOUPLING, moving=True, cold=_COLD),
+    "motion_decoupling: motion": Case(
+        "motion_decoupling", {**_DECOUPLING, "terms": "motion", "negatives": 0}, moving=True, cold=_COLD
+    ),
+    "motion_decoupling: context": Case(
+        "motion_decoupling",
+        {**_DECOUPLING, "terms": "context", "mask_false_negatives": False, "augmentation": "strong"},
+        moving=True,
+        cold=_COLD,
+    ),
     "multi_view: mv_dhel": Case(
         "multi_view", {"temperature": 0.3, "views": {"video": 2, "audio": 1, "text": 1}}, cold=_COLD
     ),
@@ -186,7 +212,7 @@ def everything(taught: bool) -> Subject:
         name.replace(": ", "_").replace(" ", "_"): case.build() for name, case in CASES.items() if case.taught == taught
     }
     weights = {name: 0.5 + 0.25 * (i % 3) for i, name in enumerate(objectives)}
-    return Subject(ObjectiveMix(objectives, weights), FROZEN if taught else TOWERS)
+    return Subject(ObjectiveMix(objectives, weights), FROZEN if taught else {**TOWERS, **MOTION})
 
 
 class Constants(TorchFunctionMode):
