@@ -245,7 +245,7 @@ TIMED = (VideoSpec, AudioSpec, MotionSpec)
 
 Place: TypeAlias = Literal["window", "after", "elsewhere", "near"]
 """where a view lies: in the window of its clip; after it; anywhere in the sample that shares no instant with what lies
-after; or at most 5 frames of the source away from it"""
+after; or at most 5 frames, at the spec's rate, away from it"""
 
 
 @dataclass(frozen=True, slots=True)

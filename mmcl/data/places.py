@@ -14,7 +14,7 @@ from mmcl.types import TimedSpec, View
 # what a random number is for, so that no two uses share their numbers
 _WINDOW, _ELSEWHERE, _NEAR = 16, 24, 25
 NEAR_FRAMES = 5
-"""of the source, from a window to what lies near it, at most"""
+"""at the spec's rate, from a window to what lies near it, at most"""
 
 
 def place_views(

@@ -7,7 +7,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from mmcl.losses._checks import positive
+from mmcl.losses._checks import feature_maps, positive
 from mmcl.losses._math import full_precision, log_sum_of_candidates, row_mean, unit
 
 
@@ -33,8 +33,9 @@ def point_info_nce(queries: Tensor, keys: Tensor, *, temperature: float | Tensor
     >>> f"{point_info_nce(rows, torch.stack([rows, rows]), temperature=0.1):.4f}"  # log (2 · 3 · 4)
     '3.1781'
     """
-    if queries.ndim != 3 or keys.ndim != 4 or keys.shape[1:] != queries.shape or not len(keys):
-        raise ValueError(f"need (B, P, D) and (K, B, P, D), got {tuple(queries.shape)} and {tuple(keys.shape)}")
+    if keys.ndim != 4 or not len(keys):
+        raise ValueError(f"keys must be (K, B, P, D), at least one of them, got {tuple(keys.shape)}")
+    feature_maps(same="shape", queries=queries, **{f"keys[{i}]": own for i, own in enumerate(keys)})
     positive("temperature", temperature)
     own, candidates = unit(queries), unit(keys)
 

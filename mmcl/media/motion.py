@@ -15,7 +15,7 @@ from av.codec.context import Flags2
 
 from mmcl.media.frame_table import FrameTable
 from mmcl.media.frames import checked
-from mmcl.media.probe import MediaSource, quarter_turns
+from mmcl.media.probe import MediaSource, demuxed, quarter_turns
 from mmcl.media.video_pyav import PyAVReader
 from mmcl.types import MotionSpec, SampleError
 
@@ -25,6 +25,8 @@ CELL = 8
 """pixels, height = width, of the smallest block that it tells apart"""
 _MACROBLOCK, _CHUNK = 16, 64
 _MAX_REFERENCES = 16
+_SLICES = (1, 5)
+"""types of H.264's units that hold a picture"""
 
 
 class MotionField(Protocol):
@@ -66,8 +68,9 @@ class MotionReader(PyAVReader):
     """Vectors of H.264, MPEG-4 and their elders, from any container; a second pass over a file beside its pictures.
 
     The distance between a frame and what it refers to is not in the stream's vectors; it is taken to be that of the
-    nearest frame on that side that others refer to, as the order of the packets tells. Blocks without a vector (coded
-    anew) are zeros. A block with two vectors, to the past and to the future, has their mean.
+    nearest frame on that side that others may refer to. Blocks without a vector (coded anew) are zeros. A block with
+    two vectors, to the past and to the future, has their mean. A B frame of MPEG-4 stands for the P frame after it (or
+    before it, where a keyframe follows): FFmpeg tells zeros for its most frequent kind of block.
 
     Raises:
         SampleError: as ``open_video`` does, and ``no_motion_vectors`` for codecs whose vectors FFmpeg does not tell.
@@ -85,9 +88,13 @@ class MotionReader(PyAVReader):
         self._distances: tuple[np.ndarray, np.ndarray] | None = None
 
     def grids(self, numbers: Sequence[int] | np.ndarray) -> np.ndarray:
-        different, places = checked(numbers, len(self._table.pts))
+        wanted = np.asarray(numbers, dtype=np.int64)
+        checked(wanted, len(self._table.pts))
+        if self.codec_context.name == "mpeg4":
+            wanted = _without_b_frames(self._table)[wanted]
+        different, places = np.unique(wanted, return_inverse=True)
         if self._distances is None:
-            self._distances = reference_distances(self._table)
+            self._distances = reference_distances(self._table, self._may_be_referred_to())
         raster = _Raster(self.cell, *self._distances)
         keys = np.maximum(np.searchsorted(self._table.key_pts, self._table.pts[different], side="right") - 1, 0)
         by_pts = dict(zip(self._table.pts[different].tolist(), different.tolist(), strict=True))
@@ -99,6 +106,44 @@ class MotionReader(PyAVReader):
         grids, self.picture_size = raster.done(different)
         laid: np.ndarray = grids[places]
         return laid
+
+    def _may_be_referred_to(self) -> list[bool] | None:
+        """For each packet, in order; None where it follows from that order: only H.264 refers to B frames."""
+        if self.codec_context.name != "h264":
+            return None
+        start = bytes(self.codec_context.extradata or b"")
+        length_bytes = (start[4] & 3) + 1 if start[:1] == b"\x01" and len(start) > 4 else 0
+        try:
+            self._seek(int(min(self._table.pts[0], self._table.key_seek[0])))
+            found = [
+                _refers_on(memoryview(packet), length_bytes)
+                for packet in demuxed(self._container, self._stream)
+                if (packet.pts is not None or packet.dts is not None) and not packet.is_discard
+            ]
+        except self._errors:
+            return None  # what is damaged is said by whoever decodes it
+        return found if len(found) == len(self._table.coded_pts) else None
+
+
+def _refers_on(packet: memoryview, length_bytes: int) -> bool:
+    """Whether the first slice of an H.264 packet has a ``nal_ref_idc``: others may refer to its frame.
+
+    ``length_bytes``: of the number before each unit (MP4); 0: start codes stand before them.
+    """
+    if not length_bytes:
+        data = bytes(packet)
+        place = data.find(b"\0\0\1")
+        while 0 <= place < len(data) - 3:
+            if data[place + 3] & 31 in _SLICES:
+                return bool(data[place + 3] & 96)
+            place = data.find(b"\0\0\1", place + 3)
+        return True
+    place = length_bytes
+    while place < len(packet):
+        if packet[place] & 31 in _SLICES:
+            return bool(packet[place] & 96)
+        place += int.from_bytes(packet[place - length_bytes : place], "big") + length_bytes
+    return True
 
 
 class _Raster:
@@ -183,27 +228,38 @@ def rasterised(
     return np.stack(means, axis=1)
 
 
-def reference_distances(table: FrameTable) -> tuple[np.ndarray, np.ndarray]:
+def reference_distances(table: FrameTable, referred_to: Sequence[bool] | None) -> tuple[np.ndarray, np.ndarray]:
     """int64 ``(F,)`` each: frames from every frame back to the reference before it and on to the one after it.
 
-    A frame is taken for a reference where nothing displayed later was decoded before it, or where the next packet is of
-    an earlier time (why else would it come first): so of I and P frames, and of B frames in the middle of a pyramid.
+    ``referred_to``: of each packet, whether it is a reference; None: all are but B frames, those that something
+    displayed later was decoded before.
     """
     order = np.searchsorted(table.pts, table.coded_pts).tolist()
     past, future = np.ones(len(table.pts), np.int64), np.ones(len(table.pts), np.int64)
     references: list[int] = []
     highest = -1
-    for number, following in zip(order, [*order[1:], len(order)], strict=True):
+    for number, referred in zip(order, referred_to or [False] * len(order), strict=True):
         place = bisect_left(references, number)
         if place:
             past[number] = number - references[place - 1]
         if place < len(references):
             future[number] = max(1, references[place] - number)
-        if number > highest or following < number:
+        if referred if referred_to else number > highest:
             insort(references, number)
             del references[:-_MAX_REFERENCES]
         highest = max(highest, number)
     return past, future
+
+
+def _without_b_frames(table: FrameTable) -> np.ndarray:
+    """int64 ``(F,)``: every frame, B frames replaced by the next other one, or the one before where that is a key."""
+    order = np.searchsorted(table.pts, table.coded_pts)
+    others = np.unique(np.maximum.accumulate(order))
+    frames = np.arange(len(table.pts))
+    following = others[np.minimum(np.searchsorted(others, frames), len(others) - 1)]
+    before = others[np.maximum(np.searchsorted(others, frames, side="right") - 1, 0)]
+    keys = np.isin(following, np.searchsorted(table.pts, table.key_pts))
+    return np.where(keys, before, following)
 
 
 def resized(grids: np.ndarray, cell: int, picture_size: tuple[int, int], spec: MotionSpec) -> np.ndarray:

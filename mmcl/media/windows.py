@@ -140,9 +140,10 @@ def _fitting_distances(distances: np.ndarray, near: float, far: float, stretch: 
 
 
 def elsewhere(duration_seconds: float, length_seconds: float, taken: Window, u: float) -> Window | None:
-    """A window of ``length_seconds`` in a source that shares no instant with ``taken``; None where none fits.
+    """A window of ``length_seconds`` in a source that shares no instant with ``taken``.
 
-    Its start is uniform in all that is left before and after; ``u`` in [0, 1) says where.
+    None where none fits, or where ``taken`` goes on after the end and so shows other instants again. Its start is
+    uniform in all that is left before and after; ``u`` in [0, 1) says where.
 
     >>> elsewhere(10.0, 2.0, Window(3.0, 5.0), 0.5), elsewhere(4.0, 2.0, Window(1.0, 3.0), 0.5)
     (Window(start_seconds=6.0, end_seconds=8.0), None)
@@ -151,7 +152,7 @@ def elsewhere(duration_seconds: float, length_seconds: float, taken: Window, u: 
     after = max(0.0, duration_seconds - length_seconds - taken.end_seconds)
     fits_before = taken.start_seconds >= length_seconds
     fits_after = taken.end_seconds + length_seconds <= duration_seconds
-    if not (fits_before or fits_after):
+    if not (fits_before or fits_after) or taken.end_seconds > duration_seconds + TOLERANCE_SECONDS:
         return None
     start = u * (before + after)
     if not fits_before or (start >= before and fits_after):

@@ -223,7 +223,7 @@ def build(
     seen = Need(clip.name, View(clip.spec, augmentation=options.augmentation), wanted)
     near = None
     if options.terms != "motion":
-        picture = dataclasses.replace(frame.spec, frames=1, keyframe=True)
+        picture = dataclasses.replace(frame.spec, frames=1, stride=1, keyframe=True)
         drawn = options.negatives + 1  # numbered on after the motion's, so that its crop is its own
         view = View(picture, augmentation=options.augmentation, copy=drawn, place="near")
         near = Need(frame.name, view, ("pooled",))
