@@ -258,6 +258,7 @@ def batch_of(folder: Path, **options: object) -> Batch:
     return next(iter(stream))
 
 
+@pytest.mark.slow  # it starts a pool of processes
 def test_shards_carry_motion_and_the_stream_is_the_fallback(with_motion: tuple[Path, Path, Path]) -> None:
     members = next(iter(read_shards(with_motion[0]).values()))
     assert set(members) == {"mp4", "motion.npy", "json", "txt"}
