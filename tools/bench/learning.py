@@ -304,7 +304,7 @@ def summary(experiment: str, measured: dict[tuple[str, int], Figures]) -> Tree:
         x, y = values(a), values(b)
         return {n: [u - v for u, v in zip(x[n], y[n], strict=True)] for n in x if n in y and n != "cpu_seconds"}
 
-    pairs = {f"{a} − {b}": differences(a, b) for a, b in COMPARED.get(experiment, []) if a in arms}
+    pairs = {f"{a} − {b}": differences(a, b) for a, b in COMPARED.get(experiment, []) if {a, b} <= {*arms}}
     return {
         "seeds": seeds,
         "arms": {arm: {name: spread(x) for name, x in values(arm).items()} for arm in arms},
