@@ -54,8 +54,8 @@ DECOUPLING: Tree = {
     "width": 64,
     "heads": 4,
     "feed_forward": 128,
-    "encoder_layers": 1,
-    "decoder_layers": 2,
+    "encoder_layers": 0,
+    "decoder_layers": 1,
     "hidden": 256,
     "out": 64,
 }
@@ -94,7 +94,7 @@ class Sizes:
 
 
 FULL = Sizes(clips=512, test_clips=256, frames=75, steps=800, batch=32, seeds=3, arms=tuple(ARMS))
-QUICK = Sizes(clips=128, test_clips=64, frames=60, steps=150, batch=32, seeds=2, arms=(UNTRAINED, "context", "motion"))
+QUICK = Sizes(clips=128, test_clips=64, frames=60, steps=120, batch=32, seeds=2, arms=(UNTRAINED, "context", "motion"))
 
 
 def _texture(random: np.random.Generator, side: int, coarse: int) -> np.ndarray:
@@ -108,13 +108,14 @@ def _texture(random: np.random.Generator, side: int, coarse: int) -> np.ndarray:
 def film(number: int, label: int, frames: int) -> bytes:
     """An MP4 of one clip."""
     random = np.random.default_rng(number)
-    background, patch = _texture(random, SIDE, 6), _texture(random, PATCH, 5)
+    background = 96 + _texture(random, SIDE, 6) // 4
+    patch = _texture(random, PATCH, 5)
     x, y = random.integers(0, SIDE, 2)
     file = io.BytesIO()
     with av.open(file, "w", format="mp4") as container:
         stream = container.add_stream("libx264", rate=FPS, options={"preset": "veryfast", "crf": "20", "bf": "0"})
         stream.width = stream.height = SIDE
-        stream.pix_fmt, stream.gop_size = "yuv420p", 16
+        stream.pix_fmt, stream.gop_size = "yuv420p", 8
         stream.codec_context.thread_count = 1
         for i in range(frames):
             columns = (x + DIRECTIONS[label][0] * i + np.arange(PATCH)) % SIDE
