@@ -152,8 +152,7 @@ class VideoSpec:
     stride: int | None = None
     """take every such frame of the source instead: ``fps`` is then its mean frame rate / ``stride``, and holds for
     pictures alone"""
-    keyframe: bool = False
-    """take the nearest keyframes of the source instead of the frames themselves"""
+    keyframe: bool = False  # take the nearest keyframes of the source instead
     modality: Modality = field(default="video", init=False)
 
     @property
@@ -163,18 +162,14 @@ class VideoSpec:
 
 @dataclass(frozen=True, slots=True)
 class MotionSpec:
-    """What a tower of motion eats: float32 ``(T, 2, S, S)``, velocities (x, y) as the compressed video has them.
-
-    In pixels of a picture of ``size`` pixels, per frame of the source.
-    """
+    """What a tower of motion eats: float32 ``(T, 2, S, S)``, velocities (x, y) in pixels per frame of the source."""
 
     frames: int = 8
     size: int = 64
-    """pixels, height = width, of the picture that moves"""
+    """pixels, height = width, of the picture that moves: velocities are in these pixels"""
     cell: float = 4.0
     """of these pixels, that one velocity stands for"""
     fps: float = 25.0
-    """frames per second at which the window is sampled"""
     fit: Literal["crop", "squash"] = "crop"
     stride: int | None = 1
     """take every such frame of the source instead, as :class:`VideoSpec` has it"""
@@ -244,8 +239,7 @@ TIMED = (VideoSpec, AudioSpec, MotionSpec)
 """specs of what lies in time: their views are windows"""
 
 Place: TypeAlias = Literal["window", "after", "elsewhere", "near"]
-"""where a view lies: in the window of its clip; after it; anywhere in the sample that shares no instant with what lies
-after; or at most 5 frames, at the spec's rate, away from it"""
+"""of a view: in its clip's window; after it; apart from what lies after; at most 5 frames off the window"""
 
 
 @dataclass(frozen=True, slots=True)
@@ -263,7 +257,7 @@ class View:
     """views that differ in this alone are independent draws of the same augmentation"""
     place: Place = "window"
     gap_frames: int = 0
-    """frames, at the spec's rate, between the window and what lies after it"""
+    """at the spec's rate, between the window and what lies after it"""
 
     @property
     def modality(self) -> Modality:
@@ -280,8 +274,7 @@ class ViewBatch:
     """One view of every row: padded values, who has it, and the parameters it was made with."""
 
     data: Tensor
-    """uint8 ``(B, T, C, H, W)`` | float32 ``(B, S)`` | int64 ``(B, L)`` | float32 ``(B, D)`` | float32
-    ``(B, T, 2, S, S)``"""
+    """uint8 ``(B, T, C, H, W)`` | float32 ``(B, S)``, ``(B, D)`` or ``(B, T, 2, S, S)`` | int64 ``(B, L)``"""
     present: Tensor
     """bool ``(B,)``; rows that are not present hold zeros"""
     mask: Tensor | None = None
