@@ -180,8 +180,7 @@ class MotionSpec:
     modality: Modality = field(default="motion", init=False)
 
     @property
-    def side(self) -> int:
-        """``S``"""
+    def side(self) -> int:  # S
         return max(1, round(self.size / self.cell))
 
     @property
