@@ -94,7 +94,7 @@ class Sizes:
 
 
 FULL = Sizes(clips=512, test_clips=256, frames=75, steps=800, batch=32, seeds=3, arms=tuple(ARMS))
-QUICK = Sizes(clips=128, test_clips=64, frames=60, steps=120, batch=32, seeds=2, arms=(UNTRAINED, "context", "motion"))
+QUICK = Sizes(clips=192, test_clips=64, frames=60, steps=450, batch=32, seeds=1, arms=(UNTRAINED, "context", "motion"))
 
 
 def _texture(random: np.random.Generator, side: int, coarse: int) -> np.ndarray:
@@ -171,9 +171,9 @@ def jobs_of(sizes: Sizes, work: Path, shards: Path) -> list[Job]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--work", type=Path, required=True, help="folder for shards and runs; what is there is kept")
-    parser.add_argument("--quick", action="store_true", help="three arms, few steps: under three minutes")
+    parser.add_argument("--quick", action="store_true", help="three arms, one seed: under three minutes with --jobs 2")
     parser.add_argument("--jobs", type=int, default=1, help="runs at a time, one core each")
-    parser.add_argument("--seeds", type=int, help="seeds 0, 1, …; default: 3, quick 2")
+    parser.add_argument("--seeds", type=int, help="seeds 0, 1, …; default: 3, quick 1")
     parser.add_argument("--arms", nargs="+", choices=list(ARMS), help="default: all, quick three")
     parser.add_argument("--out", type=Path, help="JSON")
     options = parser.parse_args()
