@@ -6,13 +6,15 @@ import os
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
 import mmcl
+from mmcl.cli_classify import add_commands
+from mmcl.cli_options import Cache, Checkpoint, Clips, Crops, Shards, Workers, check_places
 from mmcl.shards.commands import app as shards_app
-from mmcl.types import MmclError
+from mmcl.types import ConfigError, MmclError
 
 app = typer.Typer(
     help="Train one embedding space of video, audio and text on streamed shards.",
@@ -25,7 +27,6 @@ evaluate_app = typer.Typer(help="Measure a trained model.", no_args_is_help=True
 app.add_typer(shards_app, name="shards")
 app.add_typer(evaluate_app, name="evaluate")
 
-Shards = Annotated[str, typer.Argument(help="A folder of indexed shards, or its URL.")]
 Overrides = Annotated[list[str] | None, typer.Argument(help="Changes to the configuration: dotted.path=value …")]
 
 
@@ -109,6 +110,9 @@ def train(
         str | None,
         typer.Option(help="Go on: 'auto' (newest checkpoint of the run folder, or a new run) or a checkpoint."),
     ] = None,
+    allow: Annotated[
+        list[str] | None, typer.Option(metavar="KEY", help="A dotted key that may differ from the checkpoint's.")
+    ] = None,
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Show what would run, and one batch; train nothing.")
     ] = False,
@@ -127,7 +131,7 @@ def train(
     if dry_run:
         typer.echo(describe(resolved))
     else:
-        pretrain(resolved, resume=resume)
+        pretrain(resolved, resume=resume, allow=allow or [])
 
 
 @app.command()
@@ -147,48 +151,77 @@ def objectives(
         typer.echo(detail(find_entry(name, entries)))
 
 
-Checkpoint = Annotated[Path, typer.Argument(help="A checkpoint, a run folder, or an exported model.")]
-Clips = Annotated[
-    int | None, typer.Option(min=1, help="Windows per sample whose embeddings are averaged; default: as the run says.")
-]
-Workers = Annotated[int, typer.Option(min=0, help="Decoding processes.")]
+@app.command()
+def encoders(
+    name: Annotated[
+        str | None, typer.Argument(help="One of them, with its options, or timm: or open_clip: for all their names.")
+    ] = None,
+) -> None:
+    """List the towers that a configuration can name: sizes, what they eat, weights and their licences."""
+    from mmcl.encoders.listing import detail, overview
 
-
-def _check_places(checkpoint: Path, shards: str | None, out: Path, against: Path | None = None) -> None:
-    """Says what is wrong with a path before torch is imported, which takes seconds."""
-    from mmcl.folders import check_writable, model_folder, read_report
-    from mmcl.shards.manifest import load_manifest
-
-    check_writable(out)
-    model_folder(checkpoint)
-    if shards is not None:
-        load_manifest(shards)
-    if against is not None:
-        read_report(against)
+    typer.echo(overview() if name is None else detail(name))
 
 
 @app.command()
 def embed(
     checkpoint: Checkpoint,
     shards: Shards,
-    out: Annotated[Path, typer.Option(help="Folder for embeddings.safetensors and items.jsonl.")],
+    out: Annotated[Path, typer.Option(help="Folder for the files of each shard and index.json.")],
     clips: Clips = None,
+    crops: Crops = 1,
+    pooled: Annotated[bool, typer.Option("--pooled", help="What is before every head, for probes; no texts.")] = False,
+    each_view: Annotated[
+        bool, typer.Option("--each-view", help="Keep a row of each window and crop, not their mean.")
+    ] = False,
     workers: Workers = 2,
 ) -> None:
-    """Embed every sample of some shards."""
-    _check_places(checkpoint, shards, out)
+    """Embed every sample of some shards; what the folder holds of them already is kept."""
+    check_places(checkpoint, shards, out)
 
+    from mmcl.distributed import Comm
     from mmcl.evaluation.embed import embed_to_folder
 
-    count = embed_to_folder(checkpoint, shards, out, clips=clips, workers=workers)
-    typer.echo(f"{count} samples embedded into {out}")
+    stored = embed_to_folder(
+        checkpoint,
+        shards,
+        out,
+        clips=clips,
+        crops=crops,
+        level="pooled" if pooled else "joint",
+        each_view=each_view,
+        workers=workers,
+    )
+    if Comm.current().rank == 0:
+        typer.echo(f"{len(stored)} samples embedded into {out}")
 
 
 @evaluate_app.command("retrieval")
 def evaluate_retrieval(
-    checkpoint: Checkpoint,
-    shards: Shards,
     out: Annotated[Path, typer.Option(help="Folder for report.json, report.md and report.html.")],
+    checkpoint: Annotated[
+        Path | None, typer.Argument(help="A checkpoint, a run folder, or an exported model; not with --embeddings.")
+    ] = None,
+    shards: Annotated[
+        str | None, typer.Argument(help="A folder of indexed shards, or of splits, or its URL; not with --embeddings.")
+    ] = None,
+    protocol: Annotated[
+        str,
+        typer.Option(
+            help="What counts: a name (paired, msrvtt_1k_a, msrvtt_full, msvd, didemo, activitynet, lsmdc, vatex, "
+            "audiocaps, clotho), or a YAML file."
+        ),
+    ] = "paired",
+    directions: Annotated[
+        str,
+        typer.Option(
+            help="Instead of the protocol's: QUERY->GALLERY, by commas, such as 'text->video,text->video+audio'; "
+            "or all: of all sets of modalities."
+        ),
+    ] = "",
+    embeddings: Annotated[
+        Path | None, typer.Option(help="A folder that `mmcl embed` wrote, instead of CHECKPOINT and SHARDS.")
+    ] = None,
     by: Annotated[
         str | None, typer.Option(help="A metadata column: one list per value, each searched on its own.")
     ] = None,
@@ -200,45 +233,119 @@ def evaluate_retrieval(
     transductive: Annotated[
         bool, typer.Option(help="Also dual and inverted softmax, apart from plain figures.")
     ] = False,
-    bank: Annotated[str | None, typer.Option(help="Training shards: also QB-norm, apart from plain figures.")] = None,
+    bank: Annotated[
+        str | None, typer.Option(help="Training shards, or embeddings of them: also QB-norm, apart from plain figures.")
+    ] = None,
+    cache: Cache = None,
     clips: Clips = None,
     workers: Workers = 2,
 ) -> None:
-    """Retrieval between every two modalities, in both directions, with a report to look at."""
-    _check_places(checkpoint, shards, out, against)
+    """Retrieval between modalities, or sets of them, with a report to look at."""
+    from mmcl.evaluation.protocols import TRANSDUCTIVE, retrieval_protocol, split_of
 
-    from mmcl.evaluation.run import evaluate_checkpoint
+    chosen = retrieval_protocol(
+        protocol,
+        directions=[each.strip() for each in directions.split(",") if each.strip()],
+        post=TRANSDUCTIVE if transductive else (),
+    )
+    if embeddings is not None and (checkpoint is not None or clips is not None):
+        raise ConfigError("--embeddings: rows that are there need neither CHECKPOINT and SHARDS nor --clips")
+    if embeddings is None:
+        if checkpoint is None or shards is None:
+            raise ConfigError("evaluate retrieval needs CHECKPOINT and SHARDS, or --embeddings")
+        check_places(checkpoint, split_of(shards, chosen), out, against)
+    from mmcl.distributed import Comm
+    from mmcl.evaluation.run import evaluate_checkpoint, evaluate_embeddings
     from mmcl.evaluation.show import print_evaluation
 
-    print_evaluation(
-        evaluate_checkpoint(
-            checkpoint,
-            shards,
-            out,
-            by=by,
-            headline=headline,
-            clips=clips,
-            workers=workers,
-            per=per,
-            against=against,
-            transductive=transductive,
-            bank=bank,
+    wanted: dict[str, Any] = {"by": by, "headline": headline, "per": per, "against": against, "protocol": chosen}
+    if embeddings is not None:
+        found = evaluate_embeddings(embeddings, out, bank=None if bank is None else Path(bank), **wanted)
+    else:
+        assert checkpoint is not None
+        assert shards is not None
+        kept = cache or out / "embeddings"
+        found = evaluate_checkpoint(
+            checkpoint, shards, out, clips=clips, workers=workers, bank=bank, cache=kept, **wanted
         )
-    )
+    if Comm.current().rank == 0:
+        print_evaluation(found)
+
+
+add_commands(evaluate_app)
+
+
+@app.command()
+def search(
+    index: Annotated[Path, typer.Argument(help="A folder that `mmcl embed` wrote.")],
+    query: Annotated[str, typer.Argument(help="A text, or a video, picture or sound file.")],
+    checkpoint: Annotated[
+        Path | None, typer.Option(help="The model that made the index; default: where it was then.")
+    ] = None,
+    top: Annotated[int, typer.Option(min=1, help="How many items are shown.")] = 10,
+    modality: Annotated[
+        str | None, typer.Option(help="Which rows are searched; default: the first that is not text.")
+    ] = None,
+    method: Annotated[
+        str, typer.Option("--index", help="exact, or faiss: approximate, for millions; built once, kept beside.")
+    ] = "exact",
+    as_json: Annotated[bool, typer.Option("--json", help="One JSON array instead of lines.")] = False,
+) -> None:
+    """Find the items of embedded shards that are nearest to a text or a file."""
+    from mmcl.shards.embedding_files import read_index
+
+    read_index(index)  # a wrong path is said before torch is imported, which takes seconds
+
+    from mmcl.search import Index, hit_lines, hits_json
+    from mmcl.search import search as find
+
+    hits = find(Index.open(index), query, checkpoint=checkpoint, top=top, modality=modality, method=method)
+    typer.echo(hits_json(hits) if as_json else hit_lines(hits))
+
+
+@app.command()
+def serve(
+    checkpoint: Checkpoint,
+    index: Annotated[Path, typer.Argument(help="A folder that `mmcl embed` wrote with this model.")],
+    shards: Annotated[
+        str | None, typer.Option(help="The shards, for pictures and sounds; default: where they were then.")
+    ] = None,
+    port: Annotated[int, typer.Option(min=0, max=65535, help="0: any that is free.")] = 8000,
+    host: Annotated[
+        str, typer.Option(help="Where to listen. Anybody who reaches it may search and upload.")
+    ] = "127.0.0.1",
+) -> None:
+    """Search embedded shards in a browser: by text, or by a picture, video or sound."""
+    from mmcl.folders import model_folder
+    from mmcl.shards.embedding_files import read_index
+
+    model_folder(checkpoint)
+    read_index(index)
+    try:
+        from mmcl.serve.app import serve as answer
+    except ModuleNotFoundError as error:
+        raise ConfigError(f"serve needs {error.name}: pip install 'mmcl[serve]'") from None
+    from mmcl.serve.library import Library
+
+    answer(Library.open(checkpoint, index, shards), host=host, port=port)
 
 
 @app.command()
 def export(
     checkpoint: Checkpoint,
-    out: Annotated[Path, typer.Option(help="Folder for config.json, model.safetensors and the card.")],
+    out: Annotated[Path, typer.Option(help="Folder for what is written.")],
+    report: Annotated[Path | None, typer.Option(help="A report folder: its figures go into the card.")] = None,
+    to: Annotated[str, typer.Option(help="mmcl, or for one tower: open_clip, transformers, onnx.")] = "mmcl",
+    tower: Annotated[
+        str | None, typer.Option(help="The tower that --to open_clip, transformers or onnx wants.")
+    ] = None,
 ) -> None:
-    """Write a model that `mmcl.MultimodalModel.from_pretrained` loads."""
-    _check_places(checkpoint, None, out)
+    """Write a model that `mmcl.MultimodalModel.from_pretrained` loads, or a tower for another library."""
+    check_places(checkpoint, None, out)
 
-    from mmcl.model import MultimodalModel
+    from mmcl.formats import export_checkpoint
 
-    MultimodalModel.from_pretrained(checkpoint).export(out)
-    typer.echo(f"model: {out}")
+    typer.echo(f"model: {export_checkpoint(checkpoint, out, to=to, tower=tower, report=report)}")
 
 
 def guarded(function: Callable[[], object]) -> None:

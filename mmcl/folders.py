@@ -12,6 +12,9 @@ from mmcl.types import ConfigError, RunError
 CONFIG = "config.json"
 """the file that makes a folder a model"""
 
+HUB = "hub:"
+"""what a name begins with that may be downloaded"""
+
 
 def model_folder(path: Path) -> Path:
     """The folder with ``config.json`` that ``path`` means: itself, or the newest checkpoint of a run folder.
@@ -44,8 +47,8 @@ def check_writable(folder: Path) -> None:
         raise RunError(f"cannot write to {folder}: permission denied")
 
 
-def read_report(path: Path) -> dict[str, Any]:
-    """``report.json`` of a folder, or the file itself.
+def read_report(path: Path, *, option: str = "--against") -> dict[str, Any]:
+    """``report.json`` of a folder, or the file itself; ``option`` named the path.
 
     Raises:
         ConfigError: there is none, or not one that names its queries.
@@ -55,10 +58,10 @@ def read_report(path: Path) -> dict[str, Any]:
         report: Any = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         reason = getattr(error, "strerror", None) or "not JSON"
-        raise ConfigError(f"--against {path}: cannot be read: {reason}") from None
+        raise ConfigError(f"{option} {path}: cannot be read: {reason}") from None
     lists = report.get("lists") if isinstance(report, dict) else None
     if not isinstance(lists, dict) or not all(isinstance(each, dict) and "queries" in each for each in lists.values()):
-        raise ConfigError(f"--against {path}: not a report that names its queries; make it again with this version")
+        raise ConfigError(f"{option} {path}: not a report that names its queries; make it again with this version")
     return dict(report)
 
 

@@ -8,30 +8,32 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, TypeAlias
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 from pydantic import Field
 from torch import Tensor, nn
 
 from mmcl.config import Options, build, unknown_name
+from mmcl.encode import Encodes
 from mmcl.encoders.base import Encoder
-from mmcl.encoders.build import TowerOptions, build_encoder
-from mmcl.hub import Pretrained, write_card
-from mmcl.layers import MLPHead
-from mmcl.media.inputs import Media, decode_windows
+from mmcl.encoders.build import TowerOptions, build_towers, exported_towers
+from mmcl.encoders.heads import HeadOptions
+from mmcl.encoders.lora import without_lora
+from mmcl.encoders.pretrained import Source, load_pretrained
+from mmcl.encoders.shared import Shared, SharedOptions
+from mmcl.encoders.stored import card_name, found_tower, spec_values, stored_tower, tower_files
+from mmcl.folders import CONFIG
+from mmcl.hub import Pretrained
+from mmcl.layers import absent_rows
 from mmcl.objectives.base import LEVELS
 from mmcl.types import (
-    TIMED,
     Batch,
-    Clip,
     ConfigError,
     Embeddings,
     Features,
     Kind,
     Level,
     Need,
-    TextSpec,
     TowerInfo,
     View,
     ViewBatch,
@@ -43,26 +45,17 @@ MAX_LOG_SCALE = math.log(100.0)
 """CLIP's clamp of the learned multiplier (Radford et al. 2021, section 2.5)."""
 
 
-class HeadOptions(Options):
-    """The projection from ``pooled`` to the joint space: linear (1 layer) or an MLP with GELU."""
-
-    layers: Annotated[int, Field(ge=1, le=4)] = 1
-    hidden: Annotated[int, Field(ge=1)] = 512
-
-
 class ModelOptions(Options):
     """Named towers and the joint space."""
 
     towers: Annotated[dict[str, TowerOptions], Field(min_length=1)]
     joint_width: Annotated[int, Field(ge=2)] = 128
     head: HeadOptions = HeadOptions()
+    heads: dict[str, HeadOptions] = Field(default_factory=dict)
+    """tower: its head, where it is another than ``head``"""
     temperature: Annotated[float, Field(gt=0.01, le=10)] = 0.07
     """where the learned temperatures start"""
     learn_temperature: bool = True
-    frozen: tuple[str, ...] = ()
-    """towers that are not trained, with their heads: no gradient, always in eval mode (teachers, locked towers)"""
-    weights: dict[str, str] = Field(default_factory=dict)
-    """tower: the model folder, checkpoint or run whose tower of the same name it starts from"""
 
 
 class _Description(Options):
@@ -74,98 +67,131 @@ class _Description(Options):
     """towers with a momentum copy"""
 
 
-class MultimodalModel(Pretrained):
+class MultimodalModel(Encodes, Pretrained):
     """Named towers, one projection each into a joint space, one learned temperature per pair."""
 
     def __init__(self, options: ModelOptions) -> None:
         super().__init__()
-        self.options = options
-        encoders = {name: build_encoder(tower) for name, tower in options.towers.items()}
+        self.options, self.joint_width = options, options.joint_width
+        encoders = build_towers(options.towers)
         self.towers = nn.ModuleDict(encoders)
-        self.heads = nn.ModuleDict({name: self._head(encoder.width) for name, encoder in encoders.items()})
+        for name in options.heads:
+            if name not in encoders:
+                raise unknown_name("model.heads", name, encoders)
+        heads = {name: options.heads.get(name, options.head) for name in encoders}
+        self.heads = nn.ModuleDict({n: heads[n].build(encoders[n].width, options.joint_width) for n in encoders})
         self.momentum_towers, self.momentum_heads = nn.ModuleDict(), nn.ModuleDict()
         self.log_scales = nn.ParameterDict()
-        for number, name in enumerate(options.frozen):
-            if name not in encoders:
-                raise unknown_name(f"model.frozen.{number}", name, encoders)
-            self.towers[name].requires_grad_(False)
-            self.heads[name].requires_grad_(False)
+        self.loaded: list[str] = []
+        for name in encoders:
+            if self.head_locked(name):
+                self.heads[name].requires_grad_(False)
         self.train()
 
     def train(self, mode: bool = True) -> MultimodalModel:
-        """As any module, but frozen towers stay in eval mode: no dropout, no running statistics."""
+        """As any module, but what is locked stays in eval mode: no dropout, no running statistics."""
         super().train(mode)
-        for name in self.options.frozen:
-            self.towers[name].eval()
-            self.heads[name].eval()
+        for name in self.towers:
+            if self.head_locked(name):
+                self.heads[name].eval()
         return self
 
-    def load_weights(self) -> None:
-        """Gives towers, and their heads where they are of the same shape, the weights that ``weights`` names.
+    def head_locked(self, tower: str) -> bool:
+        """Whether a tower is not trained, nor its head (teachers)."""
+        return getattr(self.options.towers[tower], "lock", None) == "with_head"
+
+    def owner(self, tower: str) -> str:
+        """The tower that holds the weights of this one: itself, unless it shares another's."""
+        options = self.options.towers[tower]
+        return options.tower if isinstance(options, SharedOptions) else tower
+
+    def load_pretrained(self, functions: Mapping[str, Source] | None = None) -> None:
+        """Gives towers, and their heads where they are of the same shape, the weights that ``pretrained`` names;
+        ``loaded`` tells of it.
+
+        Args:
+            functions: tower: what gives its weights instead, for example a function that returns named tensors.
 
         Raises:
-            ConfigError: a name is no tower here or there, a folder is no model, or the towers differ.
+            ConfigError: a name is no tower, nothing can be read, or it does not fit.
         """
-        for name, folder in self.options.weights.items():
-            path = f"model.weights.{name}"
-            if name not in self.towers:
-                raise unknown_name("model.weights", name, self.towers)
-            try:
-                source = MultimodalModel.from_pretrained(folder)
-            except ConfigError as error:
-                raise ConfigError(f"{path}: {error}") from None
-            if name not in source.towers:
-                raise ConfigError(f"{path}: {folder} has no tower {name!r}; it has: {', '.join(source.towers)}")
-            try:
-                self.towers[name].load_state_dict(source.towers[name].state_dict())
-            except RuntimeError as error:
-                raise ConfigError(f"{path}: {folder} does not fit: {' '.join(str(error).split())[:300]}") from None
-            head, other = self.heads[name].state_dict(), source.heads[name].state_dict()
-            if {k: v.shape for k, v in head.items()} == {k: v.shape for k, v in other.items()}:
-                self.heads[name].load_state_dict(other)
-
-    def _head(self, width: int) -> nn.Module:
-        options = self.options
-        return MLPHead(width, options.head.hidden, options.joint_width, layers=options.head.layers)
+        sources: dict[str, Source | None] = {n: getattr(o, "pretrained", None) for n, o in self.options.towers.items()}
+        for name in functions or {}:
+            if name not in sources or self.owner(name) != name:
+                raise unknown_name("pretrained", name, [n for n in sources if self.owner(n) == n])
+        sources.update(functions or {})
+        self.loaded = [
+            load_pretrained(self.tower(n), self.heads[n], source, tower=n, path=f"model.towers.{n}.pretrained")
+            for n, source in sources.items()
+            if source is not None
+        ]
 
     def description(self) -> dict[str, Any]:
-        return {
-            "model": self.options.model_dump(mode="json"),
-            "scales": list(self.log_scales),
-            "momentum": list(self.momentum_towers),
-        }
+        """The options, with what towers read from folders named by its place in the model folder."""
+        model = self.options.model_dump(mode="json")
+        for name, tower in model["towers"].items():
+            tower.update(stored_tower(name, self.options.towers[name]))
+        return {"model": model, "scales": list(self.log_scales), "momentum": list(self.momentum_heads)}
 
     @classmethod
-    def from_description(cls, description: dict[str, Any], *, where: str) -> MultimodalModel:
+    def from_description(cls, description: dict[str, Any], *, folder: Path) -> MultimodalModel:
+        where = str(folder / CONFIG)
         described = build(_Description, description, where=where)
-        model = cls(described.model)
+        towers = {
+            name: tower.model_copy(update=found_tower(tower, folder, where=f"{where}: model.towers.{name}"))
+            for name, tower in described.model.towers.items()
+        }
+        model = cls(described.model.model_copy(update={"towers": towers}))
         model.add_scales(described.scales)
         for tower in described.momentum:
+            if tower not in model.towers:
+                raise unknown_name(f"{where}: momentum", tower, model.towers)
             model.add_momentum(tower)
         return model
 
-    def export(self, folder: str | Path) -> Path:
-        """The model folder with a card for people, without momentum copies."""
-        target = self._without_momentum().save_pretrained(folder)
-        towers = ", ".join(f"{name} ({tower.name})" for name, tower in self.options.towers.items())
-        counts = parameter_counts(self)
-        facts = {
-            "towers": towers,
-            "parameters": f"{counts['total']:,}",
-            "joint space": f"{self.options.joint_width} numbers",
-            "training data": "",
-            "measured": "",
-            "limits": "",
-        }
-        write_card(target, facts)
-        return target
+    def preprocessing(self) -> dict[str, Any]:
+        return {"towers": {name: spec_values(self.tower(name).spec) for name in self.towers}}
 
-    def _without_momentum(self) -> MultimodalModel:
-        if not self.momentum_towers:
-            return self
-        model = MultimodalModel(self.options)
+    def assets(self) -> dict[str, Path]:
+        towers = self.options.towers.items()
+        return {target: source for name, tower in towers for target, source in tower_files(name, tower).items()}
+
+    def export(
+        self, folder: str | Path, *, facts: Mapping[str, str] | None = None, report: Mapping[str, Any] | None = None
+    ) -> Path:
+        """The model folder without momentum copies, its card with ``facts`` and the figures of a ``report``."""
+        return self.alone().save_pretrained(folder, model_card_kwargs=self._card_facts(facts, report))
+
+    def push_to_hub(self, repo_id: str, **arguments: Any) -> str:
+        """Uploads what :meth:`export` writes, as one commit; the URL of the commit. See :class:`Pretrained`."""
+        given = dict(arguments.pop("model_card_kwargs", None) or {})
+        if given or self._card is None:
+            arguments["model_card_kwargs"] = self._card_facts(given.get("facts"), given.get("report"))
+        return super(MultimodalModel, self.alone()).push_to_hub(repo_id, **arguments)
+
+    def card_names(self) -> dict[str, str]:
+        """What each tower is, for people."""
+        return {name: card_name(tower) for name, tower in self.options.towers.items()}
+
+    def _card_facts(self, facts: Mapping[str, str] | None, report: Mapping[str, Any] | None) -> dict[str, Any]:
+        own = {
+            "towers": ", ".join(f"{name} ({told})" for name, told in self.card_names().items()),
+            "parameters": f"{sum(p.numel() for n, p in self.named_parameters() if not n.startswith('momentum_')):,}",
+            "joint space": f"{self.joint_width} numbers",
+        }
+        return {"facts": {**own, **(facts or {})}, "report": report}
+
+    def alone(self) -> MultimodalModel:
+        """A copy for use alone: no momentum copies, LoRA merged, nothing of how towers were trained."""
+        options = self.options.model_copy(update={"towers": exported_towers(self.options.towers)})
+        model = MultimodalModel(options)
+        model._card = self._card
         model.add_scales(self.log_scales)
-        model.load_state_dict({k: v for k, v in self.state_dict().items() if not k.startswith("momentum_")})
+        kept = ("momentum_", *(f"towers.{name}." for name in self.towers))
+        tensors = {k: v for k, v in self.state_dict().items() if not k.startswith(kept)}
+        for name in self.towers:
+            tensors.update({f"towers.{name}.{k}": v for k, v in without_lora(self.tower(name)).state_dict().items()})
+        model.load_state_dict(tensors)
         return model
 
     def add_scales(self, names: Iterable[str], starts: Mapping[str, float] | None = None) -> None:
@@ -179,7 +205,11 @@ class MultimodalModel(Pretrained):
 
     def add_momentum(self, tower: str) -> None:
         """Gives a tower and its head a copy that follows them without a gradient (:meth:`ema_pairs`)."""
-        self.momentum_towers[tower] = copy.deepcopy(self.towers[tower]).requires_grad_(False)
+        owner, encoder = self.owner(tower), self.tower(tower)
+        if owner not in self.momentum_towers:
+            self.momentum_towers[owner] = copy.deepcopy(self.towers[owner]).requires_grad_(False)
+        if isinstance(encoder, Shared):
+            self.momentum_towers[tower] = encoder.on(self.momentum_towers[owner])
         self.momentum_heads[tower] = copy.deepcopy(self.heads[tower]).requires_grad_(False)
 
     def ema_pairs(self) -> list[tuple[nn.Module, nn.Module]]:
@@ -197,7 +227,7 @@ class MultimodalModel(Pretrained):
             self.add_momentum(tower)
         online = [need for need in needs if need.kind == "online"]
         for name in self.towers:
-            if name not in {need.tower for need in online}:
+            if name not in {self.owner(need.tower) for need in online}:
                 self.towers[name].requires_grad_(False)
             if name not in {need.tower for need in online if {"joint", "joint_tokens"} & set(need.levels)}:
                 self.heads[name].requires_grad_(False)
@@ -209,11 +239,21 @@ class MultimodalModel(Pretrained):
 
     def tower_infos(self) -> dict[str, TowerInfo]:
         """What objectives may know of the towers."""
-        width, frozen = self.options.joint_width, self.options.frozen
-        return {
-            name: TowerInfo(name, tower.spec, tower.width, width, name not in frozen, tower.stages)
-            for name, tower in ((name, self.tower(name)) for name in self.towers)
-        }
+        infos = {}
+        for name in self.towers:
+            tower = self.tower(name)
+            learns = getattr(self.options.towers[self.owner(name)], "lock", "all") not in ("all", "with_head")
+            infos[name] = TowerInfo(
+                name,
+                tower.spec,
+                tower.width,
+                self.options.joint_width,
+                learns,
+                tower.stages,
+                not self.head_locked(name),
+                tower.causal_patch,
+            )
+        return infos
 
     def tower_of(self, modality: str) -> str:
         """The first tower of a modality; :class:`ConfigError` if there is none."""
@@ -239,7 +279,8 @@ class MultimodalModel(Pretrained):
         return [key for key in values if self._learns(key[0], key[3])]
 
     def _learns(self, tower: str, kind: Kind) -> bool:
-        parts = (p for module in (self.towers[tower], self.heads[tower]) for p in module.parameters())
+        modules = (self.towers[self.owner(tower)], self.heads[tower])
+        parts = (p for module in modules for p in module.parameters())
         return kind == "online" and any(p.requires_grad for p in parts)
 
     def encode(self, batch: Batch, needs: Iterable[Need], *, learning_only: bool = False) -> Values:
@@ -264,7 +305,7 @@ class MultimodalModel(Pretrained):
     def encode_view(
         self, tower: str, view: ViewBatch, levels: Sequence[Level], kind: Kind = "online"
     ) -> dict[Level, Tensor]:
-        """Levels of one tower, or of its momentum copy, on one view, ``(B, …)``; absent rows hold zeros.
+        """Levels of one tower or its momentum copy, ``(B, …)``, of questions ``(B, K + J, …)``; absent rows are zero.
 
         A rank without any present row runs one dummy row whose result is joined with weight 0, so that every rank
         uses every parameter and no collective of DDP or FSDP is missed.
@@ -276,8 +317,13 @@ class MultimodalModel(Pretrained):
         mask = None if view.mask is None else view.mask[rows]
         towers, heads = (self.towers, self.heads) if kind == "online" else (self.momentum_towers, self.momentum_heads)
         values: dict[Level, Tensor] = {}
-        features: Features = towers[tower](view.data[rows], mask)
-        found = [self._level(tower, heads[tower], features, level) for level in levels]
+        with absent_rows(dummy):
+            data, texts = view.data[rows], None
+            if mask is not None and mask.ndim == 3:  # the texts of questions, each read alone
+                texts, data, mask = mask.shape[:2], data.flatten(0, 1), mask.flatten(0, 1)
+            features: Features = towers[tower](data, mask)
+            found = [self._level(tower, heads[tower], features, level) for level in levels]
+            found = [x if texts is None else x.view(*texts, *x.shape[1:]) for x in found]
         if not {"joint", "pooled"} & set(levels):  # DDP waits for the parameters behind the last of the levels too
             found[0] = found[0] + 0.0 * features.pooled.sum()
         for level, value in zip(levels, found, strict=True):
@@ -285,59 +331,14 @@ class MultimodalModel(Pretrained):
             values[level] = out + 0.0 * value.sum() if dummy else out.index_copy(0, rows, value)
         return values
 
-    @torch.no_grad()
-    def encode_text(self, texts: Sequence[str], *, batch: int = 64) -> Tensor:
-        """Unit rows float32 ``(B, D)`` of texts."""
-        if isinstance(texts, str):
-            raise TypeError("encode_text takes a list of texts, got one str")
-        tower = self.tower_of("text")
-        spec = self.tower(tower).spec
-        assert isinstance(spec, TextSpec)
-        views = []
-        for start in range(0, len(texts), batch):
-            ids, mask = spec.tokenizer(texts[start : start + batch])
-            views.append(ViewBatch(ids, torch.ones(len(ids), dtype=torch.bool), mask))
-        return self._encode(tower, views)
-
-    @torch.no_grad()
-    def encode_video(self, clips: Sequence[Media], *, windows: int = 1, batch: int = 16) -> Tensor:
-        """Unit rows float32 ``(B, D)`` of videos or pictures: paths, bytes of a file, or decoded :class:`Clip`.
-
-        ``windows`` evenly spaced windows of each file are averaged. Raises SampleError for one without a picture.
-        """
-        return self._encode_media(self.tower_of("video"), clips, windows, batch)
-
-    @torch.no_grad()
-    def encode_audio(self, clips: Sequence[Media], *, windows: int = 1, batch: int = 16) -> Tensor:
-        """Unit rows float32 ``(B, D)`` of sounds: paths, bytes of a file (a video too), or decoded :class:`Clip`.
-
-        ``windows`` evenly spaced windows of each file are averaged. Raises SampleError for one without sound.
-        """
-        return self._encode_media(self.tower_of("audio"), clips, windows, batch)
-
-    def _encode_media(self, tower: str, clips: Sequence[Media], windows: int, batch: int) -> Tensor:
-        if isinstance(clips, (str, bytes, Path, Clip)):
-            raise TypeError(f"a list of clips is needed, got one {type(clips).__name__}")
-        spec = self.tower(tower).spec
-        assert isinstance(spec, TIMED)
-        parts = []
-        for start in range(0, len(clips), batch):
-            rows = [decode_windows(clip, spec, windows) for clip in clips[start : start + batch]]
-            data = torch.from_numpy(np.concatenate(rows))
-            encoded = self._encode(tower, [ViewBatch(data, torch.ones(len(data), dtype=torch.bool))])
-            parts.append(average_windows(encoded.reshape(-1, windows, encoded.shape[1]).unbind(1)))
-        return torch.cat(parts) if parts else torch.zeros(0, self.options.joint_width)
-
-    def _encode(self, tower: str, views: Sequence[ViewBatch]) -> Tensor:
-        device = next(self.parameters()).device
-        rows = [self.encode_view(tower, view.map(lambda x: x.to(device)), ["joint"])["joint"].cpu() for view in views]
-        return torch.cat(rows) if rows else torch.zeros(0, self.options.joint_width)
-
     def _level(self, tower: str, head: nn.Module, features: Features, level: Level) -> Tensor:
         if level == "joint":
             return _unit_projection(head, features.pooled)
         if level == "joint_tokens" and features.tokens is not None:
-            return _unit_projection(head, features.tokens)
+            # batch statistics are of rows: tokens go through a head one by one
+            real = None if features.token_mask is None else features.token_mask.flatten()
+            rows = _unit_projection(head, features.tokens.flatten(0, 1), real)
+            return rows.view(*features.tokens.shape[:2], -1)
         if level == "pooled":
             return features.pooled
         if level == "tokens" and features.tokens is not None:
@@ -349,10 +350,10 @@ class MultimodalModel(Pretrained):
         raise ConfigError(f"tower {tower!r} has no level {level!r}; allowed: {known}")
 
 
-def _unit_projection(head: nn.Module, x: Tensor) -> Tensor:
+def _unit_projection(head: nn.Module, x: Tensor, mask: Tensor | None = None) -> Tensor:
     """Unit rows in float32, also under autocast: cosines near 1 need the bits."""
     with torch.autocast(x.device.type, enabled=False):
-        projected: Tensor = head(x if x.dtype == torch.float64 else x.float())
+        projected: Tensor = head(x if x.dtype == torch.float64 else x.float(), mask)
         return F.normalize(projected, dim=-1)
 
 

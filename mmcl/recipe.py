@@ -11,6 +11,7 @@ from pydantic import Discriminator, Field, Tag, field_validator
 
 from mmcl.config import Options, build, read_yaml, unknown_name
 from mmcl.data.options import DataOptions
+from mmcl.encoders.pretrained import Source
 from mmcl.media.augmentation import NONE, Augmentation
 from mmcl.model import ModelOptions, MultimodalModel
 from mmcl.objectives import OBJECTIVES, ObjectiveOptions
@@ -84,6 +85,15 @@ class MomentumOptions(Options):
     """half a cosine up to 1 at the last step, or ``start`` throughout"""
 
 
+class BestOptions(Options):
+    """Which checkpoint is kept for good, beside the newest ones."""
+
+    metric: str = "loss"
+    """a name in ``metrics.jsonl``, as it was logged last before the checkpoint"""
+    mode: Literal["min", "max"] = "min"
+    """whether less of it is better, or more"""
+
+
 class TrainOptions(Options):
     """Length, batch, precision and what a run writes."""
 
@@ -106,7 +116,22 @@ class TrainOptions(Options):
     """torch threads per rank on a CPU; null: the cores of a rank, less one where workers decode beside it"""
     log_every: PositiveInt = 10
     checkpoint_every: PositiveInt = 100
+    """steps"""
+    checkpoint_minutes: Annotated[float, Field(gt=0)] | None = None
+    """also when so many have passed since the last one"""
     keep_checkpoints: PositiveInt = 2
+    """the newest so many"""
+    best: BestOptions | None = None
+    """null: no other is kept"""
+    sharding: Literal["none", "fsdp2"] | None = None
+    """``fsdp2``: parameters, gradients and optimizer states are split over ranks, tower block by tower block; null: as
+    the launcher says (configs/accelerate/fsdp2_8.yaml)"""
+    timeout_seconds: Annotated[float, Field(ge=1)] = 600.0
+    """how long ranks wait for one that gives no sign of life, before they end and name it"""
+    nonfinite: Literal["stop", "skip"] = "stop"
+    """a loss or gradient that is not finite ends the run before the step, or costs that step"""
+    nonfinite_limit: PositiveInt = 10
+    """``skip``: so many such steps in a row, and the next one ends the run"""
     trackers: tuple[str, ...] = ()
     """names of Accelerate trackers: tensorboard, wandb, trackio, …"""
     optimizer: OptimizerOptions = AdamWOptions()
@@ -120,6 +145,21 @@ class EvaluateOptions(Options):
     """evenly spaced windows of a sample whose embeddings are averaged"""
 
 
+class MultistageOptions(Options):
+    """Stages of ``pipelines/multistage.py``: each draws its batches from clusters of all earlier ones (2402.11816)."""
+
+    stages: PositiveInt = 2
+    """models that are trained one after the other, each from the same start"""
+    clusters: Annotated[int, Field(ge=1, le=100_000)] = 10
+    """that the embeddings of each stage are parted into"""
+    modality: str | None = None
+    """whose rows are clustered; null: the first tower's that reads no text"""
+    level: Literal["joint", "pooled"] = "joint"
+    """rows of the joint space, or what is before every head, for objectives that train no head (intra_modal)"""
+    fit_rows: PositiveInt = 1_000_000
+    """rows that centroids are fitted to, at most; all are assigned"""
+
+
 class RunConfig(Options):
     """A run, whole."""
 
@@ -128,6 +168,7 @@ class RunConfig(Options):
     data: DataOptions
     train: TrainOptions
     evaluate: EvaluateOptions = EvaluateOptions()
+    multistage: MultistageOptions = MultistageOptions()
 
     @field_validator("objectives", mode="before")
     @classmethod
@@ -144,11 +185,18 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
     return build(RunConfig, read_yaml(Path(path)), overrides, where=str(path))
 
 
-def build_model(config: RunConfig) -> tuple[MultimodalModel, ObjectiveMix]:
+def build_model(
+    config: RunConfig, *, pretrained: Mapping[str, Source] | None = None, fresh: bool = True
+) -> tuple[MultimodalModel, ObjectiveMix]:
     """The model and its objectives, freshly initialised from torch's random state.
 
+    Args:
+        config: the run.
+        pretrained: tower: what gives its first weights instead of what the configuration says, such as a function.
+        fresh: False where a checkpoint is loaded afterwards: first weights are then neither read nor downloaded.
+
     Raises:
-        ConfigError: an objective asks for what no tower gives; names its path.
+        ConfigError: an objective asks for what no tower gives, or first weights cannot be had; names the path.
     """
     model = MultimodalModel(config.model)
     towers = model.tower_infos()
@@ -160,11 +208,15 @@ def build_model(config: RunConfig) -> tuple[MultimodalModel, ObjectiveMix]:
         check_needs(objectives[name].needs, towers, path=f"objectives.{number}")
         _check_augmentations(objectives[name].needs, options, config.data.augmentations, f"objectives.{number}")
         _check_masking(objectives[name].masking, config.data.augmentations, f"objectives.{number}")
+        _check_mixing(objectives[name].mixing, config.data.augmentations, f"objectives.{number}")
         _check_sizes(objectives[name].needs, options, model, f"objectives.{number}")
         weights[name] = over_run(options.weight, config.train.steps, f"objectives.{number}.weight")
-    mix = ObjectiveMix(objectives, weights)
+    mix = ObjectiveMix(objectives, weights, steps=config.train.steps)
     model.add_scales(mix.scales, mix.start_temperatures)
-    model.load_weights()
+    if fresh:
+        model.load_pretrained(pretrained)
+        for objective in objectives.values():
+            objective.load_pretrained()
     model.serve(mix.needs)
     return model, mix
 
@@ -218,6 +270,14 @@ def _check_masking(masking: Mapping[str, str], augmentations: Mapping[str, Augme
         if name == NONE or not augmentations[name].text.mask:
             place = f"give data.augmentations.{name}.text a mask" if name != NONE else "name one that does"
             raise ConfigError(f"{path}.{option}: {name!r} masks no token; {place}")
+
+
+def _check_mixing(mixing: Mapping[str, tuple[str, str]], augmentations: Mapping[str, Augmentation], path: str) -> None:
+    """ConfigError where rows are to come mixed and their augmentation does not mix them."""
+    for option, (modality, name) in mixing.items():
+        if name == NONE or getattr(augmentations[name], modality).mix is None:
+            place = f"give data.augmentations.{name}.{modality} a mix" if name != NONE else "name one that does"
+            raise ConfigError(f"{path}.{option}: {name!r} mixes no {modality}; {place}")
 
 
 def json_schema() -> dict[str, Any]:

@@ -9,17 +9,27 @@ Shape letters, used in every signature and name of the project:
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING, Any, Literal, Protocol, TypeAlias
+from typing import TYPE_CHECKING, Any, Literal, TypeAlias
+
+from mmcl.specs import READ as READ
+from mmcl.specs import TIMED as TIMED
+from mmcl.specs import AudioSpec as AudioSpec
+from mmcl.specs import Modality as Modality
+from mmcl.specs import MotionSpec as MotionSpec
+from mmcl.specs import QuestionSpec as QuestionSpec
+from mmcl.specs import Spec as Spec
+from mmcl.specs import TextSpec as TextSpec
+from mmcl.specs import TimedSpec as TimedSpec
+from mmcl.specs import Tokenizer as Tokenizer
+from mmcl.specs import VectorSpec as VectorSpec
+from mmcl.specs import VideoSpec as VideoSpec
 
 if TYPE_CHECKING:  # the values of preparation need neither; torch alone costs seconds and half a gigabyte
     import numpy as np
     import torch
     from torch import Tensor
-
-Modality: TypeAlias = str
-"""An open set of names: ``video``, ``audio``, ``text``; later ``image``, ``motion``, ``points``, …"""
 
 Level: TypeAlias = str
 """What of a tower an objective sees: ``joint``, ``pooled``, ``tokens``, ``joint_tokens`` or ``stage:NAME``."""
@@ -122,123 +132,39 @@ class Clip:
                 raise ValueError("audio needs sample_rate_hz")
 
 
-class Tokenizer(Protocol):
-    """Text to token numbers; hashable (equal ones make equal views) and picklable (it runs in workers).
-
-    For augmentation it may also have ``special_ids``, numbers that are never changed (none), ``mask_id``, what stands
-    for a masked token (None: masks are refused), and ``vocabulary``, how many numbers there are.
-    """
-
-    def __call__(self, texts: Sequence[str]) -> tuple[Tensor, Tensor]:
-        """Returns ids int64 ``(B, L)`` and mask bool ``(B, L)``; every row keeps at least one unmasked token."""
-        ...
-
-    def __hash__(self) -> int: ...
-
-
-@dataclass(frozen=True, slots=True)
-class VideoSpec:
-    """What a video tower eats. A picture is a video of one frame."""
-
-    frames: int = 8
-    size: int = 64
-    """pixels, height = width"""
-    fps: float = 4.0
-    """frames per second at which the window is sampled; the window is ``frames / fps`` seconds"""
-    fit: Literal["crop", "squash"] = "crop"
-    """how a picture becomes square: scale the short side and crop the centre, or scale both sides"""
-    mean: tuple[float, float, float] = (0.5, 0.5, 0.5)
-    std: tuple[float, float, float] = (0.25, 0.25, 0.25)
-    stride: int | None = None
-    """take every such frame of the source instead: ``fps`` is then its mean frame rate / ``stride``, and holds for
-    pictures alone"""
-    keyframe: bool = False  # take the nearest keyframes of the source instead
-    modality: Modality = field(default="video", init=False)
-
-    @property
-    def seconds(self) -> float:
-        return self.frames / self.fps
-
-
-@dataclass(frozen=True, slots=True)
-class MotionSpec:
-    """What a tower of motion eats: float32 ``(T, 2, S, S)``, velocities (x, y) in pixels per frame of the source."""
-
-    frames: int = 8
-    size: int = 64
-    """pixels, height = width, of the picture that moves: velocities are in these pixels"""
-    cell: float = 4.0
-    """of these pixels, that one velocity stands for"""
-    fps: float = 25.0
-    fit: Literal["crop", "squash"] = "crop"
-    stride: int | None = 1
-    """take every such frame of the source instead, as :class:`VideoSpec` has it"""
-    keyframes: Literal["hold", "zero"] = "hold"
-    """they have no motion of their own: that of the frame before, or none"""
-    corrected: bool = True
-    """velocities are scaled with the picture and turned round with a flip; false: neither"""
-    modality: Modality = field(default="motion", init=False)
-
-    @property
-    def side(self) -> int:  # S
-        return max(1, round(self.size / self.cell))
-
-    @property
-    def seconds(self) -> float:
-        return self.frames / self.fps
-
-
-@dataclass(frozen=True, slots=True)
-class AudioSpec:
-    """What an audio tower eats: a mono wave, float32 ``(S,)`` with ``S = round(seconds * sample_rate_hz)``."""
-
-    sample_rate_hz: int = 16_000
-    seconds: float = 2.0
-    modality: Modality = field(default="audio", init=False)
-
-    @property
-    def samples(self) -> int:
-        return round(self.seconds * self.sample_rate_hz)
-
-
-@dataclass(frozen=True, slots=True)
-class TextSpec:
-    """What a text tower eats."""
-
-    tokenizer: Tokenizer
-    modality: Modality = field(default="text", init=False)
-
-    @property
-    def seconds(self) -> float:
-        return 0.0
-
-
-@dataclass(frozen=True, slots=True)
-class VectorSpec:
-    """What a tower eats that passes stored embeddings on: the member ``NAME.npy`` of a sample, float32 ``(D,)``."""
-
-    member: str
-    """NAME; it is the modality too"""
-    width: int
-    """``D``"""
-
-    @property
-    def modality(self) -> Modality:
-        return self.member
-
-    @property
-    def seconds(self) -> float:
-        return 0.0
-
-
-TimedSpec: TypeAlias = VideoSpec | AudioSpec | MotionSpec
-Spec: TypeAlias = TimedSpec | TextSpec | VectorSpec
-
-TIMED = (VideoSpec, AudioSpec, MotionSpec)
-"""specs of what lies in time: their views are windows"""
-
 Place: TypeAlias = Literal["window", "after", "elsewhere", "near"]
 """of a view: in its clip's window; after it; apart from what lies after; at most 5 frames off the window"""
+
+
+@dataclass(frozen=True, slots=True)
+class Overlap:
+    """How the two clips of a pair are drawn: ``mmcl.media.windows.overlap_clips``."""
+
+    rates: tuple[float, ...] = (1.0, 0.8, 0.6, 0.4, 0.2)
+    """shares of a clip's time, and of its picture's area, that the other shows too; a rate's place is its class"""
+    speeds: tuple[int, ...] = (1, 2, 4, 8)
+    """a clip takes every such frame of the source at the tower's rate; a speed's place is its class"""
+    turned: bool = True
+    """each clip is turned by 0 to 3 quarters, after it was cropped"""
+    area: tuple[float, float] = (0.15, 0.35)
+    """share of the picture that a clip shows, uniform"""
+    aspect: tuple[float, float] = (0.75, 4 / 3)
+    """width ÷ height of that, log-uniform"""
+    oversample: float = 2.0
+    """decode pictures this many times larger than the view"""
+
+
+DEFAULT_OVERLAP = Overlap()
+
+
+@dataclass(frozen=True, slots=True)
+class Erase:
+    """One frame of a clip, drawn for each clip, is laid over all of them (``mmcl.media.augment.background_erase``)."""
+
+    strength: tuple[float, float] = (0.0, 0.3)
+    """share of that frame, uniform"""
+    per: Literal["sample", "batch"] = "sample"
+    """each sample draws a share of its own, or all rows of a global batch have the same"""
 
 
 @dataclass(frozen=True, slots=True)
@@ -254,6 +180,10 @@ class View:
     """a name in ``data.augmentations``"""
     copy: int = 0
     """views that differ in this alone are independent draws of the same augmentation"""
+    erase: Erase | None = None
+    """background erasing, after the augmentation; the other draws are those of the view without"""
+    overlap: Overlap | None = None
+    """the clips 0 and 1 of such a pair lie and are cropped as this says, not as ``data.sampling`` does"""
     place: Place = "window"
     gap_frames: int = 0
     """at the spec's rate, between the window and what lies after it"""
@@ -264,6 +194,7 @@ class View:
 
     def __str__(self) -> str:
         suffix = "" if self.augmentation == "none" else f",{self.augmentation}"
+        suffix += ",erased" * (self.erase is not None) + ",overlap" * (self.overlap is not None)
         place = "" if self.place == "window" else f" {self.place}"
         return f"{self.modality}[{self.clip}{place}{suffix}{f'#{self.copy}' if self.copy else ''}]"
 
@@ -273,11 +204,12 @@ class ViewBatch:
     """One view of every row: padded values, who has it, and the parameters it was made with."""
 
     data: Tensor
-    """uint8 ``(B, T, C, H, W)`` | float32 ``(B, S)``, ``(B, D)`` or ``(B, T, 2, S, S)`` | int64 ``(B, L)``"""
+    """uint8 ``(B, T, C, H, W)`` | float32 ``(B, S)``, ``(B, D)`` or ``(B, T, 2, S, S)`` | int64 ``(B, L)``, or
+    ``(B, K + J, L)`` of questions"""
     present: Tensor
     """bool ``(B,)``; rows that are not present hold zeros"""
     mask: Tensor | None = None
-    """bool ``(B, L)``, text only: True at tokens"""
+    """bool, the shape of ``data``, text only: True at tokens"""
     params: Mapping[str, Tensor] = field(default_factory=dict)
     """``start_seconds (B,)`` and what else the view was made with, one row each"""
 
@@ -314,6 +246,9 @@ class Batch:
     captions: tuple[tuple[str, ...], ...] = ()
     """all captions of each row; only where the stream was asked for metadata"""
 
+    pools: Tensor | None = None
+    """int64 ``(B,)``: only rows of an equal number are each other's negatives, −1: of none; None: no matter"""
+
     def __len__(self) -> int:
         return len(self.keys)
 
@@ -325,6 +260,7 @@ class Batch:
             draws=function(self.draws),
             groups=function(self.groups),
             labels=function(self.labels),
+            pools=None if self.pools is None else function(self.pools),
         )
 
     def to(self, device: torch.device | str) -> Batch:
@@ -358,8 +294,13 @@ class TowerInfo:
     joint_width: int
     """``D`` of ``joint``"""
     trainable: bool = True
+    """whether weights of the tower itself learn"""
     stages: tuple[tuple[str, int], ...] = ()
     """(name, ``D``) of the feature maps that it offers as levels ``stage:NAME``"""
+    trainable_head: bool = False
+    """whether its head learns where the tower itself does not"""
+    causal_patch: tuple[int, ...] | None = None
+    """what part of the input each token stands for, where no token sees what comes later; None: they may"""
 
     @property
     def modality(self) -> Modality:
@@ -384,6 +325,8 @@ class Embeddings:
     batch: Batch
     scales: Mapping[str, Tensor] = field(default_factory=dict)
     """the model's multipliers of the cosine (1 / temperature), 0-d, clamped, by name"""
+    progress: float = 0.0
+    """share of the run's optimizer steps that were taken before this one"""
 
     def get(self, need: Need, level: Level | None = None) -> Tensor:
         """The tensor that answers ``need``; ``level`` is only needed where it names several."""

@@ -1,4 +1,7 @@
-"""Retrieval evaluation of a checkpoint: the same as `mmcl evaluate retrieval`."""
+"""Retrieval evaluation of a checkpoint, on one process or on many.
+
+accelerate launch [--config_file configs/accelerate/X.yaml] pipelines/evaluate.py OPTIONS (of `mmcl evaluate retrieval`)
+"""
 
 from __future__ import annotations
 
@@ -9,7 +12,14 @@ from mmcl.cli import app, guarded
 
 def main() -> None:
     """Hands the command line on."""
-    guarded(lambda: app([*["evaluate", "retrieval"], *sys.argv[1:]]))
+
+    def run() -> None:
+        from mmcl.distributed.launched import launched
+
+        with launched():
+            app([*["evaluate", "retrieval"], *sys.argv[1:]])
+
+    guarded(run)
 
 
 if __name__ == "__main__":

@@ -23,6 +23,9 @@ def main() -> None:
         const="auto",
         help="go on: 'auto' (newest checkpoint of the run folder, or a new run) or a checkpoint; last word: auto",
     )
+    parser.add_argument(
+        "--allow", action="append", default=[], metavar="KEY", help="a dotted key that may differ from the checkpoint's"
+    )
     parser.add_argument("--dry-run", action="store_true", help="show what would run, and one batch; train nothing")
     arguments = parser.parse_intermixed_args()
 
@@ -41,7 +44,7 @@ def main() -> None:
             if os.environ.get("RANK", "0") == "0":
                 print(describe(config))
         else:
-            pretrain(config, resume=arguments.resume)
+            pretrain(config, resume=arguments.resume, allow=arguments.allow)
 
     guarded(run)
 

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import yaml
 
+import mmcl.multistage
 from mmcl.catalogue import Entry, read_catalogue
 
 FOLDER = Path(__file__).parents[1] / "configs" / "pretrain"
@@ -32,6 +33,14 @@ def configurations(folder: Path = FOLDER) -> Configurations:
     }
 
 
+def multistage_section(folder: Path = FOLDER) -> Iterator[str]:
+    """What stages are, and their configuration; any objective may be theirs."""
+    about = (mmcl.multistage.__doc__ or "").strip().split("\n\n")
+    yield from ("", "## Multistage", "", "\n\n".join(" ".join(part.split()) for part in about))
+    yield from ("", "`python pipelines/multistage.py configs/pretrain/multistage.yaml data.shards=FOLDER` runs it.")
+    yield from _files([folder / "multistage.yaml"])
+
+
 def page(entries: Sequence[Entry], found: Configurations) -> str:
     """The page as Markdown."""
     names = ", ".join(f"[{entry.name}](#{entry.name})" for entry in entries)
@@ -46,7 +55,8 @@ def page(entries: Sequence[Entry], found: Configurations) -> str:
         "",
         f"{names}.",
     ]
-    return "\n".join([*head, *(line for entry in entries for line in _section(entry, found))]) + "\n"
+    sections = (line for entry in entries for line in _section(entry, found))
+    return "\n".join([*head, *sections, *multistage_section()]) + "\n"
 
 
 def _section(entry: Entry, found: Configurations) -> Iterator[str]:

@@ -11,10 +11,25 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from mmcl.data.questions import blank_question
 from mmcl.hashing import text_hash
-from mmcl.types import Batch, MotionSpec, TextSpec, TimedSpec, VectorSpec, VideoSpec, View, ViewBatch
+from mmcl.types import (
+    Batch,
+    MotionSpec,
+    QuestionSpec,
+    TextSpec,
+    TimedSpec,
+    Tokenizer,
+    VectorSpec,
+    VideoSpec,
+    View,
+    ViewBatch,
+)
 
 T = TypeVar("T")
+
+LAST_CHARACTER_TOKENS = 4
+"""a cut caption may end so many bytes before the limit, never inside a character"""
 
 GROUP_COLUMNS = 3
 """key, group, caption: rows equal in any of them are never each other's negatives"""
@@ -24,7 +39,7 @@ GROUP_COLUMNS = 3
 class Value:
     """One view of one sample."""
 
-    data: np.ndarray | str
+    data: np.ndarray | str | tuple[str, ...]
     start_seconds: float = 0.0
     params: Mapping[str, np.ndarray] = field(default_factory=dict)
     """what else it was, or is to be, made with; equal names and shapes in all rows of a view"""
@@ -43,6 +58,8 @@ class Row:
     """the caption that was chosen for this draw"""
     captions: tuple[str, ...] = ()
     metadata: Mapping[str, Any] = field(default_factory=dict)
+    pool: int = -1
+    """its pseudo-label, where negatives keep to one"""
     skipped: tuple[str, str, str] | None = None
     """(key or position, reason, detail) of a bad sample"""
 
@@ -52,6 +69,9 @@ def blank_value(view: View) -> Value:
     spec = view.spec
     if isinstance(spec, TextSpec):
         return Value("")
+    if isinstance(spec, QuestionSpec):
+        texts, params = blank_question(spec)
+        return Value(texts, params=params)
     return Value(np.zeros(row_shape(spec), dtype=np.uint8 if isinstance(spec, VideoSpec) else np.float32))
 
 
@@ -60,6 +80,7 @@ def collate(
     views: Sequence[View],
     *,
     with_metadata: bool = False,
+    with_pools: bool = False,
     blank: Callable[[View], Value] = blank_value,
 ) -> Batch:
     """One padded batch of rows, in their order; ``blank`` says what an absent row of a view holds."""
@@ -72,6 +93,7 @@ def collate(
         skipped=tuple((row.draw, *row.skipped) for row in rows if row.skipped is not None),
         metadata=tuple(row.metadata for row in rows) if with_metadata else (),
         captions=tuple(row.captions for row in rows) if with_metadata else (),
+        pools=torch.tensor([row.pool for row in rows], dtype=torch.int64) if with_pools else None,
     )
 
 
@@ -106,14 +128,29 @@ def _collate_view(values: Sequence[Value | None], view: View, blank: Value) -> V
         texts = [str(value.data) for value in full]
         params["caption_number"] = torch.tensor([_caption_number(text) for text in texts], dtype=torch.int64)
         ids, mask = view.spec.tokenizer(texts)
+        params["cut"] = _cut(view.spec.tokenizer, texts, mask)
         return ViewBatch(ids * present[:, None], present, mask, params)
+    if isinstance(view.spec, QuestionSpec):
+        ids, mask = view.spec.tokenizer([text for value in full for text in value.data])
+        shape = (len(full), view.spec.texts, ids.shape[1])
+        return ViewBatch(ids.view(shape) * present[:, None, None], present, mask.view(shape), params)
     assert isinstance(blank.data, np.ndarray)
     data = torch.zeros((len(values), *blank.data.shape), dtype=torch.from_numpy(blank.data).dtype)
     for row, value in zip(data, values, strict=True):
-        if value is not None:
+        if value is not None and isinstance(value.data, np.ndarray):
             row.copy_(torch.from_numpy(value.data))
     starts = torch.tensor([value.start_seconds for value in full], dtype=torch.float64)
     return ViewBatch(data, present, params={"start_seconds": starts, **params})
+
+
+def _cut(tokenizer: Tokenizer, texts: Sequence[str], mask: Tensor) -> Tensor:
+    """bool ``(B,)``: captions longer than the tokenizer takes. Only rows about as long as the longest are looked at."""
+    cut = torch.zeros(len(texts), dtype=torch.bool)
+    asked = getattr(tokenizer, "cut", None)
+    full = (mask.sum(1) > mask.shape[1] - LAST_CHARACTER_TOKENS).nonzero().flatten()
+    if asked is not None and len(full):
+        cut[full] = torch.tensor(asked([texts[int(row)] for row in full]))
+    return cut
 
 
 def row_shape(spec: TimedSpec | VectorSpec) -> tuple[int, ...]:
@@ -139,6 +176,9 @@ def interleave(parts: Sequence[Batch]) -> Batch:
         skipped=tuple(sorted(skip for part in parts for skip in part.skipped)),
         metadata=_interleave_tuples([part.metadata for part in parts]),
         captions=_interleave_tuples([part.captions for part in parts]),
+        pools=None
+        if first.pools is None
+        else _interleave_tensors([part.pools for part in parts if part.pools is not None]),
     )
 
 
@@ -155,11 +195,11 @@ def _interleave_views(parts: Sequence[ViewBatch]) -> ViewBatch:
 def _interleave_tensors(parts: Sequence[Tensor], *, pad: bool = False) -> Tensor:
     shape = list(parts[0].shape)
     if pad:  # texts of the parts are padded to their own longest
-        shape[1] = max(part.shape[1] for part in parts)
+        shape[-1] = max(part.shape[-1] for part in parts)
     whole = parts[0].new_zeros((shape[0] * len(parts), *shape[1:]))
     for number, part in enumerate(parts):
         target = whole[number :: len(parts)]
-        (target[:, : part.shape[1]] if pad else target).copy_(part)
+        (target[..., : part.shape[-1]] if pad else target).copy_(part)
     return whole
 
 

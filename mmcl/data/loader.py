@@ -78,7 +78,13 @@ class PartStream(IterableDataset[Any]):
                     journal.begin(worker, draw)
                     rows.append(read(name=partial(journal.name, worker)))
                 journal.clear(worker)
-                yield collate(rows, plan.maker.views, with_metadata=plan.with_metadata, blank=plan.maker.blank)
+                yield collate(
+                    rows,
+                    plan.maker.views,
+                    with_metadata=plan.with_metadata,
+                    with_pools=plan.mixed,
+                    blank=plan.maker.blank,
+                )
 
     def _planned(self, worker: int) -> Generator[list[tuple[int, Callable[..., Row]]], None, None]:
         """Each draw of each batch with what reads it; remote samples are asked for ahead."""
@@ -103,16 +109,17 @@ class PartStream(IterableDataset[Any]):
         *,
         name: Callable[[str], None],
     ) -> Row:
-        if self.plan.last_draw is not None and draw >= self.plan.last_draw:
+        if index < 0 or (self.plan.last_draw is not None and draw >= self.plan.last_draw):
             return Row(draw)
         stored = Stored(readers[source], shard, index) if ahead is None else ahead.next()
-        return read_row(self.plan, stored, draw, self.plan.place(source, shard, index), epoch, name=name)
+        row = read_row(self.plan, stored, draw, self.plan.place(source, shard, index), epoch, name=name)
+        return replace(row, pool=self.plan.pool(shard, index))
 
     def _places(self, worker: int) -> Iterator[list[Place]]:
         """What a worker reads, batch by batch: a pure function of the plan."""
         plan, order = self.plan, self.plan.order()
         for step in itertools.count(self.first_step):
-            if plan.last_draw is not None and step * plan.global_batch >= plan.last_draw:
+            if step >= plan.steps:
                 return
             draws = plan.draws(step, worker)
             yield list(zip(draws.tolist(), *(part.tolist() for part in order.locate(draws)), strict=True))
@@ -127,7 +134,7 @@ class PartStream(IterableDataset[Any]):
             (source, shard, index)
             for step in self._places(worker)
             for draw, source, _, shard, index in step
-            if draw < end
+            if draw < end and index >= 0
         )
         first = plan.global_batch // plan.world_size // plan.workers
         return ReadAhead(readers, places, first=first, skip=plan.is_quarantined)
@@ -163,7 +170,7 @@ def read_row(
         if short_name(key) in plan.quarantine:
             raise SampleError("quarantined", "stopped a decoding worker before")
         sample = parse_sample(stored if isinstance(stored, RawSample) else stored.read())
-        values, caption = plan.maker(sample, epoch=epoch)
+        values, caption = plan.maker(sample, epoch=epoch, batch=draw // plan.global_batch)
     except SampleError as error:
         return Row(draw, skipped=(key, error.reason, error.detail))
     return Row(

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import math
+from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from pydantic import Field, field_validator, model_validator
 
 from mmcl.config import Options
+from mmcl.data.clusters import Clusters, read_clusters
 from mmcl.media.augmentation import Augmentation
 from mmcl.shards.remote import RemoteOptions
 from mmcl.types import DEFAULT_DECODER, Decoder
@@ -112,6 +114,12 @@ class DataOptions(Options):
     """local folder that keeps what was read of remote shards; several ranks and runs may share it"""
     cache_bytes: PositiveInt = 64 << 30
     """that ``cache_dir`` holds at most; what was not used for longest goes first"""
+    clusters: str | None = None
+    """file of pseudo-labels that ``pipelines/multistage.py`` wrote of these shards: every batch then holds samples of
+    one, with holes where they do not fill it; see ``cluster_batches``"""
+    cluster_batches: Literal["pure", "mixed"] = "pure"
+    """with ``clusters``: batches of one pseudo-label, or batches of all whose negatives keep to their own (cross_modal,
+    and contrast of views)"""
     short: Literal["loop", "hold"] = "loop"
     """what fills a window that is longer than its source: start again, or stay on the last frame (audio: silence)"""
     sampling: SamplingOptions = SamplingOptions()
@@ -146,6 +154,11 @@ class DataOptions(Options):
             cache_dir=self.cache_dir,
             cache_bytes=self.cache_bytes,
         )
+
+    @property
+    def pseudo_labels(self) -> Clusters | None:
+        """What ``clusters`` names."""
+        return None if self.clusters is None else read_clusters(Path(self.clusters))
 
     @property
     def weighted(self) -> tuple[tuple[str | tuple[str, ...], int], ...]:

@@ -35,6 +35,18 @@ class HasSizes(Protocol):
         ...
 
 
+class Order(Protocol):
+    """Where the sample of any draw lies."""
+
+    def locate(self, draws: Integers) -> tuple[Integers, Integers, Integers, Integers]:
+        """Sources, epochs, shards and indices of draws; an index of −1 is a hole."""
+        ...
+
+    def epochs(self, draws: int) -> list[float]:
+        """Epochs in the first ``draws`` draws, of each source its own."""
+        ...
+
+
 class EpochOrder:
     """The order of one epoch: in-epoch draw number → (shard, index in the shard)."""
 
@@ -185,6 +197,10 @@ class MixedOrder:
         rows = draws // self.columns + (column < draws % self.columns)
         numbers = range(len(self.weights))
         return [int(self._visits.count(np.full_like(column, k), column, rows).sum()) for k in numbers]
+
+    def epochs(self, draws: int) -> list[float]:
+        """Epochs in the first ``draws`` draws, of each source its own."""
+        return [count / order.num_samples for count, order in zip(self.drawn(draws), self.sources, strict=True)]
 
 
 class _Shifted:

@@ -18,8 +18,7 @@ NEAR_FRAMES = 5
 
 
 def place_views(
-    views: Sequence[View],
-    specs: Sequence[TimedSpec],
+    pairs: Sequence[tuple[View, TimedSpec]],
     duration_seconds: float,
     *,
     words: tuple[int, ...],
@@ -28,15 +27,16 @@ def place_views(
 ) -> list[Window | None]:
     """The window of each view, as long as its spec; None for one that a source is too short for.
 
-    ``specs`` are those of the views, with their frame rates; ``words`` are (seed, epoch, hash of the key). A clip's
+    Each view comes with its spec at its source's frame rate; ``words`` are (seed, epoch, hash of the key). A clip's
     window is as long as the longest view of it, and what comes after it; views shorter than it lie round its centre.
     """
-    pairs = list(zip(views, specs, strict=True))
+    if not pairs:
+        return []
     tails = _lengths(pairs, lambda view: view.place == "after", lambda view, spec: _tail_seconds(view, spec))
     heads = _lengths(pairs, lambda view: view.place == "window", lambda _, spec: spec.seconds)
-    clips = sorted({view.clip for view in views})
+    clips = sorted({view.clip for view, _ in pairs})
     length = max((heads.get(clip, 0.0) + tails.get(clip, 0.0) for clip in clips), default=0.0)
-    length = length or max(spec.seconds for spec in specs)  # nothing but what lies elsewhere
+    length = length or max(spec.seconds for _, spec in pairs)  # nothing but what lies elsewhere
     windows = dict(zip(clips, _windows(len(clips), length, duration_seconds, words, rule, sampling), strict=True))
     placed: list[Window | None] = []
     for view, spec in pairs:

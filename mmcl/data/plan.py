@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, replace
 
 import numpy as np
 
+from mmcl.data.cluster_order import ClusterOrder
+from mmcl.data.clusters import Clusters
 from mmcl.data.journal import short_name
-from mmcl.data.order import Integers, MixedOrder, rank_rows, worker_rows
+from mmcl.data.order import Integers, MixedOrder, Order, rank_rows, worker_rows
 from mmcl.data.views import ViewMaker
 from mmcl.shards.manifest import Manifest
 from mmcl.shards.remote import RemoteOptions
@@ -38,8 +41,29 @@ class Plan:
     """of the whole rank"""
     tars: TarList | None = None
     """tars without an index, read one after the other, instead of ``manifests``"""
+    samples: Integers | None = None
+    """int64: the draws that are made, in this order, instead of 0, 1, 2, …; ``last_draw`` stands for a hole"""
+    clusters: Clusters | None = None
+    """pseudo-labels of the only manifest"""
+    mixed: bool = False
+    """batches hold samples of all labels, each row with its own; else samples of one"""
 
-    def order(self) -> MixedOrder:
+    @property
+    def steps(self) -> float:
+        """Batches of the whole stream."""
+        draws = self.last_draw if self.samples is None else len(self.samples)
+        return math.inf if draws is None else -(-draws // self.global_batch)
+
+    def order(self) -> Order:
+        if self.clusters is not None and not self.mixed:
+            return ClusterOrder(
+                self.manifests[0].sizes,
+                self.clusters,
+                batch=self.global_batch,
+                seed=self.maker.seed,
+                streams=self.streams,
+                block=self.block,
+            )
         return MixedOrder(
             [manifest.sizes for manifest in self.manifests],
             self.weights,
@@ -48,6 +72,12 @@ class Plan:
             block=self.block,
             shuffle=self.shuffle,
         )
+
+    def pool(self, shard: int, index: int) -> int:
+        """The pseudo-label of a sample, where rows carry theirs."""
+        if self.clusters is None or not self.mixed:
+            return -1
+        return int(self.clusters.labels[int(self.manifests[0].sizes[:shard].sum()) + index])
 
     def worker_remote(self) -> RemoteOptions:
         """The share of one worker in what its rank may ask for ahead."""
@@ -71,7 +101,8 @@ class Plan:
     def draws(self, step: int, worker: int) -> Integers:
         """Draw numbers that one worker decodes of a batch."""
         mine = rank_rows(step, global_batch=self.global_batch, rank=self.rank, world_size=self.world_size)
-        return worker_rows(mine, worker=worker, workers=self.workers)
+        numbers = worker_rows(mine, worker=worker, workers=self.workers)
+        return numbers if self.samples is None else self.samples[numbers]
 
     def place(self, source: int, shard: int, index: int) -> str:
         """Where a sample lies, in words."""

@@ -7,11 +7,14 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
+from mmcl.data.clusters import Clusters
 from mmcl.data.collate import interleave
 from mmcl.data.health import append_quarantine
 from mmcl.data.loader import Loss, PartLoader, WorkersLostError
 from mmcl.data.options import SamplingOptions
-from mmcl.data.order import MAX_PERIOD, fitting_workers, reduced_weights, stream_sharing
+from mmcl.data.order import MAX_PERIOD, Integers, fitting_workers, reduced_weights, stream_sharing
 from mmcl.data.plan import Plan
 from mmcl.data.views import ViewMaker
 from mmcl.media.augmentation import Augmentation
@@ -32,7 +35,8 @@ class ClipStream:
     """Batches of one rank, without end, over epoch borders; every sample of an epoch comes exactly once.
 
     Global batch t is draws ``t·B … (t+1)·B − 1``; rank r holds draws ``t·B + r + i·W``. Which samples these are depends
-    on the manifest, ``seed``, ``streams`` and ``block`` alone, never on ranks, workers or failures.
+    on the manifest, ``seed``, ``streams`` and ``block`` alone (with ``clusters`` also on these and on B), never on
+    ranks, workers or failures.
 
     A worker that dies, or is at one sample for longer than ``timeout_seconds``, costs that sample alone: its key is
     quarantined, a hole from then on, and the workers start again at the last batch that was handed out.
@@ -44,6 +48,10 @@ class ClipStream:
         global_batch: rows of all ranks together; ``world_size`` must divide it.
         workers: decoding processes of this rank; lowered to a divisor of the rank's rows. 0 means one.
         shuffle: False reads the shards in order, once, and ends (evaluation); the last batch is filled with holes.
+        samples: without shuffle, the numbers of the samples to read, in this order, instead of all; −1 is a hole.
+        clusters: with shuffle, pseudo-labels of the samples: every global batch holds samples of one, and holes where
+            a label's samples do not fill its batches (see ``mmcl.data.cluster_order``).
+        mixed_clusters: batches in the usual order instead, whose rows carry their pseudo-label (``Batch.pools``).
         rule: ``random`` windows and captions, or ``even`` ones.
         sampling: where random windows lie.
         augmentations: what views may name; their parameters come with the batch, ``mmcl.media.augment`` applies them.
@@ -55,7 +63,7 @@ class ClipStream:
 
     Raises:
         ConfigError: an empty manifest, a batch that the ranks cannot share equally, weights that cannot be mixed,
-            remote streams that several workers would read, an unknown augmentation.
+            remote streams that several workers would read, an unknown augmentation, labels of other shards.
     """
 
     def __init__(
@@ -71,6 +79,9 @@ class ClipStream:
         streams: int = 64,
         block: int = 256,
         shuffle: bool = True,
+        samples: Sequence[int] | None = None,
+        clusters: Clusters | None = None,
+        mixed_clusters: bool = False,
         rule: Rule = "random",
         decoder: Decoder = DEFAULT_DECODER,
         short: Short = "loop",
@@ -87,8 +98,12 @@ class ClipStream:
         sources = [(each, weight) for each, weight in given if isinstance(each, Manifest)]
         manifests = tuple(manifest for manifest, _ in sources)
         tars = _only_tars(given, shuffle=shuffle)
+        if samples is not None and shuffle:
+            raise ValueError("samples are read in the order given: shuffle=False")
         if tars is None:
             _check_sources(sources, shuffle=shuffle)
+        if clusters is not None:
+            _check_clusters(clusters, manifests, tars is not None or not shuffle)
         if global_batch % world_size:
             nearest = max(world_size, round(global_batch / world_size) * world_size)
             raise ConfigError(
@@ -98,7 +113,7 @@ class ClipStream:
         self.workers = fitting_workers(workers, rows)
         self.in_process, self.timeout_seconds, self.quarantine_file = in_process, timeout_seconds, quarantine_file
         self.sharing = 1
-        if shuffle and tars is None:
+        if shuffle and tars is None and (clusters is None or mixed_clusters):  # all workers read a label's samples
             self.sharing = stream_sharing(streams, world_size * (1 if in_process else self.workers))
         """workers that read each stream"""
         if self.sharing > 1 and not allow_shared_streams and any(is_remote(manifest.url) for manifest in manifests):
@@ -132,6 +147,9 @@ class ClipStream:
             quarantine=frozenset(),
             remote=remote or RemoteOptions(),
             tars=tars,
+            samples=None if samples is None else _padded(samples, global_batch, manifests[0].num_samples),
+            clusters=clusters,
+            mixed=clusters is not None and mixed_clusters,
         )
         self.draws = 0
         """samples drawn so far by all ranks together: the position"""
@@ -153,8 +171,7 @@ class ClipStream:
         """Epochs drawn so far, of each source its own; none where they are not known."""
         if self.plan.tars is not None:
             return []
-        drawn = self.plan.order().drawn(self.draws)
-        return [count / manifest.num_samples for count, manifest in zip(drawn, self.plan.manifests, strict=True)]
+        return self.plan.order().epochs(self.draws)
 
     @property
     def quarantine(self) -> frozenset[str]:
@@ -178,6 +195,10 @@ class ClipStream:
             "streams": self.plan.streams,
             "block": self.plan.block,
         }
+        if self.plan.clusters is not None:
+            same["clusters"] = self.plan.clusters.checksum
+            if not self.plan.mixed:
+                same["global batch"] = self.plan.global_batch
         if len(manifests) == 1:
             return {"manifest": manifests[0].fingerprint, "samples": manifests[0].num_samples, **same}
         return {
@@ -276,6 +297,13 @@ class ClipStream:
         self.add_quarantine(str(record["key"]) for record in records)
 
 
+def _padded(samples: Sequence[int], batch: int, hole: int) -> Integers:
+    """Whole batches of sample numbers; ``hole`` in place of −1 and at the end."""
+    numbers = np.full(-(-len(samples) // batch) * batch, hole, dtype=np.int64)
+    numbers[: len(samples)] = samples
+    return np.where(numbers < 0, hole, numbers)
+
+
 def _only_tars(sources: Sequence[tuple[Manifest | TarList, int]], *, shuffle: bool) -> TarList | None:
     """Tars without an index are read alone, and without end."""
     found = [source for source, _ in sources if isinstance(source, TarList)]
@@ -285,6 +313,13 @@ def _only_tars(sources: Sequence[tuple[Manifest | TarList, int]], *, shuffle: bo
         what = "mixed with other sources" if len(sources) > 1 else "read in order, once"
         raise ConfigError(f"data.shards: tars without an index cannot be {what}; {describe_order(found[0])}")
     return found[0]
+
+
+def _check_clusters(clusters: Clusters, manifests: Sequence[Manifest], unordered: bool) -> None:
+    if unordered or len(manifests) != 1:
+        raise ConfigError("data.clusters: pseudo-labels order the draws of one indexed folder of shards, shuffled")
+    if clusters.manifest != manifests[0].fingerprint:
+        raise ConfigError(f"data.clusters: labels of other shards than {manifests[0].url}; cluster these again")
 
 
 def _check_sources(sources: Sequence[tuple[Manifest, int]], *, shuffle: bool) -> None:

@@ -29,6 +29,8 @@ class Candidates:
     """int64 ``(rows, K)``: where among ``columns`` the row's own sample stands; −1: it does not"""
     groups: tuple[tuple[Tensor, Tensor], ...]
     """numbers of the rows and of the columns; equal ones are not each other's negatives"""
+    pools: tuple[Tensor, Tensor] | None = None
+    """numbers of the rows and of the columns; only equal ones are each other's negatives"""
     row_floor: Tensor | None = None
     """float32: negatives of a row below it do not count for the row"""
     column_floor: Tensor | None = None
@@ -41,8 +43,11 @@ class Candidates:
         groups: tuple[Tensor, Tensor] | None,
         tile: int,
         comm: Comm,
+        pools: Tensor | None = None,
     ) -> Candidates:
-        """From bool ``(B, K)`` of own rows of both sides, and int64 numbers ``(B, G)`` of both sides, −1: none."""
+        """From bool ``(B, K)`` of own rows of both sides, and int64 numbers ``(B, G)`` of both sides and ``pools``
+        ``(B,)``, −1: none.
+        """
         batch, per_row = takes_part_a.shape
         per_column = takes_part_b.shape[1]
         everyone = comm.gather_by_rank(takes_part_b).flatten()
@@ -64,6 +69,12 @@ class Candidates:
                 (x[mine][row_samples].sub(x[mine][row_samples].lt(0).long()), y[columns // per_column])
                 for x, y in numbers
             ),
+            pools=None
+            if pools is None
+            else (
+                pools[row_samples].sub(pools[row_samples].lt(0).long()),
+                comm.gather_by_rank(pools)[columns // per_column],
+            ),
         )
 
     def with_floors(self, row_floor: Tensor, column_floor: Tensor) -> Candidates:
@@ -84,6 +95,8 @@ class Candidates:
             logits.scatter_(1, place, logits.gather(1, place).where(outside, -torch.inf))
         for row, column in self.groups:
             logits.masked_fill_(row[i, None] == column[j], -torch.inf)
+        if self.pools is not None:
+            logits.masked_fill_(self.pools[0][i, None] != self.pools[1][j], -torch.inf)
         return logits
 
     def for_rows(self, logits: Tensor, i: slice) -> Tensor:

@@ -9,6 +9,7 @@ Gradients follow one rule: averaging parameter gradients over ranks, as DDP does
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -98,6 +99,12 @@ class Comm:
     def any(self, flag: bool) -> bool:
         """Whether ``flag`` is true on some rank."""
         return bool(self.max(torch.tensor(int(flag), device=self.host_device)))
+
+    def any_of(self, flags: Sequence[bool]) -> list[bool]:
+        """:meth:`any` of several flags, in one exchange."""
+        return [
+            bool(flag) for flag in self.max(torch.tensor([int(x) for x in flags], device=self.host_device)).tolist()
+        ]
 
     def gather_objects(self, value: Any) -> list[Any]:
         """A small JSON value of each rank, in rank order. Travels as JSON: nothing is unpickled."""

@@ -56,6 +56,7 @@ def contrastive(
     form: Form | None = None,
     bias: Tensor | float = 0.0,
     groups_b: Tensor | None = None,
+    pools: Tensor | None = None,
 ) -> Tensor:
     """The symmetric loss between ``a`` and ``b`` over the rows of all ranks; symmetric InfoNCE (CLIP) by default.
 
@@ -77,6 +78,8 @@ def contrastive(
         form: which loss; None: ``Form()``.
         bias: added to the logits by SigLIP, a float or a 0-d tensor; −10 at the start of training in the paper.
         groups_b: the numbers of ``b`` where they are not those of ``a``, of the same shape.
+        pools: int64 ``(B,)``; only rows of an equal number are each other's negatives, −1 has none; None: all are. The
+            loss is then that of each pool alone, weighed by its rows (Zhang et al. 2024, arXiv 2402.11816).
 
     Returns:
         The global loss, 0-d, on every rank. Backward leaves ``world_size`` · ∂L/∂a on a rank's rows, and for ``scale``
@@ -92,7 +95,7 @@ def contrastive(
         torch.ones(a.shape[:1], dtype=torch.bool, device=a.device) if present_a is None else present_a,
         torch.ones(b.shape[:-1], dtype=torch.bool, device=b.device) if present_b is None else present_b,
     ]
-    wants = _agree([a, b, *masks, groups, groups_b], (scale, bias), unpaired_negatives, form, comm)
+    wants = _agree([a, b, *masks, groups, groups_b, pools], (scale, bias), unpaired_negatives, form, comm)
     with torch.autocast(a.device.type, enabled=False):
         dtype = torch.float64 if torch.float64 in (a.dtype, b.dtype) else torch.float32
         mask_a, mask_b = masks[0][:, None], masks[1] if b.ndim > 2 else masks[1][:, None]
@@ -108,7 +111,7 @@ def contrastive(
         )
         takes_part = (mask_a, mask_b) if unpaired_negatives else (both.any(1, keepdim=True), both)
         numbers = None if groups is None else (groups, groups if groups_b is None else groups_b)
-        block = Candidates.of(*takes_part, numbers, _tile(tile, a), comm)
+        block = Candidates.of(*takes_part, numbers, _tile(tile, a), comm, pools)
         if form.hard_quantile < 1:
             block = with_hardest(block, pairs.rows, pairs.columns, pairs.scale, form.hard_quantile)
         return pairs.siglip(block) if form.name == "siglip" else pairs.softmax(block)
@@ -124,6 +127,7 @@ def view_contrastive(
     groups: Tensor | None = None,
     tile: int | None = None,
     form: Form | None = None,
+    pools: Tensor | None = None,
 ) -> Tensor:
     """NT-Xent (SimCLR) between two views over the rows of all ranks; DCL and DCLW by ``form``.
 
@@ -138,14 +142,14 @@ def view_contrastive(
         raise ValueError(f"views are compared by infonce, dcl or dclw, got {form.name!r}")
     groups = groups[:, None] if groups is not None and groups.ndim == 1 else groups
     mask = torch.ones(a.shape[:1], dtype=torch.bool, device=a.device) if present is None else present
-    any_wants, _ = _agree([a, b, mask, mask, groups, None], (scale, 0.0), False, form, comm, several=False)
+    any_wants, _ = _agree([a, b, mask, mask, groups, None, pools], (scale, 0.0), False, form, comm, several=False)
     with torch.autocast(a.device.type, enabled=False):
         dtype = torch.float64 if torch.float64 in (a.dtype, b.dtype) else torch.float32
         both = mask[:, None].expand(-1, 2)
         views = _unit(torch.stack([a.to(dtype), b.to(dtype)], 1), both)
         rows = views.flatten(0, 1)
         scale = torch.as_tensor(scale, dtype=dtype, device=a.device)
-        block = Candidates.of(both, both, None if groups is None else (groups, groups), _tile(tile, a), comm)
+        block = Candidates.of(both, both, None if groups is None else (groups, groups), _tile(tile, a), comm, pools)
         if form.hard_quantile < 1:
             block = with_hardest(block, rows, None, scale, form.hard_quantile)
         sums: Tensor = LogSums.apply(rows, None, scale, _anchor(rows, any_wants), block, False)
@@ -260,7 +264,7 @@ def _agree(
     settings = [int(unpaired_negatives), *form.name.encode().ljust(24), *_bits(form)]
     facts = [*(size for shape in shapes for size in shape), *settings, int(any(wants)), int(wants[1])]
     every = comm.gather(torch.tensor([facts], device=comm.host_device)).tolist()
-    a, b, present_a, present_b, groups, groups_b = shapes
+    a, b, present_a, present_b, groups, groups_b, pools = shapes
     width = b[2] if b[2] >= 0 and several else b[1]
     fits = (
         a == [b[0], width, -1]
@@ -269,12 +273,13 @@ def _agree(
         and present_b == ([*b[:2], -1] if width == b[2] else [b[0], -1, -1])
         and groups[0] in (-1, a[0])
         and groups_b in ([-1, -1, -1], groups)
+        and pools in ([-1, -1, -1], [a[0], -1, -1])
     )
     if not fits or any(other[:-2] != facts[:-2] for other in every):
         raise ValueError(
             "a must be (B, D), b (B, D) or (B, K, D), present_a (B,), present_b as b without D, groups and groups_b "
-            "(B,) or (B, G) or None, all equal on all ranks, as unpaired_negatives and form; these by rank, -1 for no "
-            f"axis: {[other[: 3 * len(shapes) + 1] for other in every]}"
+            "(B,) or (B, G) or None, pools (B,) or None, all equal on all ranks, as unpaired_negatives and form; these "
+            f"by rank, -1 for no axis: {[other[: 3 * len(shapes) + 1] for other in every]}"
         )
     return any(other[-2] for other in every), any(other[-1] for other in every)
 

@@ -83,3 +83,6 @@ class TinyAudio(Encoder):
         maps = self.dropout(self.norm(maps.permute(0, 3, 2, 1)))
         B, N, M, D = maps.shape  # noqa: N806
         return Features(self.bands(maps.mean(1).flatten(1)), maps.reshape(B, N * M, D), grid=(N, M))
+
+    def blocks(self) -> list[nn.Module]:
+        return [*self.spectrogram, self.bands]

@@ -19,6 +19,18 @@ class Encoder(nn.Module):
     """``D`` of ``pooled`` and ``tokens``"""
     stages: tuple[tuple[str, int], ...] = ()
     """(name, ``D``) of the feature maps in ``Features.stages``"""
+    causal_patch: tuple[int, ...] | None = None
+    """for a tower whose tokens see nothing that comes later: what part of the input each stands for, in order: (frames,
+    pixels, pixels) of a video, (samples,) of sound, (1,) of a text"""
+    locked: tuple[str, ...] = ()
+    """names of the modules in it that never leave eval mode; ``""`` is the whole tower"""
+
+    def train(self, mode: bool = True) -> Encoder:
+        """As any module, but what is locked stays in eval mode: no dropout, no running statistics."""
+        super().train(mode)
+        for name in self.locked:
+            nn.Module.train(self.get_submodule(name), False)
+        return self
 
     def forward(self, x: Tensor, mask: Tensor | None = None) -> Features:
         """``x``: uint8 ``(B, T, C, H, W)``, float32 ``(B, S)``, int64 ``(B, L)``, float32 ``(B, D)`` or float32
@@ -29,6 +41,7 @@ class Encoder(nn.Module):
     def blocks(self) -> list[nn.Module]:
         """Its parts from input to output, e.g. the stem and each transformer layer; together they hold all weights but
         those of the front and the last norm. What is locked, decayed, checkpointed, compiled or sharded goes by them.
+        Each is called as a module, once in a forward; rows are the first axis of what it reads.
         """
         return [module for module in self.children() if any(True for _ in module.parameters())]
 

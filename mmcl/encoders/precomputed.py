@@ -20,6 +20,8 @@ class PrecomputedOptions(Options):
     """NAME, which is this tower's modality as well: small letters, digits, _ and -"""
     width: Annotated[int, Field(ge=1, le=65_536)]
     """how many numbers each of them has"""
+    lock: Literal["none", "with_head"] = "none"
+    """``with_head``: a teacher, which has no place in the joint space"""
 
     @field_validator("member")
     @classmethod

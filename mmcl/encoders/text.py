@@ -28,6 +28,22 @@ class TinyTextOptions(TowerCommon):
     dropout: float = Field(default=0.0, ge=0, lt=1)
 
 
+class ResidualConv1d(nn.Module):
+    """x + conv(gelu(norm(x))) over tokens, five wide; padding changes nothing."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.norm = nn.LayerNorm(width)
+        self.conv = nn.Conv1d(width, width, 5, padding=2)
+
+    def forward(self, x: Tensor, real: Tensor) -> Tensor:
+        """``x``: float ``(B, L, D)``; ``real``: bool ``(B, L, 1)``."""
+        # zeroed padding is what the convolution's own padding holds: a row does not feel how far it was padded
+        inner = F.gelu(self.norm(x)).masked_fill(~real, 0.0)
+        out: Tensor = x + self.conv(inner.transpose(1, 2)).transpose(1, 2)
+        return out
+
+
 class TinyText(Encoder):
     """ids int64 ``(B, L)`` of a ``ByteTokenizer`` (0 is padding) to ``L`` tokens; padding changes nothing."""
 
@@ -36,8 +52,7 @@ class TinyText(Encoder):
         self.spec = TextSpec(ByteTokenizer(max_tokens=options.max_tokens))
         self.width = width = options.width
         self.embedding = nn.Embedding(257, width)
-        self.norms = nn.ModuleList(nn.LayerNorm(width) for _ in range(options.depth))
-        self.convs = nn.ModuleList(nn.Conv1d(width, width, 5, padding=2) for _ in range(options.depth))
+        self.layers = nn.ModuleList(ResidualConv1d(width) for _ in range(options.depth))
         self.norm = nn.LayerNorm(width)
         self.dropout = nn.Dropout(options.dropout)
 
@@ -47,10 +62,11 @@ class TinyText(Encoder):
             mask = torch.ones_like(x, dtype=torch.bool)
         real = mask[:, :, None]
         tokens = self.embedding(x)
-        for norm, conv in zip(self.norms, self.convs, strict=True):
-            # zeroed padding is what the convolution's own padding holds: a row does not feel how far it was padded
-            inner = F.gelu(norm(tokens)).masked_fill(~real, 0.0)
-            tokens = tokens + conv(inner.transpose(1, 2)).transpose(1, 2)
+        for layer in self.layers:
+            tokens = layer(tokens, real)
         tokens = self.dropout(self.norm(tokens)).masked_fill(~real, 0.0)
         pooled = tokens.sum(1) / mask.sum(1, keepdim=True).clamp(min=1).to(tokens.dtype)
         return Features(pooled, tokens, mask)
+
+    def blocks(self) -> list[nn.Module]:
+        return list(self.layers)

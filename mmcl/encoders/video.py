@@ -102,3 +102,6 @@ class TinyVideo(Encoder):
         maps = maps + self.time(motion).transpose(1, 2)[:, :, None, None]
         tokens = self.dropout(self.norm(maps.reshape(B, T * H * W, D)))
         return Features(tokens.mean(1), tokens, grid=(T, H, W), stages=stages)
+
+    def blocks(self) -> list[nn.Module]:
+        return [*self.frame, self.time]

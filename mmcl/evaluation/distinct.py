@@ -12,7 +12,7 @@ from torch import Tensor
 Floats: TypeAlias = npt.NDArray[np.float64]
 Integers: TypeAlias = npt.NDArray[np.int64]
 
-_HASHED_ROWS = 4096
+_HASHED_ROWS = 256
 
 
 class Distinct:

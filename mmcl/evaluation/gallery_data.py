@@ -233,6 +233,10 @@ def cut(text: str, letters: int) -> str:
 
 def data_uri(content: bytes, kind: str) -> str:
     """``data:`` with the type that the first bytes tell."""
+    return f"data:{media_type(content, kind)};base64,{base64.b64encode(content).decode()}"
+
+
+def media_type(content: bytes, kind: str) -> str:
+    """The type that the first bytes tell."""
     known = {b"\xff\xd8\xff": "image/jpeg", b"\x89PN": "image/png", b"RIF": "image/webp", b"\x1a\x45\xdf": "audio/webm"}
-    kind_of = known.get(content[:3], "audio/ogg" if kind == "sound" else "image/svg+xml")
-    return f"data:{kind_of};base64,{base64.b64encode(content).decode()}"
+    return known.get(content[:3], "audio/ogg" if kind == "sound" else "image/svg+xml")

@@ -96,7 +96,7 @@ def page(
         facts: name → value, at the foot.
         data: JSON that cannot end its script element, for the gallery's script; without it the page runs none.
     """
-    script = _page_file("page.js") if data else ""
+    script = page_file("media.js") + page_file("page.js") if data else ""
     digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
     allowed = f"; script-src 'sha256-{digest}'" if data else ""
     parts = "\n".join(
@@ -107,11 +107,11 @@ def page(
         f'<div><dt>{escape(name)}</dt><dd dir="auto">{escape(value)}</dd></div>'
         for name, value in (facts or {}).items()
     )
-    return Template(_page_file("page.html")).substitute(
+    return Template(page_file("page.html")).substitute(
         kind=escape(kind),
         title=escape(title),
         policy=f"default-src 'none'; {MEDIA_SOURCES}; style-src 'unsafe-inline'{allowed}",
-        style=_page_file("page.css"),
+        style=page_file("page.css"),
         note=f'<p class="note" dir="auto">{escape(note)}</p>' if note else "",
         sections=parts,
         facts=shown,
@@ -183,5 +183,6 @@ def _write_atomically(path: Path, text: str) -> None:
         temporary.unlink(missing_ok=True)
 
 
-def _page_file(name: str) -> str:
+def page_file(name: str) -> str:
+    """The text of a part of every page: ``page.html``, ``page.css``, ``media.js``, ``page.js``."""
     return resources.files("mmcl.evaluation").joinpath("page").joinpath(name).read_text(encoding="utf-8")

@@ -207,30 +207,41 @@ def _result(
     starts, rows, pair = right
     better, tied = found.better.cpu().numpy(), found.tied.cpu().numpy()
     asked, gallery = sides
-    parts = []
-    for first in range(0, len(starts) - 1, _BLOCK_QUERIES):
-        bounds = starts[first : first + _BLOCK_QUERIES + 1]
-        inside = slice(bounds[0], bounds[-1])
-        ids = pair[inside]
-        parts.append(_figures(bounds - bounds[0], rows[inside], scores[ids], better[ids], tied[ids]))
-    columns = {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
-    names = [name for name in columns if "@" in name]
+    columns, per_query = split_columns(figure_columns(starts, rows, scores[pair], better[pair], tied[pair]))
     top_indices, top_scores = gallery.expand(
         found.top_indices.cpu().numpy(), found.top_scores.cpu().numpy().astype(np.float64), top
     )
     return RankResult(
         gallery=len(gallery.place),
-        per_query={name: columns[name] for name in names},
+        per_query=per_query,
         top_indices=top_indices[asked.place],
         top_scores=top_scores[asked.place],
-        **{name: column for name, column in columns.items() if name not in names},
+        **columns,
     )
+
+
+def figure_columns(
+    starts: Integers, right: Integers, scores: Floats, better: Integers, tied: Integers
+) -> dict[str, npt.NDArray[Any]]:
+    """Columns of RankResult: query i has the relevant rows ``right[starts[i] : starts[i + 1]]``, which stand so."""
+    parts = []
+    for first in range(0, len(starts) - 1, _BLOCK_QUERIES):
+        bounds = starts[first : first + _BLOCK_QUERIES + 1]
+        inside = slice(bounds[0], bounds[-1])
+        parts.append(_figures(bounds - bounds[0], right[inside], scores[inside], better[inside], tied[inside]))
+    return {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
+
+
+def split_columns(columns: dict[str, npt.NDArray[Any]]) -> tuple[dict[str, npt.NDArray[Any]], dict[str, Floats]]:
+    """The columns that are fields of RankResult, and those of its ``per_query``."""
+    figures = {name: column for name, column in columns.items() if "@" in name}
+    return {name: column for name, column in columns.items() if name not in figures}, figures
 
 
 def _figures(
     starts: Integers, right: Integers, scores: Floats, better_of: Integers, tied_of: Integers
 ) -> dict[str, npt.NDArray[Any]]:
-    """Columns of RankResult: query i has the relevant rows ``right[starts[i] : starts[i + 1]]``, which stand so."""
+    """:func:`figure_columns` of a block of queries."""
     count = np.diff(starts)
     filled = np.arange(max(1, count.max())) < count[:, None]
     index, better, tied = (np.zeros(filled.shape, np.int64) for _ in range(3))
@@ -325,7 +336,9 @@ def _check_rows(queries: Rows, gallery: Rows) -> tuple[Tensor, Tensor]:
     dtype = torch.float64 if torch.float64 in (left.dtype, right.dtype) else torch.float32
     left, right = left.to(right.device, dtype), right.to(dtype)
     for name, tensor in (("queries", left), ("gallery", right)):
-        bad = (~tensor.isfinite().all(1)).nonzero().flatten()
+        # by parts: of all rows at once it takes as much memory again
+        finite = torch.cat([part.isfinite().all(1) for part in torch.split(tensor, _BLOCK_QUERIES)])
+        bad = (~finite).nonzero().flatten()
         if len(bad):
             raise ConfigError(f"{name}: {len(bad)} rows are not finite, the first is row {int(bad[0])}")
     return left, right

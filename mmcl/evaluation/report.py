@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import hashlib
 import itertools
-import json
+from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +13,7 @@ import numpy as np
 from torch import Tensor
 
 from mmcl.distributed import Comm
+from mmcl.evaluation.best import ranks_by_best
 from mmcl.evaluation.bootstrap import bootstrap_ci
 from mmcl.evaluation.diagnostics import hubness, modality_figures, pair_figures
 from mmcl.evaluation.distinct import Floats, Integers, distinct_rows
@@ -94,7 +94,8 @@ class ListResult:
     diagnostics: Mapping[str, Mapping[str, Mapping[str, Any]]] = field(default_factory=dict)
     """``modalities``, ``pairs`` and ``directions``: by name, their figures"""
     duplicates: Mapping[Modality, int] = field(default_factory=dict)
-    """how many items have a row that equals one of another item, by modality; those without any are left out"""
+    """how many items have a row that equals one of another item, by modality, and under ``media`` how many have the
+    same media; none where there are none"""
 
     def is_right(self, direction: DirectionResult, query_row: int, gallery_row: int) -> bool:
         """Whether the gallery row is a right answer to the query row."""
@@ -109,7 +110,7 @@ class RetrievalReport:
 
     protocol: str
     fingerprint: str
-    """of protocol and gallery, see :func:`fingerprint`"""
+    """of protocol and gallery, see :func:`mmcl.evaluation.protocols.fingerprint`"""
     lists: tuple[ListResult, ...]
     note: str = ""
     """one or two sentences about the data, shown at the top"""
@@ -119,6 +120,8 @@ class RetrievalReport:
     """of the items, by which a later report finds its queries again"""
     against: Mapping[str, Any] = field(default_factory=dict)
     """the outcome of :func:`~mmcl.evaluation.against.compare` with an older report, by list and direction"""
+    asked: Mapping[str, Any] = field(default_factory=dict)
+    """the protocol as data, all that figures depend on"""
     right: str = ""
     """what counts as a right answer, as the end of a sentence; default: the query's own clip, or one of its label"""
     title: str = ""
@@ -159,6 +162,7 @@ class RetrievalReport:
             "title": self.title or self.protocol,
             "protocol": self.protocol,
             "fingerprint": self.fingerprint,
+            **({"asked": dict(self.asked)} if self.asked else {}),
             "note": self.note,
             "facts": dict(self.facts),
             "directions": lists[self.headline.name]["directions"],
@@ -178,12 +182,6 @@ def _or_null(values: Floats) -> list[float | None]:
     return [None if np.isnan(value) else round(float(value), 6) for value in values]
 
 
-def fingerprint(protocol: Mapping[str, Any], keys: Sequence[str]) -> str:
-    """Sixteen hex digits of the SHA-256 of a protocol (anything JSON can hold) and the keys of its items, in order."""
-    text = json.dumps([protocol, list(keys)], sort_keys=True, separators=(",", ":"), ensure_ascii=True)
-    return hashlib.sha256(text.encode()).hexdigest()[:16]
-
-
 def evaluate_list(
     name: str,
     rows: Mapping[Modality, ModalityRows],
@@ -193,11 +191,14 @@ def evaluate_list(
     title: str = "",
     seed: int = 0,
     groups: Sequence[str | None] | None = None,
-    transductive: bool = False,
+    post: Sequence[Method] = (),
     banks: Mapping[Modality, Tensor] | None = None,
+    directions: Sequence[str] | None = None,
+    best_text: bool = False,
+    media: Sequence[str | None] | None = None,
     comm: Comm | None = None,
 ) -> ListResult:
-    """Retrieval in every ordered pair of the modalities of ``rows``, in their order.
+    """Retrieval between the modalities of ``rows``, or between sets of them that have a row there (``video+audio``).
 
     A gallery row is right for a query row that shows the same item, or, where ``labels`` are given (one per item of the
     report), an item of the same label. A query with no right row in the gallery, such as the caption of a silent clip
@@ -208,8 +209,11 @@ def evaluate_list(
         items: all items of the list, where some may have no row at all; default: those that have one.
         seed: of the bootstrap.
         groups: a name per item of the report: the figures of the queries of each, besides; None: of no group.
-        transductive: also dual and inverted softmax.
-        banks: rows of training queries by modality: also QB-norm, in directions that these ask.
+        post: transductive methods, in figures of their own.
+        banks: rows of training queries by modality, for QB-norm in directions that these ask.
+        directions: which, in this order; default: every ordered pair, in the order of ``rows``.
+        best_text: texts are searched item by item, each scoring as the best of its captions.
+        media: per item of the report what tells its media from others; equal ones are counted.
         comm: all its processes call this with the same arguments, share the work and return the same.
 
     Raises:
@@ -217,18 +221,27 @@ def evaluate_list(
     """
     present = {modality: np.unique(values.items) for modality, values in rows.items()}
     union = np.unique(np.concatenate([*present.values(), np.asarray([] if items is None else items, np.int64)]))
-    directions: dict[str, DirectionResult] = {}
+    found: dict[str, DirectionResult] = {}
+    both_ways = [f"{a}->{b}" for pair in itertools.combinations(rows, 2) for a, b in (pair, pair[::-1])]
+    wanted = both_ways if directions is None else list(directions)
     pairs: dict[str, Any] = {}
     for first, second in itertools.combinations(rows, 2):
-        if not len(rows[first].items) or not len(rows[second].items):
+        asked = {f"{first}->{second}", f"{second}->{first}"} & {*wanted}
+        if not asked or not len(rows[first].items) or not len(rows[second].items):
             continue
         right = _same(rows[first], rows[second], labels)
         both = ranks_both(rows[first].embeddings, rows[second].embeddings, right, comm=comm)
         if any(len(each) for each in right):
             pairs[f"{first}-{second}"] = pair_figures(rows[first].embeddings, rows[second].embeddings, right)
         for query, gallery, result in ((first, second, both[0]), (second, first, both[1])):
+            if f"{query}->{gallery}" not in asked:
+                continue
+            by_best = best_text and gallery == "text"
+            if by_best:
+                result = _by_best(rows[query], rows[gallery], labels, comm)
             if not result.answerable.any():
                 continue
+            methods = () if by_best else [each for each in post if each != "qb_norm" or query in (banks or {})]
             direction = DirectionResult(
                 query,
                 gallery,
@@ -236,24 +249,27 @@ def evaluate_list(
                 bootstrap_ci(result, seed=seed),
                 result,
                 _by_group(result, rows[query], groups),
-                _corrected(rows[query], rows[gallery], labels, transductive, (banks or {}).get(query), comm),
+                _corrected(rows[query], rows[gallery], labels, methods, (banks or {}).get(query), comm),
             )
-            directions[direction.name] = direction
-    if not directions:
+            found[direction.name] = direction
+    if not found:
         raise ConfigError(f"list {name}: no two modalities share an item, there is nothing to retrieve")
+    ordered = {each: found[each] for each in wanted if each in found}
     missing = {modality: len(union) - len(have) for modality, have in present.items() if len(have) < len(union)}
     filled = {modality: values for modality, values in rows.items() if len(values.items)}
     diagnostics = {
         "modalities": {
-            modality: modality_figures(values.embeddings, values.items if labels is None else labels[values.items])
-            for modality, values in filled.items()
+            side: modality_figures(values.embeddings, values.items if labels is None else labels[values.items])
+            for side, values in filled.items()
         },
         "pairs": pairs,
-        "directions": {each.name: {"hubness": hubness(each.ranks)} for each in directions.values()},
+        "directions": {each.name: {"hubness": _hubness(each, rows)} for each in ordered.values()},
     }
     twice = {modality: count for modality, values in filled.items() if (count := _duplicates(values))}
+    if media is not None and (same := _equal([media[item] for item in union])):
+        twice["media"] = same
     title = title or name.replace("_", "-")
-    return ListResult(name, dict(rows), directions, len(union), missing, labels, title, diagnostics, twice)
+    return ListResult(name, dict(rows), ordered, len(union), missing, labels, title, diagnostics, twice)
 
 
 def _by_group(
@@ -271,13 +287,11 @@ def _corrected(
     queries: ModalityRows,
     gallery: ModalityRows,
     labels: Integers | None,
-    wanted: bool,
+    methods: Sequence[Method],
     bank: Tensor | None,
     comm: Comm | None,
 ) -> dict[str, dict[str, float]]:
     """The figures of each transductive method that was asked for."""
-    methods: list[Method] = ["dual_softmax", "inverted_softmax"] if wanted else []
-    methods += ["qb_norm"] if bank is not None else []
     right = _same(queries, gallery, labels) if methods else []
     return {
         method: transductive_ranks(
@@ -290,6 +304,25 @@ def _corrected(
         ).metrics()
         for method in methods
     }
+
+
+def _by_best(queries: ModalityRows, gallery: ModalityRows, labels: Integers | None, comm: Comm | None) -> RankResult:
+    right = _same(queries, gallery, labels)
+    return ranks_by_best(queries.embeddings, gallery.embeddings, right, gallery.items, comm=comm)
+
+
+def _hubness(direction: DirectionResult, rows: Mapping[Modality, ModalityRows]) -> float:
+    """Of items, where each is one answer by the best of its rows."""
+    result, shown = direction.ranks, rows[direction.gallery].items
+    if result.gallery < len(shown):
+        result = replace(result, top_indices=np.unique(shown, return_inverse=True)[1][result.top_indices])
+    return hubness(result)
+
+
+def _equal(names: Sequence[str | None]) -> int:
+    """How many of the names come more than once; None is equal to nothing."""
+    counts = Counter(name for name in names if name is not None)
+    return sum(count for count in counts.values() if count > 1)
 
 
 def _duplicates(rows: ModalityRows) -> int:

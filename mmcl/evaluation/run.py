@@ -2,24 +2,27 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
-from torch import Tensor
 
+from mmcl.concatenated import open_model
 from mmcl.distributed import Comm
 from mmcl.evaluation.against import compare
 from mmcl.evaluation.embed import EmbeddedItem, EmbeddedShards, default_clips, embed_shards
-from mmcl.evaluation.report import ListResult, ModalityRows, RetrievalReport, evaluate_list, fingerprint, write_report
+from mmcl.evaluation.embedding_store import open_embeddings
+from mmcl.evaluation.gallery import GalleryItem
+from mmcl.evaluation.protocols import RetrievalProtocol, fingerprint, retrieval_protocol, split_of
+from mmcl.evaluation.report import RetrievalReport, evaluate_list, write_report
 from mmcl.evaluation.shard_gallery import ShardGallery
+from mmcl.evaluation.sides import sides_of, wanted_directions
 from mmcl.folders import check_writable, read_report
-from mmcl.model import MultimodalModel
 from mmcl.shards import load_manifest
-from mmcl.types import DEFAULT_DECODER, ConfigError, Decoder, Modality
-
-PROTOCOL = "paired"
+from mmcl.types import DEFAULT_DECODER, ConfigError, Decoder
 
 
 @dataclass(frozen=True, eq=False)
@@ -32,40 +35,49 @@ class Evaluation:
     """the HTML report"""
 
 
+@dataclass(frozen=True, slots=True)
+class Wanted:
+    """What of an evaluation is wanted besides its protocol."""
+
+    by: str | None = None
+    """a metadata column; each of its values is a list that is searched on its own"""
+    headline: str | None = None
+    """the value of ``by`` whose list comes first"""
+    per: str | None = None
+    """a metadata column, or ``label``: also the figures of the queries of each value, in the whole gallery"""
+    against: Path | None = None
+    """the folder of an older report: what got better or worse"""
+    note: str = ""
+    """a sentence about the data, for the page"""
+    data_name: str = ""
+    """what the title calls the data; default: the end of its path"""
+    titles: Mapping[str, str] = field(default_factory=dict)
+    """for people, by list"""
+
+
 def evaluate_checkpoint(
     checkpoint: Path | str,
     shards: str,
     out: Path,
     *,
-    by: str | None = None,
-    headline: str | None = None,
+    protocol: RetrievalProtocol | None = None,
     clips: int | None = None,
     workers: int = 2,
     decoder: Decoder = DEFAULT_DECODER,
-    note: str = "",
-    data_name: str = "",
-    titles: dict[str, str] | None = None,
-    per: str | None = None,
-    transductive: bool = False,
     bank: str | None = None,
-    against: Path | None = None,
+    cache: Path | None = None,
+    **wanted: Any,
 ) -> Evaluation:
-    """Embeds ``shards``, ranks every ordered pair of modalities and writes the report into ``out``.
-
-    An answer is right when it belongs to the query's own item, or to one with the same caption (nobody could tell them
-    apart by their words).
+    """Embeds ``shards``, ranks what the protocol asks for and writes the report into ``out``.
 
     Args:
-        by: a metadata column; each of its values is a list that is searched on its own.
-        headline: the value of ``by`` whose list comes first.
-        clips: evenly spaced windows per sample whose embeddings are averaged; default: as the checkpoint's run says.
-        note: a sentence about the data, for the page.
-        data_name: what the title calls the data, beside the checkpoint; default: the end of its path.
-        titles: for people, by list.
-        per: a metadata column, or ``label``: also the figures of the queries of each value, in the whole gallery.
-        transductive: also dual and inverted softmax, in figures of their own.
+        shards: a folder of them, or one of splits, of which that of the protocol is taken.
+        protocol: default: ``paired``.
+        clips: evenly spaced windows per sample whose embeddings are averaged; default: as the protocol, else the
+            checkpoint's run says.
         bank: shards of training samples, whose rows are the bank of QB-norm, in figures of its own.
-        against: the folder of an older report: what got better or worse.
+        cache: a folder that keeps embeddings: what it has of this model and these shards is not embedded again.
+        wanted: of :class:`Wanted`.
 
     In a process group every process calls this; each does its share and the first writes.
 
@@ -74,57 +86,133 @@ def evaluate_checkpoint(
         RunError: nothing could be read, or the report cannot be written.
     """
     check_writable(out)
-    older = None if against is None else read_report(against)
+    further = Wanted(**wanted)
+    protocol = protocol or retrieval_protocol("paired")
+    older = None if further.against is None else read_report(further.against)
     comm = Comm.current()
-    model = MultimodalModel.from_pretrained(checkpoint)
-    clips = clips or default_clips(checkpoint)
-    embedded = embed_shards(model, shards, clips=clips, workers=workers, decoder=decoder, comm=comm)
-    further = _Further(
-        None if per is None else group_names(embedded.items, per),
-        transductive,
-        {}
-        if bank is None
-        else embed_shards(model, bank, clips=clips, workers=workers, decoder=decoder, comm=comm).rows,
-        comm,
+    shards = split_of(shards, protocol)
+    model = open_model(checkpoint)
+    clips = clips or protocol.clips or default_clips(checkpoint)
+    embedded, banked = (
+        None
+        if place is None
+        else embed_shards(model, place, clips=clips, workers=workers, decoder=decoder, comm=comm, cache=cache)
+        for place in (shards, bank)
     )
-    lists = split_lists(embedded, by, headline)
-    labels = caption_labels(embedded.items)
-    results = tuple(
-        _evaluate(name, embedded, items, labels, (titles or {}).get(name, "all clips" if by is None else ""), further)
-        for name, items in lists.items()
-    )
-    protocol = {"name": PROTOCOL, "right": "same item or same caption", "clips": clips, "by": by}
+    assert embedded is not None
+    facts = {"checkpoint": short_name(str(checkpoint)), "shards": short_name(shards), "windows per clip": str(clips)}
+    title = f"{further.data_name or short_name(shards)} · {short_name(str(checkpoint))}"
+    protocol = protocol.model_copy(update={"clips": clips})
+    made = _report(embedded, protocol, further, title, facts, banked, older, comm)
+    if comm.rank == 0:
+        write_report(made, ShardGallery(load_manifest(shards), embedded), out)
+    comm.barrier()
+    return Evaluation(made, embedded, out / "report.html")
+
+
+def evaluate_embeddings(
+    folder: Path, out: Path, *, protocol: RetrievalProtocol | None = None, bank: Path | None = None, **wanted: Any
+) -> Evaluation:
+    """As :func:`evaluate_checkpoint`, of rows that ``mmcl embed`` wrote into ``folder``; the page has no pictures.
+
+    Raises:
+        ConfigError: no embeddings there; as ``evaluate_checkpoint``.
+    """
+    check_writable(out)
+    further = Wanted(**wanted)
+    older = None if further.against is None else read_report(further.against)
+    comm = Comm.current()
+    embedded, banked = (None if place is None else open_embeddings(place).joint() for place in (folder, bank))
+    assert embedded is not None
+    facts = {"embeddings": short_name(str(folder))}
+    title = further.data_name or short_name(str(folder))
+    made = _report(embedded, protocol or retrieval_protocol("paired"), further, title, facts, banked, older, comm)
+    if comm.rank == 0:
+        write_report(made, [GalleryItem(item.key, item.captions) for item in embedded.items], out)
+    comm.barrier()
+    return Evaluation(made, embedded, out / "report.html")
+
+
+def _report(
+    embedded: EmbeddedShards,
+    protocol: RetrievalProtocol,
+    further: Wanted,
+    title: str,
+    facts: dict[str, str],
+    bank: EmbeddedShards | None,
+    older: Mapping[str, Any] | None,
+    comm: Comm,
+) -> RetrievalReport:
+    """All lists of an evaluation, and what the report says about them."""
+    if "qb_norm" in protocol.post and bank is None:
+        raise ConfigError(f"protocol {protocol.name}: qb_norm needs --bank, the shards of training samples")
+    directions = wanted_directions(protocol.directions, list(embedded.rows))
+    named = tuple(each.name for each in directions)
+    protocol = protocol.model_copy(update={"directions": named})
+    by_caption = protocol.right == "caption"
+    labels = caption_labels(embedded.items) if by_caption else None
+    banks = {} if bank is None else sides_of(bank, np.arange(len(bank.items)), directions, protocol.captions)
+    results = []
+    for name, items in split_lists(embedded, further.by, further.headline).items():
+        numbers = np.array(items, dtype=np.int64)
+        result = evaluate_list(
+            name,
+            sides_of(embedded, numbers, directions, protocol.captions),
+            labels=labels,
+            items=numbers,
+            title=further.titles.get(name, "all clips" if further.by is None else ""),
+            groups=None if further.per is None else group_names(embedded.items, further.per),
+            post=protocol.post + (("qb_norm",) if bank is not None and "qb_norm" not in protocol.post else ()),
+            banks={side: rows.embeddings for side, rows in banks.items() if len(rows.items)},
+            directions=named,
+            best_text=protocol.text_gallery == "best",
+            media=[media_hash(item) for item in embedded.items],
+            comm=comm,
+        )
+        results.append(result)
+    asked = {**protocol.asked(), "by": further.by}
     report = RetrievalReport(
-        PROTOCOL,
-        fingerprint(protocol, [item.key for item in embedded.items]),
-        results,
-        title=f"{data_name or short_name(shards)} · {short_name(str(checkpoint))}",
-        note=note,
-        right="the query's own clip, or one with the same caption",
-        facts={
-            "checkpoint": short_name(str(checkpoint)),
-            "shards": short_name(shards),
-            "windows per clip": str(clips),
-            **({"unreadable samples": str(len(embedded.skipped))} if embedded.skipped else {}),
-        },
+        protocol.name,
+        fingerprint(asked, sorted(identity(item, protocol.captions) for item in embedded.items)),
+        tuple(results),
+        title=title,
+        note=further.note,
+        asked=asked,
+        right="the query's own clip" + (", or one with the same caption" if by_caption else ""),
+        facts={**facts, **_facts(protocol, embedded)},
         keys=[item.key for item in embedded.items],
     )
-    if older is not None:
-        report = replace(report, against=compare(older, report.as_json()))
-    if comm.rank == 0:
-        write_report(report, ShardGallery(load_manifest(shards), embedded), out)
-    comm.barrier()
-    return Evaluation(report, embedded, out / "report.html")
+    return report if older is None else replace(report, against=compare(older, report.as_json()))
 
 
-@dataclass(frozen=True, eq=False)
-class _Further:
-    """What is wanted besides the plain figures, and who computes."""
+def _facts(protocol: RetrievalProtocol, embedded: EmbeddedShards) -> dict[str, str]:
+    """What people should know before they compare figures."""
+    facts = {"figures that are compared": ", ".join(protocol.figures)}
+    if protocol.about:
+        facts["asked"] = protocol.about
+    if embedded.skipped:
+        facts["unreadable samples"] = str(len(embedded.skipped))
+    here = len(embedded.items)
+    if protocol.items is not None and here != protocol.items:
+        facts["not the whole set"] = f"{here} items, the protocol has {protocol.items}: figures do not compare"
+    if protocol.captions is not None and "text" in embedded.rows:
+        few = sum(len(item.captions) < protocol.captions for item in embedded.items)
+        if few:
+            facts["few captions"] = f"{few} items have fewer captions than the protocol's {protocol.captions}"
+    return facts
 
-    groups: list[str | None] | None
-    transductive: bool
-    banks: dict[Modality, Tensor]
-    comm: Comm
+
+def media_hash(item: EmbeddedItem) -> str | None:
+    """What tells the media of a sample from others: the hash of its source, the stretch and the crop; None: unknown."""
+    source = item.metadata.get("source")
+    if not isinstance(source, Mapping) or not source.get("sha256"):
+        return None
+    return json.dumps([source.get(name) for name in ("sha256", "start_seconds", "end_seconds", "crop")])
+
+
+def identity(item: EmbeddedItem, captions: int | None) -> str:
+    """An item for a fingerprint: its name in its data set, else its key, and the captions that take part."""
+    return json.dumps([str(item.metadata.get("item", item.key)), *item.captions[:captions]])
 
 
 def short_name(place: str) -> str:
@@ -184,33 +272,3 @@ def caption_labels(items: Sequence[EmbeddedItem]) -> np.ndarray:
         ],
         dtype=np.int64,
     )
-
-
-def _evaluate(
-    name: str, embedded: EmbeddedShards, items: list[int], labels: np.ndarray, title: str, further: _Further
-) -> ListResult:
-    wanted = np.array(items, dtype=np.int64)
-    rows = {}
-    for modality in sorted(embedded.rows, key=lambda name: name != "text"):  # text->video comes first
-        values = embedded.rows[modality]
-        owners = embedded.owners[modality].numpy()
-        mine = np.flatnonzero(np.isin(owners, wanted))
-        captions = _caption_numbers(owners)[mine] if modality == "text" else None
-        rows[modality] = ModalityRows(values[mine], owners[mine], captions)
-    return evaluate_list(
-        name,
-        rows,
-        labels=labels,
-        items=wanted,
-        title=title,
-        groups=further.groups,
-        transductive=further.transductive,
-        banks=further.banks,
-        comm=further.comm,
-    )
-
-
-def _caption_numbers(owners: np.ndarray) -> np.ndarray:
-    """0, 1, … within each run of equal owners."""
-    starts = np.flatnonzero(np.r_[True, owners[1:] != owners[:-1]])
-    return np.arange(len(owners)) - np.repeat(starts, np.diff(np.r_[starts, len(owners)]))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import closing
 from functools import cached_property
 from typing import overload
@@ -63,16 +63,15 @@ class ShardGallery(Sequence[Showable]):
         return parse_sample(self._reader.read(shard, draw - first))
 
 
-class ShardItem:
-    """One item; what cannot be decoded, or is not there, is None."""
+class SampleMedia:
+    """What a page shows of one sample; what cannot be decoded, or is not there, is None."""
 
-    def __init__(self, gallery: ShardGallery, item: EmbeddedItem, missing: tuple[Modality, ...]) -> None:
-        self._gallery, self._item = gallery, item
-        self.key, self.captions, self.missing = item.key, item.captions, missing
+    def __init__(self, read: Callable[[], Sample]) -> None:
+        self._read = read
 
     @cached_property
     def _sample(self) -> Sample:
-        return self._gallery.sample(self._item.draw)
+        return self._read()
 
     @property
     def poster(self) -> bytes | None:
@@ -127,3 +126,11 @@ class ShardItem:
                 return media.read_audio(Window(start, start + seconds), AudioSpec(rate_hz, seconds))
         except SampleError:
             return None
+
+
+class ShardItem(SampleMedia):
+    """One embedded item."""
+
+    def __init__(self, gallery: ShardGallery, item: EmbeddedItem, missing: tuple[Modality, ...]) -> None:
+        super().__init__(lambda: gallery.sample(item.draw))
+        self.key, self.captions, self.missing = item.key, item.captions, missing

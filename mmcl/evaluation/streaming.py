@@ -30,10 +30,10 @@ _STRIP = 240
 """rows that are compared at once: at most 255, and what they take stays in a processor's cache"""
 _SORT_ABOVE = 8
 """with more right answers per row than this, sorting a row costs less than comparing it with each of them"""
-_KEPT_TILES = 16
-"""tiles that hold a right answer are kept where there are no more, 118 MB, else made a second time"""
-_SEED = 256
-"""entries that give the first threshold of a top list"""
+_KEPT_TILES = 32
+"""tiles that hold a right answer are kept where there are no more, 236 MB, else made a second time"""
+_SEED = 192
+"""groups of entries whose largest give the first threshold of a top list"""
 
 
 @dataclass(frozen=True, eq=False)
@@ -160,10 +160,10 @@ def _pair_scores(grid: _Grid, pairs: tuple[Tensor, Tensor]) -> Tensor:
             scores[ids] = grid.tile(i, j, keep=len(counts) <= _KEPT_TILES)[
                 rows[ids] - i * TILE_ROWS, columns[ids] - j * TILE_COLUMNS
             ]
-    return _shared(scores, grid.comm)
+    return shared_sum(scores, grid.comm)
 
 
-def _shared(x: Tensor, comm: Comm) -> Tensor:
+def shared_sum(x: Tensor, comm: Comm) -> Tensor:
     """Sum over processes, of which one alone holds something for each entry."""
     if comm.world_size == 1:
         return x
@@ -216,9 +216,9 @@ class _Sides:
 
     def standing(self, comm: Comm, *, shared: bool) -> Standing:
         """What all processes found; ``shared``: each has seen a part of every row."""
-        better, tied = _shared(self.better, comm), _shared(self.tied, comm)
+        better, tied = shared_sum(self.better, comm), shared_sum(self.tied, comm)
         if not shared:
-            return Standing(better, tied, _shared(self.top_indices, comm), _shared(self.top_scores, comm))
+            return Standing(better, tied, shared_sum(self.top_indices, comm), shared_sum(self.top_scores, comm))
         if comm.world_size == 1:
             return Standing(better, tied, self.top_indices, self.top_scores)
         device = comm.host_device
@@ -320,10 +320,12 @@ class _Best:
         self._count = 0
 
     def seed(self, entries: Tensor) -> None:
-        """The first limit, from some entries of each row: whatever equals the last of their best still passes."""
-        rows = len(self._scores)
-        if not self.seeded and entries.shape[1] >= self.top:
-            last = entries[:rows].topk(self.top, dim=1).values[:, -1]
+        """The first limit: whatever equals the last of the best, of the largest of each group, still passes."""
+        rows, groups = len(self._scores), min(_SEED, entries.shape[1])
+        if not self.seeded and groups >= self.top:
+            whole = entries[:rows, : entries.shape[1] // groups * groups]
+            largest = torch.unflatten(whole, 1, (-1, groups)).amax(1)
+            last = largest.topk(self.top, dim=1).values[:, -1]
             self.limit[:rows] = torch.nextafter(last, torch.full_like(last, -torch.inf))
         self.seeded = True
 
@@ -369,9 +371,9 @@ def _stable_order(rows: Tensor) -> Tensor:
 
 def _filter(tile: Tensor, row: _Side, column: _Side | None, start: tuple[int, int]) -> None:
     """Hands the entries of a tile that pass the limit of their row or column to the best of it."""
-    row.best.seed(tile[:, :_SEED])
+    row.best.seed(tile)
     if column is not None:
-        column.best.seed(tile[:_SEED].T)
+        column.best.seed(tile.T)
     found = []
     for first, strip in _strips(tile):
         words = _words_above(strip, row.best.limit[first : first + len(strip), None])

@@ -35,6 +35,7 @@ from mmcl.losses.persistency import persistency_byol, persistency_moco
 from mmcl.losses.points import point_info_nce
 from mmcl.losses.soft_targets import soft_target_cross_entropy
 from mmcl.losses.swav import sinkhorn, swav
+from mmcl.losses.video_qa import masked_answer_contrast
 
 __all__ = [
     "activation_boundary",
@@ -58,6 +59,7 @@ __all__ = [
     "knowledge_distillation",
     "local_mutual_information",
     "m3co",
+    "masked_answer_contrast",
     "moco",
     "mv_dhel",
     "mv_info_nce",

@@ -37,10 +37,13 @@ def m3co(mixed: Tensor, fixed: Tensor, beta: Tensor, permutation: Tensor, *, tem
     positive("temperature", temperature)
     if beta.shape != (len(mixed),) or permutation.shape != (len(mixed),):
         raise ValueError(f"beta and permutation must be ({len(mixed)},), got {beta.shape} and {permutation.shape}")
-    logits = unit(mixed) @ unit(fixed).T / temperature
+    mixed, fixed = unit(mixed), unit(fixed)
     targets = torch.diag(beta).scatter_add(1, permutation[:, None], (1 - beta)[:, None])
-    directions = [(targets * logits.log_softmax(1)).sum(1), (targets * logits.log_softmax(0)).sum(0)]
-    return -row_mean(torch.stack(directions).mean(0))
+    directions = [
+        soft_target_contrast(mixed, fixed, targets, temperature=temperature),
+        soft_target_contrast(fixed, mixed, targets.T, temperature=temperature),
+    ]
+    return row_mean(torch.stack(directions).mean(0))
 
 
 @full_precision
@@ -68,8 +71,56 @@ def soft_clip(a: Tensor, b: Tensor, *, temperature: float | Tensor, detach_targe
     matrices(a=a, b=b)
     positive("temperature", temperature)
     a, b = unit(a), unit(b)
-    targets = (b @ b.T / temperature).softmax(1)
+    return row_mean(soft_clip_rows((a, b), (a, b), temperature=temperature, detach_targets=detach_targets))
+
+
+def soft_clip_rows(
+    own: tuple[Tensor, Tensor],
+    everyone: tuple[Tensor, Tensor],
+    hidden: Tensor | None = None,
+    *,
+    temperature: float | Tensor,
+    detach_targets: bool,
+) -> Tensor:
+    """:func:`soft_clip` of each own row, ``(B,)``: unit rows ``a``, ``b`` of this rank, then of all ranks ``(N, D)``.
+
+    ``hidden`` bool ``(B, N)``: left out of targets and candidates.
+    """
+    logits = own[1] @ everyone[1].T / temperature
+    logits = logits if hidden is None else logits.masked_fill(_some(hidden), -torch.inf)
+    targets = logits.softmax(1)
     targets = targets.detach() if detach_targets else targets
-    logits = a @ b.T / temperature
-    directions = [(targets * each.log_softmax(1)).sum(1) for each in (logits, logits.T)]
-    return -row_mean(torch.stack(directions).mean(0))
+    directions = [
+        soft_target_contrast(queries, candidates, targets, hidden, temperature=temperature)
+        for queries, candidates in ((own[0], everyone[1]), (own[1], everyone[0]))
+    ]
+    return torch.stack(directions).mean(0)
+
+
+def soft_target_contrast(
+    queries: Tensor,
+    candidates: Tensor,
+    targets: Tensor,
+    hidden: Tensor | None = None,
+    *,
+    temperature: float | Tensor,
+) -> Tensor:
+    """−Σ targets · log softmax of ⟨query, candidate⟩ / temperature, ``(B,)``.
+
+    Args:
+        queries: unit rows ``(B, D)``.
+        candidates: unit rows ``(N, D)``.
+        targets: ``(B, N)`` ≥ 0, taken as they are.
+        hidden: bool ``(B, N)``, candidates that a query does not see; a query that sees none gives 0.
+        temperature: divides the cosine.
+    """
+    logits = queries @ candidates.T / temperature
+    if hidden is None:
+        return -(targets * logits.log_softmax(1)).sum(1)
+    scores = logits.masked_fill(_some(hidden), -torch.inf).log_softmax(1)
+    return -(targets * scores.masked_fill(hidden, 0.0)).sum(1)
+
+
+def _some(hidden: Tensor) -> Tensor:
+    """Where all of a row is hidden none is: a softmax over nothing would be NaN."""
+    return hidden & ~hidden.all(1, keepdim=True)

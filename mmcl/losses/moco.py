@@ -39,13 +39,23 @@ def moco(queries: Tensor, keys: Tensor, queue: Tensor, *, temperature: float | T
 
 @full_precision
 def moco_rows(
-    queries: Tensor, keys: Tensor, queue: Tensor, filled: Tensor | None = None, *, temperature: float | Tensor
+    queries: Tensor,
+    keys: Tensor,
+    queue: Tensor,
+    filled: Tensor | None = None,
+    *,
+    temperature: float | Tensor,
+    hard: tuple[Tensor, Tensor] | None = None,
 ) -> Tensor:
-    """:func:`moco` of each row, ``(B,)``. ``filled`` bool ``(K,)``: rows of the queue that hold a key; None: all."""
+    """:func:`moco` of each row, ``(B,)``. ``filled`` bool ``(K,)``: rows of the queue that hold a key; None: all.
+
+    ``hard``: one more negative of each row, float ``(B, D)``, with a gradient, and bool ``(B,)``: which rows have one.
+    """
     queries, keys, queue = unit(queries), unit(keys.detach()), unit(queue.detach())
     positives = (queries * keys).sum(1, keepdim=True)
     negatives = queries @ queue.T
     if filled is not None:
         negatives = negatives.masked_fill(~filled, float("-inf"))
-    logits = torch.cat([positives, negatives], dim=1) / temperature
+    own = [] if hard is None else [(queries * unit(hard[0])).sum(1).masked_fill(~hard[1], float("-inf"))[:, None]]
+    logits = torch.cat([positives, negatives, *own], dim=1) / temperature
     return -logits.log_softmax(1)[:, 0]

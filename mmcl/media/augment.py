@@ -3,15 +3,16 @@
 Parameters by name, one row each (``mmcl.media.augmentation`` draws them):
 
 video, uint8 ``(B, T, C, H, W)``, the same for all frames of a row, in this order
-    ``crop_box`` int64 ``(B, 4)`` top, left, height, width in pixels · ``flip`` bool · ``rotation_degrees`` float32 ·
-    ``brightness``, ``contrast``, ``saturation`` float32 factors · ``hue`` float32 in full circles · ``grey`` bool ·
-    ``blur_sigma`` float32 pixels · ``erase_frame`` int64 · ``erase_strength`` float32
+    ``crop_box`` int64 ``(B, 4)`` top, left, height, width in pixels · ``flip`` bool · ``turns`` int64 quarters and
+    ``rotation_degrees`` float32, counter-clockwise · ``brightness``, ``contrast``, ``saturation`` float32 factors ·
+    ``hue`` float32 in full circles · ``grey`` bool · ``blur_sigma`` float32 pixels · ``erase_frame`` int64 ·
+    ``erase_strength`` float32
 motion, float32 ``(B, T, 2, S, S)``: by what the augmentation does to pictures, of that only
     ``crop_share`` float32 ``(B, 4)`` top, left, height, width as shares of the picture · ``flip`` bool
 audio, float32 ``(B, S)``
     ``gain`` float32 factor · ``shift_samples`` int64 · ``frequency_masks`` float32 ``(B, n, 2)`` lowest and highest Hz
     · ``time_masks`` int64 ``(B, n, 2)`` start and length in samples
-text, int64 ``(B, L)``
+text, int64 ``(B, L)``; of questions ``(B, K + J, L)``, without ``token_targets``
     ``token_seed`` int64 · ``token_swap``, ``token_delete``, ``token_mask``, and of the masked ones
     ``token_mask_random``, ``token_mask_keep``, float32 probabilities; afterwards also
     ``token_targets`` int64 ``(B, L)``: the token that a masked place had, −1 elsewhere
@@ -29,7 +30,7 @@ from mmcl.media.augment_audio import augment_audio
 from mmcl.media.augment_tokens import augment_tokens
 from mmcl.media.augment_video import augment_motion, augment_video, background_erase
 from mmcl.media.augmentation import mask_id, vocabulary
-from mmcl.types import AudioSpec, Batch, MotionSpec, TextSpec, VectorSpec, View, ViewBatch
+from mmcl.types import READ, AudioSpec, Batch, MotionSpec, QuestionSpec, TextSpec, VectorSpec, View, ViewBatch
 
 __all__ = ["augment", "augment_audio", "background_erase"]
 
@@ -45,9 +46,11 @@ def augment(batch: Batch) -> Batch:
 
 def _augment_view(view: View, values: ViewBatch) -> ViewBatch:
     spec = view.spec
+    if isinstance(spec, READ) and "token_seed" not in values.params:
+        return values
+    if isinstance(spec, QuestionSpec):
+        return _augment_questions(spec, values)
     if isinstance(spec, TextSpec):
-        if "token_seed" not in values.params:
-            return values
         assert values.mask is not None
         special = tuple(getattr(spec.tokenizer, "special_ids", ()))
         ids, mask, targets = augment_tokens(
@@ -71,3 +74,25 @@ def _augment_view(view: View, values: ViewBatch) -> ViewBatch:
             values, data=augment_motion(values.data, values.params, side=spec.side, corrected=spec.corrected)
         )
     return replace(values, data=augment_video(values.data, values.params, size=spec.size))
+
+
+def _augment_questions(spec: QuestionSpec, values: ViewBatch) -> ViewBatch:
+    """All texts of a row draw the same numbers: what candidates share, the question, is changed alike."""
+    assert values.mask is not None
+    ids, mask, _ = augment_tokens(
+        values.data.flatten(0, 1),
+        values.mask.flatten(0, 1),
+        {
+            name: x.repeat_interleave(values.data.shape[1])
+            for name, x in values.params.items()
+            if name.startswith("token_")
+        },
+        mask_id=mask_id(spec) or 0,
+        special_ids=tuple(getattr(spec.tokenizer, "special_ids", ())),
+        vocabulary=vocabulary(spec) or 0,
+    )
+    return replace(
+        values,
+        data=ids.view_as(values.data) * values.present[:, None, None],
+        mask=mask.view_as(values.mask),
+    )

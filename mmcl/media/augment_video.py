@@ -16,6 +16,7 @@ LUMA = (0.2989, 0.587, 0.114)
 _GEOMETRY = ("crop_box", "flip")
 _NAMES = (
     *_GEOMETRY,
+    "turns",
     "rotation_degrees",
     "brightness",
     "contrast",
@@ -69,6 +70,8 @@ def _augment_rows(frames: Tensor, params: Mapping[str, Tensor], size: int) -> Te
     x = frames.float()
     if frames.shape[-1] != size or any(name in params for name in _GEOMETRY):
         x = crop_and_flip(x, params.get("crop_box"), params.get("flip"), size)
+    if "turns" in params:
+        x = quarter_turns(x, params["turns"])
     if "rotation_degrees" in params:
         x = rotate(x, params["rotation_degrees"])
     if "brightness" in params:
@@ -177,6 +180,15 @@ def _separable(x: Tensor, vertical: Tensor, horizontal: Tensor) -> Tensor:
     turned = across.view(B, T * C, H, wide).transpose(2, 3).reshape(B, T * C * wide, H)
     down = torch.bmm(turned, vertical.transpose(1, 2))
     return down.view(B, T, C, wide, high).transpose(3, 4).contiguous()
+
+
+def quarter_turns(x: Tensor, turns: Tensor) -> Tensor:
+    """``(B, T, C, H, H)``: each row turned counter-clockwise by ``turns (B,)`` quarters, exactly."""
+    turned = torch.empty_like(x)
+    for number in range(4):
+        rows = turns % 4 == number
+        turned[rows] = x[rows].rot90(number, (-2, -1))
+    return turned
 
 
 def rotate(x: Tensor, degrees: Tensor) -> Tensor:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -20,6 +22,12 @@ def device_uniform(*words: Tensor | int) -> Tensor:
         x = (x ^ _shift_right(x, 27)) * second
         state = x ^ _shift_right(x, 31)
     return _shift_right(state, 11).double() * 2.0**-53
+
+
+def device_normal(*words: Tensor | int) -> Tensor:
+    """float64, standard normal (Box & Muller 1958): a pure function of the words, as :func:`device_uniform`."""
+    radius = (-2 * (1 - device_uniform(*words, 0)).log()).sqrt()
+    return radius * (2 * math.pi * device_uniform(*words, 1)).cos()
 
 
 def _shift_right(x: Tensor, bits: int) -> Tensor:

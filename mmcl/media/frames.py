@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Literal, Protocol, TypeAlias
+from typing import Literal, Protocol, TypeAlias, get_args
 
 import numpy as np
 
 from mmcl.media.probe import MAX_PIXELS
 from mmcl.types import SampleError
 
-Fit: TypeAlias = Literal["crop", "squash"]
+Fit: TypeAlias = Literal["crop", "squash", "crop_start", "crop_end"]
+"""scale the short side and cut out the centre, the start or the end of the long one; or scale both sides"""
+FITS: tuple[Fit, ...] = get_args(Fit)
 Wanted: TypeAlias = tuple[Sequence[int] | np.ndarray, int | None, Fit]
 """frame numbers, and the size and fit in which they are wanted"""
 
@@ -51,7 +53,7 @@ class ScalingReader(VideoReader, Protocol):
 
 
 def scaled_size(height: int, width: int, size: int | None, fit: Fit) -> tuple[int, int]:
-    """(height, width) to scale a picture to, before its centre is cut out.
+    """(height, width) to scale a picture to, before a square is cut out.
 
     Raises ``SampleError("too_large")`` where the picture, before or after, is larger than ``MAX_PIXELS``.
     """
@@ -69,11 +71,12 @@ def scaled_size(height: int, width: int, size: int | None, fit: Fit) -> tuple[in
     return scaled
 
 
-def centre_crop(pictures: np.ndarray, size: int | None) -> np.ndarray:
+def square_crop(pictures: np.ndarray, size: int | None, fit: Fit = "crop") -> np.ndarray:
     """``(…, H, W, C)`` -> ``(…, size, size, C)``, a view; None: unchanged."""
     if size is None:
         return pictures
-    top, left = (pictures.shape[-3] - size) // 2, (pictures.shape[-2] - size) // 2
+    share = {"crop_start": 0, "crop_end": 2}.get(fit, 1)
+    top, left = ((side - size) * share // 2 for side in pictures.shape[-3:-1])
     return pictures[..., top : top + size, left : left + size, :]
 
 

@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
 
-from mmcl.media.frames import Fit, centre_crop, scaled_size
+from mmcl.media.frames import Fit, scaled_size, square_crop
 from mmcl.media.probe import MAX_PIXELS, MediaSource, short_message
 from mmcl.types import SampleError
 
@@ -32,7 +32,7 @@ def decode_image(data: MediaSource, *, size: int | None = None, fit: Fit = "crop
     if size is not None:
         height, width = scaled_size(image.height, image.width, size, fit)
         image = image.resize((width, height), Image.Resampling.BILINEAR)
-    return np.ascontiguousarray(centre_crop(np.asarray(image), size).transpose(2, 0, 1))
+    return np.ascontiguousarray(square_crop(np.asarray(image), size, fit).transpose(2, 0, 1))
 
 
 def _decoded(content: bytes | bytearray | memoryview, size: int | None) -> Image.Image:

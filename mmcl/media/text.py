@@ -85,6 +85,10 @@ class ByteTokenizer:
             mask[i, : max(1, len(row))] = True
         return ids, mask
 
+    def cut(self, texts: Sequence[str]) -> list[bool]:
+        """Which texts are longer than ``max_tokens``."""
+        return [len(text.lower().encode("utf-8", errors="replace")) > self.max_tokens for text in texts]
+
     def _encode(self, text: str) -> bytes:
         encoded = text.lower().encode("utf-8", errors="replace")
         if len(encoded) <= self.max_tokens:

@@ -5,7 +5,7 @@ Open a reader in the process that reads it (never before a fork) and use it from
 
 from __future__ import annotations
 
-from mmcl.media.frames import Fit, ScalingReader, VideoReader
+from mmcl.media.frames import FITS, Fit, ScalingReader, VideoReader
 from mmcl.media.probe import MediaSource
 from mmcl.media.video_decord import DecordReader, DecordRefusedError
 from mmcl.media.video_pyav import PyAVReader
@@ -25,8 +25,9 @@ def open_video(
     """Opens the video stream of a file for reading single frames.
 
     ``size``: frames come out as ``size`` × ``size`` pixels (None: as they are displayed). ``fit="crop"`` scales the
-    short side to ``size`` and cuts out the centre, ``"squash"`` scales both sides. ``source_size`` is the displayed
-    (height, width) where the caller knows it, which saves decord a look at the file.
+    short side to ``size`` and cuts out the centre (``"crop_start"``, ``"crop_end"``: the start or end of the long
+    side), ``"squash"`` scales both sides. ``source_size`` is the displayed (height, width) where the caller knows it,
+    which saves decord a look at the file.
     All decoders give the same frames. decord gives way to PyAV where it is not installed, where it refuses a file, and
     for files that it is known to get wrong: edit lists, containers without an index, a rotation in MKV, and, where the
     height is kept, 4:2:0 of more than 8 bits, of odd height or with another width. torchcodec gives way for containers
@@ -36,8 +37,8 @@ def open_video(
     Raises ``SampleError``: ``missing_file``, ``unreadable``, ``empty``, ``not_media``, ``no_video_stream``,
     ``too_large``, ``truncated``, ``decode``; ``ConfigError`` for an unknown decoder or one that is not installed.
     """
-    if fit not in ("crop", "squash"):
-        raise ConfigError(f"fit is {fit!r}; allowed: 'crop', 'squash'")
+    if fit not in FITS:
+        raise ConfigError(f"fit is {fit!r}; allowed: {', '.join(map(repr, FITS))}")
     if decoder == "pyav":
         return PyAVReader(data, size, fit, threads)
     if decoder not in ("decord", "torchcodec"):

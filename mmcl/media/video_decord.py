@@ -9,7 +9,7 @@ from pathlib import Path
 
 import numpy as np
 
-from mmcl.media.frames import Fit, centre_crop, checked, has_index, is_matroska, scaled_size
+from mmcl.media.frames import Fit, checked, has_index, is_matroska, scaled_size, square_crop
 from mmcl.media.probe import MediaSource, VideoInfo, best_stream, open_container, origin_seconds, probe, read_head
 from mmcl.media.video_pyav import PyAVReader
 from mmcl.media.windows import frame_indices
@@ -66,7 +66,7 @@ class DecordReader:
         numbers, places = checked(indices, len(self.frame_times_seconds))
         if self._instead is None:
             try:
-                pictures = centre_crop(self._reader.get_batch(numbers).asnumpy(), self._size)
+                pictures = square_crop(self._reader.get_batch(numbers).asnumpy(), self._size, self._fit)
                 return np.ascontiguousarray(pictures[places].transpose(0, 3, 1, 2))
             except self._errors:
                 self._instead = PyAVReader(self._data, self._size, self._fit, self._threads)

@@ -9,7 +9,7 @@ import numpy as np
 from av.video.reformatter import VideoReformatter
 
 from mmcl.media.frame_table import FrameTable
-from mmcl.media.frames import Fit, Wanted, centre_crop, channels_first, checked, scaled_size
+from mmcl.media.frames import Fit, Wanted, channels_first, checked, scaled_size, square_crop
 from mmcl.media.probe import (
     DECODE_ERRORS,
     MAX_PIXELS,
@@ -178,7 +178,7 @@ class PyAVReader:
         height, width = scaled_size(*shown, size, fit)
         if size is None:  # frames may change their size in mid-stream; the first one decides
             height, width = self._shape = self._shape or (height, width)
-        return centre_crop(scale_picture(frame, height, width, turns), size)
+        return square_crop(scale_picture(frame, height, width, turns), size, fit)
 
     @property
     def shared_container(self) -> Any:

@@ -1,4 +1,4 @@
-"""Time windows: where they lie in a source and which frames they show. Pure arithmetic on one clock.
+"""Time windows: where they lie in a source and which frames they show; pairs of clips that overlap. Pure arithmetic.
 
 The clock of a source starts at its container's start time and is shared by all its streams, so that one
 ``Window`` names the same instants of picture and sound.
@@ -9,14 +9,17 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal, TypeAlias
+from typing import Any, Literal, TypeAlias
 
 import numpy as np
 
 from mmcl.hashing import uniform as hashed_uniform
+from mmcl.types import DEFAULT_OVERLAP, Overlap
 
 Rule: TypeAlias = Literal["random", "even"]
 Short: TypeAlias = Literal["loop", "hold"]
+Box: TypeAlias = tuple[int, int, int, int]
+"""top, left, height, width in pixels"""
 
 REDRAWS = 100
 """tries to meet the limits of a gap before the distances are made to fit"""
@@ -224,3 +227,115 @@ def frame_indices(frame_times_seconds: np.ndarray, wanted_seconds: np.ndarray) -
         raise ValueError("a source without frames shows nothing")
     found = np.searchsorted(frame_times_seconds, np.asarray(wanted_seconds) + TOLERANCE_SECONDS, side="right") - 1
     return np.maximum(found, 0).astype(np.int64)
+
+
+@dataclass(frozen=True, slots=True)
+class ClipPair:
+    """Two clips of one source, and how much of a clip the other shows too."""
+
+    starts: tuple[int, int]
+    """number of the first frame of each"""
+    boxes: tuple[Box, Box]
+    """what each shows of the picture; of equal size"""
+    speed: int | None
+    """distance of the frames of a clip; None: the source is too short for any, and clips start over within"""
+    time_rate: float | None
+    """share of a clip's time that both show; None where ``speed`` is"""
+    space_rate: float
+    """share of a box's area that lies in both"""
+
+
+def overlap_clips(
+    source_frames: int, picture: tuple[int, int], *, frames: int, words: Sequence[int], how: Overlap = DEFAULT_OVERLAP
+) -> ClipPair:
+    """A pair of clips of ``frames`` frames with a drawn overlap in time and in space; ``words`` decide which.
+
+    Speed, both rates and the order of the clips are drawn first, each evenly and without regard to the others, and
+    then a place for the pair as a whole, evenly in what room there is: nothing has to be drawn again, so that no rate
+    is rarer than another and none shows in the speed. With a span of ``s = (frames − 1) · speed`` the clips start
+    exactly ``int((1 − rate) · s)`` frames apart, and both lie inside the source, a frame taking the time of ``speed``
+    frames of the source. Speeds are those that leave room for every rate; a source too short for that gives the
+    slowest, and the rates that fit; one too short for a single clip at that has no rate and no speed.
+
+    Boxes are of equal size, inside the picture; their intersection over the area of one, not over that of both, is
+    the rate, within ``(w + h) / (w · h)`` for whole pixels. Where no shape of the intersection fits in, the box is
+    drawn again, in the end as half the picture's sides.
+
+    Args:
+        source_frames: of the source, at least 0.
+        picture: (height, width) in pixels, at least 2.
+        frames: of a clip, at least 1.
+        words: integers.
+        how: rates, speeds and size of the boxes.
+
+    Raises:
+        ValueError: a number is smaller than that.
+
+    Source: Zhang et al. 2022 (arXiv 2112.08913), section 3; the placing of pairs is ours.
+
+    >>> pair = overlap_clips(300, (128, 128), frames=16, words=(0, 1))
+    >>> abs(pair.starts[1] - pair.starts[0]) == int((1 - pair.time_rate) * 15 * pair.speed)
+    True
+    """
+    if source_frames < 0 or frames < 1 or min(picture) < 2:
+        raise ValueError(
+            f"need source_frames >= 0, frames >= 1, pictures of 2 × 2, got {source_frames, frames, picture}"
+        )
+    u = hashed_uniform(*words, np.arange(5)).tolist()
+    starts, speed, time_rate = _overlap_in_time(source_frames, frames, u, how)
+    space_rate = _pick(how.rates, u[4])
+    boxes = _overlap_in_space(picture, space_rate, words, how)
+    return ClipPair(starts, boxes, speed, time_rate, space_rate)
+
+
+def _pick(values: Sequence[Any], u: float) -> Any:
+    return values[int(u * len(values))]
+
+
+def _overlap_in_time(
+    source_frames: int, frames: int, u: Sequence[float], how: Overlap
+) -> tuple[tuple[int, int], int | None, float | None]:
+    def distance(speed: int, rate: float) -> int:
+        return int((1 - rate) * (frames - 1) * speed)
+
+    def room(speed: int, rate: float) -> int:
+        return source_frames - frames * speed - distance(speed, rate)
+
+    speeds = [speed for speed in how.speeds if all(room(speed, rate) >= 0 for rate in how.rates)] or [min(how.speeds)]
+    speed = _pick(speeds, u[0])
+    rates = [rate for rate in how.rates if room(speed, rate) >= 0]
+    if not rates:
+        return (0, 0), None, None
+    rate = _pick(rates, u[1])
+    first = int(u[2] * (room(speed, rate) + 1))
+    second = first + distance(speed, rate)
+    return ((first, second) if u[3] < 0.5 else (second, first)), speed, rate
+
+
+def _overlap_in_space(picture: tuple[int, int], rate: float, words: Sequence[int], how: Overlap) -> tuple[Box, Box]:
+    sides = np.array(picture)
+    u = hashed_uniform(*words, np.arange(REDRAWS + 1)[:, None], np.arange(7))
+    areas = (how.area[0] + (how.area[1] - how.area[0]) * u[:, 0]) * sides.prod()
+    low, high = np.log(how.aspect)
+    roots = np.exp((low + (high - low) * u[:, 1]) / 2)
+    sizes = np.stack([np.sqrt(areas) / roots, np.sqrt(areas) * roots], 1)
+    sizes = np.clip(np.rint(sizes), 1, sides).astype(np.int64)
+    sizes[-1] = sides // 2  # any rate fits in
+    tries = ((size, _intersections(size, sides, rate), numbers) for size, numbers in zip(sizes, u, strict=True))
+    size, shapes, numbers = next(found for found in tries if len(found[1]))
+    away = size - shapes[int(numbers[2] * len(shapes))]
+    corner = (numbers[3:5] * (sides - size - away + 1)).astype(np.int64)
+    other_way = numbers[5:7] < 0.5
+    first, second = corner + np.where(other_way, away, 0), corner + np.where(other_way, 0, away)
+    height, width = size.tolist()
+    boxes = [(*place.tolist(), height, width) for place in (first, second)]
+    return boxes[0], boxes[1]
+
+
+def _intersections(size: np.ndarray, sides: np.ndarray, rate: float) -> np.ndarray:
+    """int64 ``(n, 2)``: height and width of the intersections of that rate with which two boxes lie in the picture."""
+    height, width = size.tolist()
+    wide = np.arange(int(rate * width), width + 1).clip(min=1)
+    shapes = np.stack([np.minimum((rate * width * height / wide).astype(np.int64), height), wide], 1)
+    inside: np.ndarray = shapes[(2 * size - shapes <= sides).all(axis=1)]
+    return inside

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -67,8 +67,12 @@ class Objective(nn.Module):
     """the option that makes this objective learn from labels, where it does"""
     watched: tuple[str, ...] = ()
     """metrics that are losses of their own, each of which should teach something"""
+    pools: bool = False
+    """whether its negatives keep to the pools of a batch"""
     masking: Mapping[str, str] = {}
     """option: the augmentation that it names, which has to mask tokens of texts"""
+    mixing: Mapping[str, tuple[str, str]] = {}
+    """option: a modality and the augmentation that the option names, which has to mix rows of that modality"""
     remarks: tuple[str, ...] = ()
     """what a run says of it at its start, with the path of the option"""
     start_temperatures: Mapping[str, float] = {}
@@ -79,6 +83,9 @@ class Objective(nn.Module):
 
     def commit(self, pending: Mapping[str, Any]) -> None:
         """Advances queues, pointers and prototypes. Most objectives have none."""
+
+    def load_pretrained(self) -> None:
+        """Takes up the first weights that its options name. Most objectives have none."""
 
     def ema_pairs(self) -> Iterable[tuple[nn.Module, nn.Module]]:
         """(online, momentum copy) of the heads that this objective owns."""
@@ -91,7 +98,9 @@ class ObjectiveMix(nn.Module):
     ``negatives`` in its metrics: how many others of the batch, in the mean, a row shares no key, caption or group with.
     """
 
-    def __init__(self, objectives: Mapping[str, Objective], weights: Mapping[str, float | Ramp]) -> None:
+    def __init__(
+        self, objectives: Mapping[str, Objective], weights: Mapping[str, float | Ramp], *, steps: int | None = None
+    ) -> None:
         super().__init__()
         if not objectives:
             raise ValueError("a mix needs at least one objective")
@@ -99,6 +108,8 @@ class ObjectiveMix(nn.Module):
             raise ValueError(f"weights {sorted(weights)} do not match objectives {sorted(objectives)}")
         self.objectives = nn.ModuleDict(objectives)
         self.weights = dict(weights)
+        self.steps = steps
+        """optimizer steps of the run, for objectives that change on the way"""
 
     @property
     def needs(self) -> tuple[Need, ...]:
@@ -131,13 +142,15 @@ class ObjectiveMix(nn.Module):
 
     def forward(self, embeddings: Embeddings, comm: Comm, *, step: int | None = None) -> Term:
         """The mix in optimizer step ``step``, counted from 0."""
+        if step is not None and self.steps is not None:
+            embeddings = replace(embeddings, progress=min(step / self.steps, 1.0))
         terms = {name: objective(embeddings, comm) for name, objective in self.each().items()}
         weights = self.weights_at(step)
         loss = torch.stack([weights[name] * term.loss for name, term in terms.items()]).sum()
         metrics = {name: term.loss.detach() for name, term in terms.items()}
         batch = embeddings.batch
         anything = torch.stack([view.present for view in batch.views.values()]).any(0)
-        metrics["negatives"] = mean_negatives(batch.groups, anything, comm)
+        metrics["negatives"] = mean_negatives(batch.groups, anything, comm, batch.pools)
         changing = (name for name, weight in self.weights.items() if isinstance(weight, Ramp))
         metrics.update({f"{name}/weight": loss.new_tensor(weights[name]).detach() for name in changing})
         for name, term in terms.items():

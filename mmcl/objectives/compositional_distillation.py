@@ -33,7 +33,7 @@ class CompositionalDistillationOptions(Options):
     student: str = "video"
     """the tower that learns"""
     teachers: Annotated[tuple[str, ...], Field(min_length=1)]
-    """frozen towers (``model.frozen``); they see the student's time window. A tower ``precomputed`` gives embeddings
+    """frozen towers (``lock: with_head``); they see the student's time window. A tower ``precomputed`` gives embeddings
     that are stored in the shards; a sample without one is a row without that teacher"""
     level: Literal["pooled", "joint"] = "pooled"
     """what student and teachers are compared by"""
@@ -219,8 +219,8 @@ def check_student_and_teachers(
         if name in [other for _, other in places[:number]]:
             raise ConfigError(f"{where}: {name!r} is already named as student or teacher")
         if name == student and not towers[name].trainable:
-            raise ConfigError(f"{where}: {name!r} is frozen and learns nothing; take it out of model.frozen")
-        if name != student and towers[name].trainable:
-            raise ConfigError(f"{where}: the teacher {name!r} is not frozen; add it to model.frozen")
+            raise ConfigError(f"{where}: {name!r} is frozen and learns nothing; set model.towers.{name}.lock to none")
+        if name != student and (towers[name].trainable or towers[name].trainable_head):
+            raise ConfigError(f"{where}: the teacher {name!r} is not frozen; set model.towers.{name}.lock to with_head")
         if level == "joint" and isinstance(towers[name].spec, VectorSpec):
             raise ConfigError(f"{path}.level: joint, but {name!r} holds stored embeddings; take pooled")

@@ -38,7 +38,7 @@ class ContrastiveDistillationOptions(Options):
     weight: Weight = 0.8
     student: str = "video"
     teacher: str
-    """a frozen tower (``model.frozen``); it sees the student's time window"""
+    """a frozen tower (``lock: with_head``); it sees the student's time window"""
     level: Literal["pooled", "joint"] = "pooled"
     width: Annotated[int, Field(ge=2)] = 128
     """of the space in which both are compared, a linear map each"""

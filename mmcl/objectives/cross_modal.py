@@ -74,6 +74,8 @@ Side = tuple[Need, ...]
 class CrossModal(Objective):
     """The mean over pairs of the contrastive loss of their joint embeddings, exact over all ranks."""
 
+    pools = True
+
     def __init__(self, options: CrossModalOptions, pairs: Mapping[str, tuple[Side, Side]]) -> None:
         super().__init__()
         self.options = options
@@ -114,6 +116,7 @@ class CrossModal(Objective):
                 unpaired_negatives=self.options.unpaired_negatives,
                 form=self.form,
                 bias=self.biases.get(scale, 0.0),
+                pools=embeddings.batch.pools,
             )
             losses.append(loss)
             metrics[f"loss/{name}"] = loss.detach()

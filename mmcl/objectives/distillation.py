@@ -79,7 +79,7 @@ class DistillationOptions(Options):
     method: MethodName
     student: str = "video"
     teacher: str
-    """a frozen tower (``model.frozen``); it sees the student's time window"""
+    """a frozen tower (``lock: with_head``); it sees the student's time window"""
     levels: tuple[tuple[Level, Level], ...] = ()
     """pairs (student's, teacher's) of ``pooled``, ``joint``, ``tokens``, ``stage:NAME``, whose losses are added up;
     flow and kdsvd take exactly two, one after the other. Empty: pooled, or tokens for methods that compare maps"""

@@ -23,12 +23,26 @@ from mmcl.objectives.view_methods import (
     PredictionOptions,
     QueueMethod,
     QueueOptions,
+    SquaredMethod,
+    TripletMethod,
+    TripletOptions,
     VICRegMethod,
     VICRegOptions,
 )
-from mmcl.objectives.views import Count, Norm, PositiveFloat, PositiveInt, Reduction, ViewSet, learning_tower
+from mmcl.objectives.views import (
+    Count,
+    EraseViewsOptions,
+    MethodOptions,
+    Norm,
+    PositiveFloat,
+    PositiveInt,
+    Reduction,
+    ViewSet,
+    erased,
+    learning_tower,
+)
 from mmcl.objectives.weights import Weight
-from mmcl.types import ConfigError, TextSpec, TowerInfo, VideoSpec, View
+from mmcl.types import TIMED, ConfigError, TextSpec, TowerInfo, VideoSpec, View
 
 
 class SimCLROptions(ContrastOptions):
@@ -63,6 +77,9 @@ class MoCoOptions(QueueOptions):
     temperature: PositiveFloat = 0.2
     symmetric: bool = False
     """every view asks and gives keys; otherwise the first asks and the others give keys"""
+    hard_negative: bool = False
+    """another time of the same sample is one more negative of each row, with a gradient (arXiv 2009.05769); ``sampling:
+    {overlap: false}`` keeps the two apart, and a sample too short for both has none"""
 
 
 class BYOLOptions(PredictionOptions):
@@ -108,6 +125,26 @@ class IntraVICRegOptions(VICRegOptions):
     norm: Norm = "batch"
 
 
+class BackgroundTripletOptions(TripletOptions):
+    """A view lies nearer to the other one than to another time of the same sample, and than to other times of the other
+    samples, by a margin of the distance of unit rows (Wang et al. 2021, arXiv 2009.05769: triplet form).
+
+    The authors' code takes the next row of the batch as the other sample; this is the mean over all of them.
+    """
+
+    name: Literal["triplet"] = "triplet"
+
+
+class SquaredOptions(MethodOptions):
+    """The mean squared difference of two views (Wang et al. 2021, arXiv 2009.05769: simple form).
+
+    With ``erase`` and no augmentation: of a clip and the same clip erased. Constant rows would do as well, so it comes
+    beside another objective.
+    """
+
+    name: Literal["mse"] = "mse"
+
+
 class SwAVOptions(AssignmentOptions):
     """Swapped prediction of balanced codes, with multi-crop (Caron et al. 2020, arXiv 2006.09882).
 
@@ -134,16 +171,23 @@ IntraModalMethod: TypeAlias = Annotated[
     | SimSiamOptions
     | BarlowTwinsOptions
     | IntraVICRegOptions
+    | BackgroundTripletOptions
+    | SquaredOptions
     | SwAVOptions,
     Field(discriminator="name"),
 ]
 
 
 class IntraModalOptions(Options):
-    """Views of one tower's input agree, by one of nine methods.
+    """Views of one tower's input agree, by one of eleven methods.
 
     Needs: one tower that learns; different views of its samples, by ``augmentation`` or ``windows: different``. Methods
-    moco and byol keep a momentum copy of the tower.
+    moco and byol keep a momentum copy of the tower. Methods moco with ``hard_negative`` and triplet read a second clip.
+
+    Background erasing (Wang et al. 2021, arXiv 2009.05769) is ``erase`` with any method; the authors' is moco with
+    ``hard_negative``, temperature 0.07 and out 128. Unlike the authors' code: each sample draws its own strength
+    (``per: batch`` draws one), the clip is mixed before its normalisation, which gives the same, from a copy, so that
+    no frame is mixed twice, the queue's place is part of a checkpoint, and keys of all ranks enter it.
     """
 
     name: Literal["intra_modal"] = "intra_modal"
@@ -155,6 +199,8 @@ class IntraModalOptions(Options):
     """a name in ``data.augmentations``; each view is a draw of its own"""
     windows: Literal["same", "different"] = "same"
     """all views of one time window, or each of its own"""
+    erase: EraseViewsOptions | None = None
+    """background erasing, of a video tower's clips"""
     reduction: Reduction = "mean"
     """over pairs of views (simclr, dcl, dclw, barlow, vicreg), asking views (moco, byol, simsiam) or coding views"""
 
@@ -181,10 +227,12 @@ def build(options: IntraModalOptions, towers: Mapping[str, TowerInfo], path: str
     """The objective for these towers.
 
     Raises:
-        ConfigError: an unknown or frozen tower, or views that its modality does not have.
+        ConfigError: an unknown or frozen tower, or views that its modality does not have, or that would be positives
+            and negatives at once.
     """
     tower = learning_tower(options.tower, towers, f"{path}.tower")
-    views, method = ViewSet(tower, _views(options, tower, path), options.reduction), options.method
+    own, method = erased(_views(options, tower, path), options.erase, tower, f"{path}.erase"), options.method
+    views = ViewSet(tower, own, options.reduction, negative=_negative(options, tower, path))
     everything = range(len(views.views))
     match method:
         case SimCLROptions():
@@ -202,6 +250,10 @@ def build(options: IntraModalOptions, towers: Mapping[str, TowerInfo], path: str
             return BarlowMethod(views, method)
         case IntraVICRegOptions():
             return VICRegMethod(views, method)
+        case BackgroundTripletOptions():
+            return TripletMethod(views, method)
+        case SquaredOptions():
+            return SquaredMethod(views, method)
         case SwAVOptions():
             return AssignmentMethod(views, method, coding=range(options.views))
 
@@ -225,3 +277,15 @@ def _views(options: IntraModalOptions, tower: TowerInfo, path: str) -> tuple[Vie
         crops = range(options.views, options.views + options.method.crops)
         views += [View(spec, augmentation=options.method.crop_augmentation, copy=i) for i in crops]
     return tuple(views)
+
+
+def _negative(options: IntraModalOptions, tower: TowerInfo, path: str) -> View | None:
+    """Another time of each sample, where the method tells it from this one."""
+    triplet = isinstance(options.method, BackgroundTripletOptions)
+    if not triplet and not (isinstance(options.method, MoCoOptions) and options.method.hard_negative):
+        return None
+    if not isinstance(tower.spec, TIMED):
+        raise ConfigError(f"{path}.method: a negative of another time needs video or audio; {tower.name!r} has no time")
+    if options.windows == "different":
+        raise ConfigError(f"{path}.windows: 'different', but another time of a sample is a negative here, no positive")
+    return View(tower.spec, clip=1, augmentation=options.augmentation)

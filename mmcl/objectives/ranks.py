@@ -26,7 +26,7 @@ def all_rows(x: Tensor, present: Tensor, comm: Comm) -> Tensor:
 
 
 def related_rows(groups: Tensor, comm: Comm) -> Tensor:
-    """bool ``(B, N)``: which rows of all ranks share a number with an own row; ``groups`` as in a batch."""
+    """bool ``(B, N)``: which rows of all ranks share a number with an own row; ``groups`` int64 ``(B, G)``."""
     everyone = comm.gather(groups)
     return ((groups[:, None] == everyone) & (groups[:, None] >= 0)).any(2)
 
@@ -46,24 +46,29 @@ def classification(logits: Tensor, labels: Tensor, rows: Tensor, comm: Comm) -> 
 
 
 @torch.no_grad()
-def mean_negatives(groups: Tensor, present: Tensor, comm: Comm) -> Tensor:
-    """How many other rows share no number with a row, 0-d: the mean over the present rows of all ranks.
+def mean_negatives(groups: Tensor, present: Tensor, comm: Comm, pools: Tensor | None = None) -> Tensor:
+    """How many other rows, of its pool, share no number with a row, 0-d: the mean over the present rows of all ranks.
 
-    ``groups`` int64 ``(B, G)`` as in a batch, ``present`` bool ``(B,)``. By counting equal numbers in every set of
-    columns (inclusion and exclusion), so no ``(N, N)`` matrix is made; G is small.
+    ``groups`` int64 ``(B, G)`` and ``pools`` ``(B,)`` as in a batch, ``present`` bool ``(B,)``. By counting equal
+    numbers in every set of columns (inclusion and exclusion), so no ``(N, N)`` matrix is made; G is small.
     """
-    everyone = comm.gather(torch.cat([groups, present[:, None].to(groups)], 1))
-    numbers, here = everyone[:, :-1], everyone[:, -1] > 0
+    pool = torch.zeros_like(present, dtype=torch.int64) if pools is None else pools
+    everyone = comm.gather(torch.cat([groups, pool[:, None], present[:, None].to(groups)], 1))
+    numbers, pool, here = everyone[:, :-2], everyone[:, -2], everyone[:, -1] > 0
+    met = _equal(pool.masked_fill(~here, -1))
     related = torch.zeros_like(everyone[:, 0])
     for size in range(1, numbers.shape[1] + 1):
         for columns in combinations(numbers.unbind(1), size):
-            code, counts = torch.zeros_like(related), here
+            code, counts = pool, here & (pool >= 0)
             for column in columns:
                 code, counts = (code * 6364136223846793005 + column) & (2**62 - 1), counts & (column >= 0)
-            code = code.masked_fill(~counts, -1)
-            ordered = code.sort().values
-            equal = torch.searchsorted(ordered, code, right=True) - torch.searchsorted(ordered, code)
-            related += (equal * (-1) ** (size + 1)).masked_fill(~counts, 0)
-    rows = here.sum()
-    others = (rows - related.clamp_min(1)).masked_fill(~here, 0)  # a row without any number is itself all the same
-    return others.sum() / rows.clamp_min(1)
+            related += (_equal(code.masked_fill(~counts, -1)) * (-1) ** (size + 1)).masked_fill(~counts, 0)
+    # a row without any number is itself all the same; one without a pool meets nobody
+    others = (met - related.clamp_min(1)).masked_fill(~here | (pool < 0), 0)
+    return others.sum() / here.sum().clamp_min(1)
+
+
+def _equal(numbers: Tensor) -> Tensor:
+    """For each of int64 ``(N,)`` how many equal it, itself included."""
+    ordered = numbers.sort().values
+    return torch.searchsorted(ordered, numbers, right=True) - torch.searchsorted(ordered, numbers)

@@ -61,6 +61,7 @@ class ContrastMethod(PairMethod):
     """NT-Xent (SimCLR), or what else ``form`` says, over the rows of all ranks."""
 
     form = Form()
+    pools = True
 
     def __init__(
         self, views: ViewSet, options: ContrastOptions, pairs: Sequence[tuple[int, int]] | None = None
@@ -80,6 +81,7 @@ class ContrastMethod(PairMethod):
                 present=present,
                 groups=groups,
                 form=self.form,
+                pools=embeddings.batch.pools,
             )
             for a, b in self.pairs
         ]
@@ -88,7 +90,7 @@ class ContrastMethod(PairMethod):
         """With the other samples that a row repels, in the mean."""
         groups = embeddings.batch.groups
         groups = groups if self.mask_false_negatives else torch.full_like(groups, -1)
-        negatives = mean_negatives(groups, self.present(embeddings), comm)
+        negatives = mean_negatives(groups, self.present(embeddings), comm, embeddings.batch.pools)
         return {**super().metrics(embeddings, comm), "negatives": negatives}
 
 
@@ -156,15 +158,19 @@ class QueueMethod(MultiView):
         present = self.present(embeddings)
         queries = self.project(embeddings)
         keys = {i: unit_rows(x) for i, x in self.project_momentum(embeddings).items()}
+        hard = self.project_hard(embeddings) if self.hard else None
         terms = []
         for i, query in queries.items():
-            rows = [self._rows(query, j, keys[j]) for j in self.view_set.positives(i) if j in keys]
+            rows = [self._rows(query, j, keys[j], hard) for j in self.view_set.positives(i) if j in keys]
             terms.append(comm.mean(torch.stack(rows).mean(0), present))
         sides: dict[str, list[Tensor]] = {}
         for j, key in keys.items():
             sides.setdefault("keys" if self._queue(j) is self.queue else "other_keys", []).append(key)
         pending = {name: present_keys(side, present, comm) for name, side in sides.items()}
-        return Term(self.reduce(terms), self.metrics(embeddings, comm), pending)
+        metrics = self.metrics(embeddings, comm)
+        if hard:
+            metrics["hard_negatives"] = comm.sum(hard[1].sum())
+        return Term(self.reduce(terms), metrics, pending)
 
     def _queue(self, view: int) -> KeyQueue:
         """Keys of one tower: its negatives would else be told apart by their modality alone."""
@@ -172,14 +178,66 @@ class QueueMethod(MultiView):
         assert isinstance(queue, KeyQueue)
         return queue
 
-    def _rows(self, query: Tensor, view: int, key: Tensor) -> Tensor:
+    def _rows(self, query: Tensor, view: int, key: Tensor, hard: tuple[Tensor, Tensor] | None) -> Tensor:
         queue = self._queue(view)
-        return moco_rows(query, key, queue.rows, queue.mask(), temperature=self.temperature)
+        return moco_rows(query, key, queue.rows, queue.mask(), temperature=self.temperature, hard=hard)
 
     def commit(self, pending: Mapping[str, Tensor]) -> None:
         self.queue.push(pending["keys"])
         if self.other_queue is not None:
             self.other_queue.push(pending["other_keys"])
+
+
+class TripletOptions(MethodOptions):
+    """A projector and a margin."""
+
+    margin: PositiveFloat = 0.5
+    mask_false_negatives: bool = True
+    """samples of equal key, caption or group are never each other's negatives"""
+
+
+class TripletMethod(PairMethod):
+    """A view lies nearer to the other than to another time of its sample, and than to those of other samples."""
+
+    def __init__(self, views: ViewSet, options: TripletOptions) -> None:
+        super().__init__(views, options)
+        self.margin, self.mask_false_negatives = options.margin, options.mask_false_negatives
+
+    def losses(self, projected: Mapping[int, Tensor], embeddings: Embeddings, comm: Comm) -> list[Tensor]:
+        present = self.present(embeddings)
+        hard, apart = self.project_hard(embeddings)
+        negatives = comm.gather(unit_rows(hard))
+        others = comm.gather(present) & present[:, None]
+        others &= comm.index(len(present), present.device)[:, None] != torch.arange(len(negatives), device=hard.device)
+        if self.mask_false_negatives:
+            groups = embeddings.batch.groups
+            others &= ~((groups[:, None] == comm.gather(groups)) & (groups[:, None] >= 0)).any(2)
+        losses = []
+        for a, b in self.pairs:
+            query, positive = unit_rows(projected[a]), unit_rows(projected[b])
+            near = _distance((query * positive).sum(1))
+            own = (near - _distance((query * unit_rows(hard)).sum(1)) + self.margin).relu()
+            with torch.autocast(query.device.type, enabled=False):
+                far = _distance(query @ negatives.T)
+            each = (near[:, None] - far + self.margin).relu().masked_fill(~others, 0)
+            of_others = each.sum(1) / others.sum(1).clamp_min(1)
+            losses.append(comm.mean(own, apart) + comm.mean(of_others, others.any(1)))
+        return losses
+
+
+def _distance(cosine: Tensor) -> Tensor:
+    """Between unit rows; the root has no gradient at 0."""
+    return (2 - 2 * cosine).clamp_min(1e-12).sqrt()
+
+
+class SquaredMethod(PairMethod):
+    """The mean squared difference of two views."""
+
+    def losses(self, projected: Mapping[int, Tensor], embeddings: Embeddings, comm: Comm) -> list[Tensor]:
+        present = self.present(embeddings)
+        with torch.autocast(present.device.type, enabled=False):
+            rows = {i: x if x.dtype == torch.float64 else x.float() for i, x in projected.items()}
+            return [comm.mean((rows[a] - rows[b]).square().mean(1), present) for a, b in self.pairs]
 
 
 class PredictionOptions(MethodOptions):

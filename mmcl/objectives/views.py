@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
-from typing import Annotated, Literal, TypeAlias
+from dataclasses import dataclass, replace
+from typing import Annotated, Any, Literal, TypeAlias
 
 import torch
-from pydantic import Field
+from pydantic import Field, field_validator
 from torch import Tensor, nn
 
 from mmcl.config import Options, unknown_name
@@ -16,7 +16,7 @@ from mmcl.distributed import Comm
 from mmcl.layers import MLPHead
 from mmcl.losses._math import unit
 from mmcl.objectives.base import Objective
-from mmcl.types import TIMED, ConfigError, Embeddings, Kind, Need, TowerInfo, VectorSpec, View
+from mmcl.types import TIMED, ConfigError, Embeddings, Erase, Kind, Need, TowerInfo, VectorSpec, VideoSpec, View
 
 PositiveInt = Annotated[int, Field(ge=1)]
 Count = Annotated[int, Field(ge=0)]
@@ -42,6 +42,49 @@ class MethodOptions(Options):
         return MLPHead(width, self.hidden, self.out, layers=self.layers, norm=self.norm)
 
 
+class EraseViewsOptions(Options):
+    """Background erasing (Wang et al. 2021, arXiv 2009.05769): one frame of a clip is laid over all of them, in what
+    asks and not in what answers. Momentum copies see the clip as it is; methods without copies compare what they get.
+    """
+
+    strength: tuple[Annotated[float, Field(ge=0, le=1)], Annotated[float, Field(ge=0, le=1)]] = (0.0, 0.3)
+    """[least, most] share of that frame, uniform"""
+    views: Literal["first", "all"] = "first"
+    """of the views of ``tower``, in their order"""
+    per: Literal["sample", "batch"] = "sample"
+    """each sample draws a share of its own, or one holds for the whole batch (the authors' code); frames are always
+    drawn for each sample"""
+
+    @field_validator("strength", mode="before")
+    @classmethod
+    def _tuple(cls, value: Any) -> Any:
+        return tuple(value) if isinstance(value, list) else value
+
+    @field_validator("strength")
+    @classmethod
+    def _ordered(cls, value: tuple[float, float]) -> tuple[float, float]:
+        if value[0] > value[1]:
+            raise ValueError("must be [smallest, largest]")
+        return value
+
+
+def erased(views: tuple[View, ...], options: EraseViewsOptions | None, tower: TowerInfo, path: str) -> tuple[View, ...]:
+    """The views of ``tower`` with those erased that ``options`` name.
+
+    Raises:
+        ConfigError: it is no video tower, or its clips have one frame; names ``path``.
+    """
+    if options is None:
+        return views
+    if not isinstance(tower.spec, VideoSpec) or tower.spec.frames < 2:
+        raise ConfigError(f"{path}: tower {tower.name!r} reads no clips of several frames, which alone can be erased")
+    erase = Erase(options.strength, options.per)
+    return tuple(
+        replace(view, erase=erase) if number == 0 or options.views == "all" else view
+        for number, view in enumerate(views)
+    )
+
+
 @dataclass(frozen=True)
 class ViewSet:
     """The views that one objective compares, and which of them attract each other."""
@@ -56,6 +99,8 @@ class ViewSet:
     """of ``other``; numbered on after ``own``"""
     own_clips: bool = True
     """views of one tower attract each other; those of two towers do where their times differ"""
+    negative: View | None = None
+    """of ``tower``, at another time: what a row is to be told from though it is of the same sample"""
 
     @property
     def views(self) -> tuple[View, ...]:
@@ -95,7 +140,8 @@ class MultiView(Objective):
         self.view_set, self.views, self.reduction = views, views.views, views.reduction
         self.online = {i: self._need(i, "online") for i in online}
         self.momentum = {i: self._need(i, "momentum") for i in momentum}
-        self.needs = (*self.online.values(), *self.momentum.values())
+        self.hard = None if views.negative is None else Need(views.tower.name, views.negative, ("pooled",), "online")
+        self.needs = (*self.online.values(), *self.momentum.values(), *([self.hard] if self.hard else []))
         self.projector = options.projector(views.tower.width)
         self.momentum_projector = frozen_copy(self.projector) if self.momentum else None
         self.other_projector = None if views.other is None else options.projector(views.other.width)
@@ -103,7 +149,8 @@ class MultiView(Objective):
         self.other_momentum_projector = frozen_copy(self.other_projector) if copied and self.other_projector else None
 
     def _need(self, view: int, kind: Kind) -> Need:
-        return Need(self.view_set.tower_of(view).name, self.views[view], ("pooled",), kind)
+        seen = self.views[view] if kind == "online" else replace(self.views[view], erase=None)
+        return Need(self.view_set.tower_of(view).name, seen, ("pooled",), kind)
 
     def of_tower(self, view: int, own: nn.Module | None, other: nn.Module | None) -> nn.Module:
         """What belongs to the tower of a view, of two parts that there are one per tower."""
@@ -113,7 +160,21 @@ class MultiView(Objective):
 
     def present(self, embeddings: Embeddings) -> Tensor:
         """bool ``(B,)``: rows that have every view."""
-        return embeddings.present(*self.views)
+        return embeddings.present(*(need.view for need in self.needs))
+
+    def project_hard(self, embeddings: Embeddings) -> tuple[Tensor, Tensor]:
+        """``(B, out)`` of another time of each sample, with a gradient, and bool ``(B,)``: where it is one.
+
+        In a source that is too short for two clips, or where ``data.sampling`` lets them overlap, it may not be.
+        """
+        assert self.hard is not None
+        spec, present = self.hard.view.spec, self.present(embeddings)
+        starts = [embeddings.batch.views[need.view].params["start_seconds"] for need in (self.online[0], self.hard)]
+        distance = (starts[1] - starts[0]).abs()
+        # with a stride the length of a clip is known to the data alone
+        strided = isinstance(spec, VideoSpec) and spec.stride is not None
+        apart = distance > 0 if strided else distance >= spec.seconds - 1e-6
+        return self.projector(embeddings.get(self.hard), present), present & apart
 
     def project(self, embeddings: Embeddings) -> dict[int, Tensor]:
         """``(B, out)`` of each online view, by its number; absent rows hold anything."""

@@ -154,6 +154,39 @@ def make(
         typer.echo(line)
 
 
+@app.command("import")
+def import_(
+    name: Annotated[
+        str,
+        typer.Argument(
+            help="The data set, by the name of its protocol: msrvtt_1k_a, msrvtt_full, msvd, didemo, activitynet, "
+            "lsmdc, vatex, audiocaps, clotho, vggsound, ucf101, hmdb51, k400, esc50 or urbansound8k."
+        ),
+    ],
+    annotations: Annotated[
+        Path,
+        typer.Argument(
+            help="Its public annotation file, such as MSRVTT_JSFUSION_test.csv; of ucf101 and hmdb51 the folder."
+        ),
+    ],
+    media: Annotated[Path, typer.Argument(help="Folder of its media; folders below it are searched too.")],
+    out: Annotated[Path, typer.Option(help="The table to write, a .jsonl, for `mmcl shards make`.")],
+    split: Annotated[str, typer.Option(help="Which split; default: the one that is evaluated on.")] = "",
+    fold: Annotated[int, typer.Option(help="Which of the official splits (ucf101, hmdb51: 1 to 3).")] = 1,
+    only: Annotated[
+        Path | None, typer.Option(help="A file whose lines begin with the items to take, such as msvd's test_list.txt.")
+    ] = None,
+) -> None:
+    """Turn the annotations of a public data set, and a folder of its media, into a table for `make`.
+
+    Items without media are left out, counted and named in a file beside the table; another names all classes.
+    """
+    from mmcl.shards.importers import import_annotations
+
+    for line in import_annotations(name, annotations, media, out, split=split, fold=fold, only=only).lines():
+        typer.echo(line)
+
+
 @app.command()
 def index(
     folder: Annotated[
@@ -288,6 +321,10 @@ def reshard(
         list[str] | None,
         typer.Option(help="NAME=FOLDER:MODALITY: rows that `mmcl embed` wrote become KEY.NAME.npy of their samples."),
     ] = None,
+    questions: Annotated[
+        str | None,
+        typer.Option(help="A JSONL file of multiple-choice questions about clips; they become KEY.qa.json."),
+    ] = None,
 ) -> None:
     """Write the same samples into other shards: of another size, shuffled over all of them, split, or merged.
 
@@ -304,6 +341,7 @@ def reshard(
         split_seed=split_seed,
         rename=rename,
         attach=parse_attach(attach or []),
+        questions=questions,
     )
     with show_progress("reshard", "samples") as progress:
         report = run(shards, out, options, progress=progress)

@@ -111,15 +111,15 @@ def _records(path: Path) -> _Records:
         raise ConfigError(f"cannot read {path}: {error.strerror or error}") from None
 
 
-def read_csv(path: Path, delimiter: str = ",") -> Iterator[tuple[int, list[str]]]:
-    """(the line it begins on, its cells) of the header and of every row; empty lines are left out.
+def read_csv(path: Path, delimiter: str = ",", *, header: bool = True) -> Iterator[tuple[int, list[str]]]:
+    """(the line it begins on, its cells) of the header, if it has one, and of every row; empty lines are left out.
 
     Raises ``ConfigError`` where quotes do not match (read on, an open one would swallow the rows after it) and where a
     column comes twice; ``OSError`` and ``UnicodeDecodeError`` pass.
     """
     with path.open(encoding="utf-8-sig", newline="") as file:
         reader = csv.reader(file, delimiter=delimiter, strict=True)
-        header: list[str] = []
+        names: list[str] = []
         while True:
             line = reader.line_num + 1
             try:
@@ -131,9 +131,9 @@ def read_csv(path: Path, delimiter: str = ",") -> Iterator[tuple[int, list[str]]
                 return
             if not cells:
                 continue
-            if not header:
-                header = cells
-                twice = [name for name, count in Counter(header).items() if name and count > 1]
+            if header and not names:
+                names = cells
+                twice = [name for name, count in Counter(names).items() if name and count > 1]
                 if twice:
                     raise ConfigError(f"{path}, line {line}: the column {twice[0][:40]!r} comes twice")
             yield line, cells

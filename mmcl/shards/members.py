@@ -13,11 +13,12 @@ from dataclasses import dataclass, field
 from types import MappingProxyType
 from typing import Any, Literal, TypeAlias
 
+from mmcl.shards.questions import Question, parse_member
 from mmcl.shards.reader import RawSample
 from mmcl.types import SampleError, Source
 
 Bytes: TypeAlias = bytes | memoryview
-Role: TypeAlias = Literal["video", "image", "audio", "text", "json", "label", "embedding"]
+Role: TypeAlias = Literal["video", "image", "audio", "text", "json", "label", "embedding", "questions"]
 
 ROLES: Mapping[str, Role] = MappingProxyType(
     {
@@ -30,6 +31,9 @@ ROLES: Mapping[str, Role] = MappingProxyType(
     }
 )
 """What each extension holds. A longer one (``cam0.mp4``) counts by its last part."""
+
+QUESTIONS = "qa.json"
+"""multiple-choice questions about the clip"""
 
 MAX_JSON_BYTES = 4 << 20
 MAX_JSON_DEPTH = 32
@@ -63,13 +67,16 @@ class Sample:
     """extensions that the table does not name"""
     window_seconds: tuple[float, float] | None = None
     """[start, end) of the media files that the sample is, ``duration_seconds`` long; None: all of them"""
+    questions: tuple[Question, ...] = ()
+    """about the clip, from ``KEY.qa.json``"""
 
 
 def parse_sample(raw: RawSample) -> Sample:
     """Sorts the files of a sample by meaning. The first of a kind counts; media are not opened.
 
     Captions come from the JSON (``captions``, a list, or ``caption``), else from the ``.txt`` file. Raises
-    ``SampleError``: ``too_large``, ``bad_json``, ``caption_not_utf8``, ``no_media_and_no_caption``.
+    ``SampleError``: ``too_large``, ``bad_json``, ``caption_not_utf8``, ``no_media_and_no_caption``,
+    ``bad_questions``.
     """
     found: dict[str, Bytes] = {}
     ignored: list[str] = []
@@ -106,6 +113,7 @@ def parse_sample(raw: RawSample) -> Sample:
         vectors,
         tuple(ignored),
         _window_seconds(facts),
+        parse_member(found["questions"]) if "questions" in found else (),
     )
 
 
@@ -113,6 +121,8 @@ def role_of(extension: str) -> Role | None:
     """What a file of this extension holds; None: the table does not name it."""
     if extension.endswith(".npy"):  # named ones alone: a sample may have many
         return "embedding"
+    if extension == QUESTIONS:
+        return "questions"
     return ROLES.get(extension) or ROLES.get(extension.rpartition(".")[2])
 
 

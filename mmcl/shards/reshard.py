@@ -15,7 +15,8 @@ from mmcl.hashing import hash64, text_hash, uniform
 from mmcl.progress import Progress
 from mmcl.shards.files import new_folder
 from mmcl.shards.manifest import Manifest, ShardEntry, load_manifest, write_manifest
-from mmcl.shards.members import parse_json, read_group
+from mmcl.shards.members import QUESTIONS, parse_json, read_group
+from mmcl.shards.questions import Question, for_sample, read_questions, write_member
 from mmcl.shards.reader import RawSample, ShardReader
 from mmcl.shards.scan import check_positive
 from mmcl.shards.vectors import Vector, load_embeddings, write_vector
@@ -44,6 +45,9 @@ class ReshardOptions:
     attach: Mapping[str, str] = field(default_factory=dict)
     """NAME -> ``FOLDER:MODALITY``: rows of `mmcl embed` that become a file ``KEY.NAME.npy`` of their samples, in place
     of one that is there; samples without a row get none"""
+    questions: str | None = None
+    """a JSONL file of multiple-choice questions (``mmcl.shards.questions``) that become a file ``KEY.qa.json`` of their
+    samples, in place of one that is there; samples without a question get none"""
     rename: bool = False
     """give a key that came before a number, where otherwise nothing would be written"""
 
@@ -66,7 +70,7 @@ class ReshardReport:
     manifests: tuple[Manifest, ...]
     renamed: int
     attached: Mapping[str, int] = field(default_factory=dict)
-    """samples that got an embedding, by its name"""
+    """samples that got an embedding, or questions, by the name of their file"""
 
     def lines(self) -> list[str]:
         """What to tell the user."""
@@ -76,7 +80,7 @@ class ReshardReport:
             for manifest in self.manifests
         ]
         samples = sum(manifest.num_samples for manifest in self.manifests)
-        lines += [f"{name}.npy: {count} of {samples} samples" for name, count in self.attached.items()]
+        lines += [f"{name}: {count} of {samples} samples" for name, count in self.attached.items()]
         return lines + ([f"{self.renamed} keys came twice and got a number"] if self.renamed else [])
 
 
@@ -103,6 +107,8 @@ def reshard(
     if options.shuffle is not None:
         hashes = hash64(options.shuffle, _ORDER, np.array([text_hash(name) for name in names], dtype=np.uint64))
         order = np.argsort(hashes, kind="stable")
+    asked = read_questions(options.questions) if options.questions is not None else {}
+    asking = 0
     vectors = {name: _vectors(name, place, keys) for name, place in options.attach.items()}
     target = new_folder(out)
     writers = {
@@ -114,7 +120,9 @@ def reshard(
     try:
         for raw, name in _read(readers, places, names, order):
             added = {f"{n}.npy": write_vector(rows[raw.key]) for n, rows in vectors.items() if raw.key in rows}
-            writers[_part(raw, options, shares)].write(name, {**raw.members, **added})
+            questions = _questions(raw, asked)
+            asking += bool(questions)
+            writers[_part(raw, options, shares)].write(name, {**raw.members, **added, **questions})
             done += 1
             if progress is not None:
                 progress(done, len(names), "")
@@ -125,7 +133,22 @@ def reshard(
             writer.discard()
         raise
     manifests = tuple(_manifest(target / name, writer.entries) for name, writer in writers.items())
-    return ReshardReport(manifests, renamed, {name: sum(k in rows for k in keys) for name, rows in vectors.items()})
+    if asked and not asking:
+        raise ConfigError(f"questions: {options.questions}: it has none about the {len(keys)} samples of these shards")
+    attached = {f"{name}.npy": sum(k in rows for k in keys) for name, rows in vectors.items()}
+    return ReshardReport(manifests, renamed, attached | ({QUESTIONS: asking} if asked else {}))
+
+
+def _questions(raw: RawSample, asked: Mapping[str, tuple[Question, ...]]) -> dict[str, bytes]:
+    """The file of questions about a sample, where there are some."""
+    if not asked:
+        return {}
+    facts = {}
+    if "json" in raw.members:
+        with contextlib.suppress(SampleError):  # readers will name it
+            facts = parse_json(raw.members["json"])
+    found = for_sample(asked, raw.key, facts)
+    return {QUESTIONS: write_member(found)} if found else {}
 
 
 def parse_attach(texts: Sequence[str]) -> dict[str, str]:

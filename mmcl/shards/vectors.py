@@ -7,7 +7,6 @@ hold.
 from __future__ import annotations
 
 import io
-import json
 import re
 from pathlib import Path
 
@@ -15,6 +14,7 @@ import numpy as np
 import numpy.typing as npt
 from safetensors import SafetensorError, safe_open
 
+from mmcl.shards.embedding_files import read_index, read_items
 from mmcl.types import ConfigError, SampleError
 
 MAX_VECTOR_BYTES = 1 << 20
@@ -72,21 +72,22 @@ def load_embeddings(folder: str | Path, modality: str) -> dict[str, Vector]:
     Raises:
         ConfigError: no such folder or modality, or files that do not belong together.
     """
-    items, tensors = Path(folder) / "items.jsonl", Path(folder) / "embeddings.safetensors"
-    try:
-        keys = [str(json.loads(line)["key"]) for line in items.read_text(encoding="utf-8").splitlines()]
-        with safe_open(str(tensors), framework="np") as file:
-            names = sorted(name.removesuffix(".rows") for name in file.keys() if name.endswith(".rows"))  # noqa: SIM118
-            if modality not in names:
-                raise ConfigError(f"{folder}: no embeddings of {modality!r}; there are: {', '.join(names) or 'none'}")
-            rows, owners = file.get_tensor(f"{modality}.rows"), file.get_tensor(f"{modality}.items")
-    except (OSError, SafetensorError, ValueError, KeyError, TypeError) as error:
-        if isinstance(error, ConfigError):
-            raise
-        raise ConfigError(f"{folder}: not a folder that `mmcl embed` wrote: {error}") from None
-    if len(rows) != len(owners) or (len(owners) and not 0 <= owners.min() <= owners.max() < len(keys)):
-        raise ConfigError(f"{folder}: items.jsonl and embeddings.safetensors do not belong together")
+    index = read_index(folder)
+    if modality not in index.widths:
+        raise ConfigError(f"{folder}: no embeddings of {modality!r}; there are: {', '.join(sorted(index.widths))}")
     found: dict[str, Vector] = {}
-    for owner, row in zip(owners.tolist(), rows, strict=True):
-        found.setdefault(keys[owner], row.astype(np.float32))
+    for number in range(len(index.files)):
+        keys = [str(item["key"]) for item in read_items(index.items_path(number))]
+        path = index.rows_path(number)
+        try:
+            with safe_open(str(path), framework="np") as file:
+                rows, owners = file.get_tensor(f"{modality}.rows"), file.get_tensor(f"{modality}.items")
+        except (OSError, SafetensorError) as error:
+            raise ConfigError(f"{path}: not embeddings: {error}") from None
+        if rows.ndim != 2:
+            raise ConfigError(f"{folder}: rows of {modality} hold each view of a sample; embed without --each-view")
+        if len(rows) != len(owners) or (len(owners) and not 0 <= owners.min() <= owners.max() < len(keys)):
+            raise ConfigError(f"{path}: rows and items do not belong together")
+        for owner, row in zip(owners.tolist(), rows, strict=True):
+            found.setdefault(keys[owner], row.astype(np.float32))
     return found

@@ -2,13 +2,15 @@
 
 A checkpoint is written to a temporary folder, every file is synced, the folder is renamed, and only then the text file
 ``latest`` names it; older ones are removed after that. ``files.json`` lists every file with size and sha256, so an
-incomplete one is known for what it is. Nothing is unpickled on load: safetensors, JSON, and ``weights_only=True``.
+incomplete one is known for what it is. The text file ``best`` names the best one by a metric, which stays. Nothing is
+unpickled on load: safetensors, JSON, and ``weights_only=True``.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
+import math
 import os
 import shutil
 from collections.abc import Callable, Mapping
@@ -20,31 +22,42 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from mmcl.recipe import BestOptions
 from mmcl.types import RunError
 
-STATE, FILES, LATEST = "state.json", "files.json", "latest"
+STATE, FILES, LATEST, BEST = "state.json", "files.json", "latest", "best"
 
 
 def step_folder(checkpoints: Path, step: int) -> Path:
     return checkpoints / f"step_{step:08d}"
 
 
-def write_checkpoint(checkpoints: Path, step: int, write: Callable[[Path], None], *, keep: int) -> Path:
-    """Calls ``write(folder)`` on a fresh folder and makes it the latest checkpoint; keeps the newest ``keep``.
+def partial_folder(checkpoints: Path, step: int) -> Path:
+    """Where a checkpoint lies while it is written."""
+    return checkpoints / f".{step_folder(checkpoints, step).name}.partial"
+
+
+def write_checkpoint(
+    checkpoints: Path, step: int, write: Callable[[Path], None], *, keep: int, best: BestOptions | None = None
+) -> Path:
+    """Calls ``write(folder)`` on a fresh folder and makes it the latest checkpoint; keeps the newest ``keep`` and the
+    best.
 
     Raises:
         OSError: disk full or unwritable, in whatever words a library says so; what was there before is untouched.
     """
     checkpoints.mkdir(parents=True, exist_ok=True)
     final = step_folder(checkpoints, step)
-    temporary = checkpoints / f".{final.name}.partial"
-    shutil.rmtree(temporary, ignore_errors=True)
+    temporary = partial_folder(checkpoints, step)
+    for left in checkpoints.glob(".*.partial"):  # of a run that was killed
+        shutil.rmtree(left, ignore_errors=True)
     temporary.mkdir()
     try:
         write(temporary)
-        files = {path.name: _describe(path) for path in sorted(temporary.iterdir())}
-        (temporary / FILES).write_text(json.dumps(files, indent=1))
-        for path in [*temporary.iterdir(), temporary]:
+        files = [path for path in sorted(temporary.rglob("*")) if path.is_file()]
+        described = {path.relative_to(temporary).as_posix(): _describe(path) for path in files}
+        (temporary / FILES).write_text(json.dumps(described, indent=1))
+        for path in [*temporary.rglob("*"), temporary]:
             _sync(path)
     except (OSError, RuntimeError, SafetensorError, RunError) as error:
         shutil.rmtree(temporary, ignore_errors=True)
@@ -56,9 +69,35 @@ def write_checkpoint(checkpoints: Path, step: int, write: Callable[[Path], None]
     temporary.rename(final)
     _sync(checkpoints)
     _replace_text(checkpoints / LATEST, final.name)
+    if best is not None and _is_best(final, best_checkpoint(checkpoints), best):
+        _replace_text(checkpoints / BEST, final.name)
+    kept = best_checkpoint(checkpoints)
     for old in complete_checkpoints(checkpoints)[:-keep]:
-        shutil.rmtree(old)
+        if old != kept:
+            shutil.rmtree(old)
     return final
+
+
+def best_checkpoint(checkpoints: Path) -> Path | None:
+    """The one that ``best`` names, where it is complete."""
+    try:
+        named = checkpoints / (checkpoints / BEST).read_text(encoding="utf-8").strip()
+    except OSError:
+        return None
+    return named if named.parent == checkpoints and _is_complete(named) else None
+
+
+def _is_best(new: Path, old: Path | None, best: BestOptions) -> bool:
+    """Whether ``new`` is better than ``old`` by what was logged last before each."""
+    value, before = _metric(new, best.metric), None if old is None else _metric(old, best.metric)
+    if value is None or before is None:
+        return value is not None
+    return value > before if best.mode == "max" else value < before
+
+
+def _metric(checkpoint: Path, name: str) -> float | None:
+    value = json.loads((checkpoint / STATE).read_text(encoding="utf-8")).get("metrics", {}).get(name)
+    return value if isinstance(value, (int, float)) and math.isfinite(value) else None
 
 
 def complete_checkpoints(checkpoints: Path) -> list[Path]:

@@ -15,13 +15,13 @@ from contextlib import AbstractContextManager, nullcontext
 import torch
 from torch import Tensor, nn
 
-from mmcl.layers import RankBatchNorm1d
+from mmcl.layers import RankBatchNorm
 from mmcl.model import Values
 from mmcl.objectives.base import Term
 from mmcl.training.step import CachePass, TrainStep
 from mmcl.types import Batch, ConfigError, ViewBatch
 
-BATCH_STATISTICS = (nn.modules.batchnorm._BatchNorm, RankBatchNorm1d)
+BATCH_STATISTICS = (nn.modules.batchnorm._BatchNorm, RankBatchNorm)
 
 Context = Callable[[], AbstractContextManager[object]]
 
@@ -92,12 +92,14 @@ def check_cacheable(step: TrainStep) -> None:
     Raises:
         ConfigError: a tower that learns holds batch statistics.
     """
-    for name, tower in step.model.towers.items():
-        for module in tower.modules():
+    parts = [(f"tower {name!r}", tower) for name, tower in step.model.towers.items()]
+    parts += [(f"the head of tower {name!r}", head) for name, head in step.model.heads.items()]
+    for name, part in parts:
+        for module in part.modules():
             if isinstance(module, BATCH_STATISTICS) and any(p.requires_grad for p in module.parameters()):
                 raise ConfigError(
-                    f"train.micro_batch: tower {name!r} holds batch statistics ({type(module).__name__}), which differ "
-                    "between a micro-batch and the batch; set it to null or take a tower without batch norm"
+                    f"train.micro_batch: {name} holds batch statistics ({type(module).__name__}), which differ "
+                    "between a micro-batch and the batch; set it to null or take one without batch norm"
                 )
 
 
@@ -113,6 +115,7 @@ def rows_of(batch: Batch, rows: slice) -> Batch:
         draws=batch.draws[rows],
         groups=batch.groups[rows],
         labels=batch.labels[rows],
+        pools=None if batch.pools is None else batch.pools[rows],
     )
 
 

@@ -4,33 +4,48 @@ from __future__ import annotations
 
 import os
 import warnings
-from collections.abc import Callable
-from contextlib import ExitStack
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TypeVar
 
 import torch
+from accelerate import Accelerator
 
 from mmcl.config import to_yaml
 from mmcl.distributed import Comm
+from mmcl.encoders.pretrained import Source
 from mmcl.model import parameter_counts
 from mmcl.recipe import RunConfig, build_model
 from mmcl.shards.sequential import describe_order
+from mmcl.training.changes import check_unchanged, flat
+from mmcl.training.checkpoint import read_state
+from mmcl.training.peers import Peers
+from mmcl.training.processes import build_accelerator
 from mmcl.training.run_folder import RunFolder
-from mmcl.training.soundness import check_labels, remarks
-from mmcl.training.trainer import Trainer, build_accelerator, build_stream
+from mmcl.training.signals import StopRequest
+from mmcl.training.soundness import check_labels, check_pools, remarks
+from mmcl.training.trainer import Trainer, build_stream
 from mmcl.types import Batch, MmclError, RunError
 
 T = TypeVar("T")
 
 
-def pretrain(config: RunConfig, *, resume: str | None = None) -> bool:
+def pretrain(
+    config: RunConfig,
+    *,
+    resume: str | None = None,
+    allow: Sequence[str] = (),
+    pretrained: Mapping[str, Source] | None = None,
+) -> bool:
     """Trains; on one process or as one rank of many.
 
     Args:
         config: the run.
         resume: None starts a new run; ``"auto"`` goes on from the newest complete checkpoint of the run folder, or
             starts; a path goes on from that checkpoint.
+        allow: dotted keys of the configuration that may differ from that of the checkpoint.
+        pretrained: tower: what gives its first weights instead of what the configuration says, such as a function.
 
     Returns:
         Whether the last step was reached; False after a stop that was asked for.
@@ -39,6 +54,17 @@ def pretrain(config: RunConfig, *, resume: str | None = None) -> bool:
         ConfigError: a wrong configuration, a folder that already holds a run, a checkpoint that does not fit.
         RunError: the run cannot go on.
     """
+    with StopRequest(Path(config.train.out) / "stop") as stop, training_processes(config) as accelerator:
+        return train(config, accelerator, stop, resume=resume, allow=allow, pretrained=pretrained)
+
+
+@contextmanager
+def training_processes(config: RunConfig) -> Iterator[Accelerator]:
+    """This process as one of those that a launcher started, for one run or several after each other.
+
+    Raises:
+        ConfigError: the launcher contradicts the configuration.
+    """
     _ignore_harmless_warnings()
     accelerator = build_accelerator(config)
     if not torch.cuda.is_available():
@@ -46,25 +72,42 @@ def pretrain(config: RunConfig, *, resume: str | None = None) -> bool:
             config.train.threads or spare_threads(config, int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
         )
     try:
-        with ExitStack() as stack:
-            folder = RunFolder(Path(config.train.out), writer=accelerator.is_main_process)
-            source = _together(lambda: stack.enter_context(folder).resume_from(resume))
-            trainer = Trainer(config, accelerator)
-            if source is not None:
-                trainer.load(source)
-            if accelerator.is_main_process:
-                folder.write_config(to_yaml(config))
-                print(_headline(trainer, source), flush=True)
-            if config.train.trackers:
-                accelerator.init_trackers("mmcl", config=_flat(config.model_dump(mode="json")))
-            progress = trainer.fit(folder, resume=source)
-            finished = progress.step >= config.train.steps
-            if not finished and accelerator.is_main_process:
-                print(f"stopped after step {progress.step} of {config.train.steps}; --resume auto goes on", flush=True)
-            return finished
+        with Peers(Comm.current(), config.train.timeout_seconds):
+            yield accelerator
     finally:
         # without this a process group sometimes aborts at exit and the launcher reports a failure
         accelerator.end_training()
+
+
+def train(
+    config: RunConfig,
+    accelerator: Accelerator,
+    stop: StopRequest,
+    *,
+    resume: str | None = None,
+    allow: Sequence[str] = (),
+    pretrained: Mapping[str, Source] | None = None,
+) -> bool:
+    """:func:`pretrain` within :func:`training_processes`."""
+    with ExitStack() as stack:
+        folder = RunFolder(Path(config.train.out), writer=accelerator.is_main_process)
+        source = together(lambda: stack.enter_context(folder).resume_from(resume))
+        changes = [] if source is None else together(lambda: check_unchanged(source, config, allow))
+        trainer = Trainer(config, accelerator, pretrained=pretrained, fresh=source is None)
+        if source is not None:
+            trainer.load(source)
+        if accelerator.is_main_process:
+            folder.write_config(to_yaml(config))
+            print(_headline(trainer), flush=True)
+            if source is not None:
+                print(_going_on(source, trainer.comm.world_size, changes), flush=True)
+        if config.train.trackers:
+            accelerator.init_trackers("mmcl", config=flat(config.model_dump(mode="json")))
+        progress = trainer.fit(folder, stop, resume=source)
+        finished = progress.step >= config.train.steps
+        if not finished and accelerator.is_main_process:
+            print(f"stopped after step {progress.step} of {config.train.steps}; --resume auto goes on", flush=True)
+        return finished
 
 
 def _ignore_harmless_warnings() -> None:
@@ -75,7 +118,7 @@ def _ignore_harmless_warnings() -> None:
     warnings.filterwarnings("ignore", "Grad strides do not match bucket view strides", UserWarning)
 
 
-def _together(look: Callable[[], T]) -> T:
+def together(look: Callable[[], T]) -> T:
     """Calls ``look`` on every rank; where it fails on one, all raise, and none waits for a rank that is gone."""
     found, problem = [], None
     try:
@@ -101,7 +144,7 @@ def spare_threads(config: RunConfig, ranks: int) -> int:
     return max(1, cores // max(ranks, 1) - decoding)
 
 
-def _headline(trainer: Trainer, source: Path | None) -> str:
+def _headline(trainer: Trainer) -> str:
     stream, config = trainer.stream, trainer.config
     tars = stream.plan.tars
     lines = [
@@ -122,19 +165,21 @@ def _headline(trainer: Trainer, source: Path | None) -> str:
         )
     if tars is not None:
         lines.append(f"warning: {describe_order(tars)}")
+    lines += trainer.model.loaded
     lines += [f"warning: {remark}" for remark in remarks(config, trainer.model, trainer.mix)]
-    if source is not None:
-        lines.append(f"going on from {source}")
     return "\n".join(lines)
 
 
-def _flat(tree: Any, prefix: str = "") -> dict[str, Any]:
-    """Dotted keys, as trackers want them."""
-    if isinstance(tree, dict):
-        return {key: value for name, node in tree.items() for key, value in _flat(node, f"{prefix}{name}.").items()}
-    if isinstance(tree, list):
-        return {key: value for i, node in enumerate(tree) for key, value in _flat(node, f"{prefix}{i}.").items()}
-    return {prefix[:-1]: tree}
+def _going_on(source: Path, world_size: int, changes: Sequence[str]) -> str:
+    """What a resumed run says of itself: from where, on how many processes, what was let through."""
+    state = read_state(source)
+    lines = [f"going on from {source}, after step {state['progress']['step']}"]
+    if state["world_size"] != world_size:
+        lines.append(
+            f"it ran on {state['world_size']} process(es), now on {world_size}: the order of samples stays, "
+            "sums are rounded otherwise"
+        )
+    return "\n".join([*lines, *(f"changed: {change}" for change in changes)])
 
 
 def describe(config: RunConfig) -> str:
@@ -142,6 +187,7 @@ def describe(config: RunConfig) -> str:
     torch.manual_seed(config.train.seed)
     model, mix = build_model(config)
     check_labels(config, mix)
+    check_pools(config, mix)
     views = tuple(dict.fromkeys(need.view for need in mix.needs))
     batch = next(iter(build_stream(config, views, Comm())))
     lines = [to_yaml(config).rstrip(), "", "# parameters that learn"]

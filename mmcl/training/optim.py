@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.optim import SGD, AdamW, Optimizer
 
 from mmcl.recipe import AdamWOptions, LARSOptions, OptimizerOptions
+from mmcl.training.groups import parameter_groups
 
 
 class LARS(Optimizer):
@@ -67,13 +68,8 @@ def scaled_gradient(parameter: Tensor, gradient: Tensor, weight_decay: float, tr
 
 
 def build_optimizer(step: nn.Module, options: OptimizerOptions) -> Optimizer:
-    """With weight decay on matrices and kernels alone: norms, biases and temperatures have fewer than 2 axes."""
-    trainable = [parameter for parameter in step.parameters() if parameter.requires_grad]
-    groups: list[dict[str, Any]] = [
-        {"params": [p for p in trainable if p.ndim >= 2], "weight_decay": options.weight_decay},
-        {"params": [p for p in trainable if p.ndim < 2], "weight_decay": 0.0},
-    ]
-    groups = [group for group in groups if group["params"]]
+    """With groups as :func:`~mmcl.training.groups.parameter_groups` makes them."""
+    groups = parameter_groups(step, options.weight_decay)
     if isinstance(options, AdamWOptions):
         return AdamW(
             groups,
@@ -100,5 +96,6 @@ def learning_rate_factor(step: int, *, warmup_steps: int, steps: int) -> float:
 
 
 def set_learning_rate(optimizer: Optimizer, learning_rate: float) -> None:
+    """Each group learns at its own multiple of this."""
     for group in optimizer.param_groups:
-        group["lr"] = learning_rate
+        group["lr"] = learning_rate * group["factor"]

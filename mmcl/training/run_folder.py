@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import fcntl
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
 from typing import Any
 
+from mmcl.recipe import BestOptions
 from mmcl.training.checkpoint import find_checkpoint, rejected_checkpoints, write_checkpoint
+from mmcl.training.signals import started_at
 from mmcl.training.tracking import append_lines, keep_lines
 from mmcl.types import ConfigError, RunError
 
@@ -23,6 +25,7 @@ class RunFolder:
         self.quarantine = path / "quarantine.jsonl"
         self.stop_file = path / "stop"
         self._lock: Any = None
+        self._lost: set[Path] = set()
 
     def __enter__(self) -> RunFolder:
         if self.writer:
@@ -34,14 +37,22 @@ class RunFolder:
                 raise RunError(f"run folder {self.path}: another run is writing to it") from None
             except OSError as error:
                 raise RunError(f"run folder {self.path}: cannot be written: {error.strerror}") from None
-            self.stop_file.unlink(missing_ok=True)
+            self._drop_stop_file()
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
     ) -> None:
         if self._lock is not None:
+            if kind is None:  # obeyed, or too late
+                self.stop_file.unlink(missing_ok=True)
             self._lock.close()
+
+    def _drop_stop_file(self) -> None:
+        """One that was meant for an earlier run; whoever touches it while this one starts means this one."""
+        with suppress(FileNotFoundError):
+            if self.stop_file.stat().st_mtime < started_at() - 1:  # the time of a start is known to a second
+                self.stop_file.unlink()
 
     def resume_from(self, resume: str | None) -> Path | None:
         """The checkpoint to go on from: ``auto`` is the newest complete one here, or none; else a given path.
@@ -72,23 +83,26 @@ class RunFolder:
         return found
 
     def write_config(self, text: str) -> None:
-        with self._writing():
-            (self.path / "config.yaml").write_text(text, encoding="utf-8")
-
-    def write_metrics(self, record: Mapping[str, Any]) -> None:
-        with self._writing():
-            append_lines(self.metrics, [record])
-
-    def write_skipped(self, records: Sequence[Mapping[str, Any]]) -> None:
-        with self._writing():
-            append_lines(self.skipped, records)
-
-    @contextmanager
-    def _writing(self) -> Iterator[None]:
         try:
-            yield
+            (self.path / "config.yaml").write_text(text, encoding="utf-8")
         except OSError as error:
             raise RunError(f"run folder {self.path}: cannot be written: {error.strerror or error}") from None
+
+    def write_metrics(self, record: Mapping[str, Any]) -> None:
+        self._append(self.metrics, [record])
+
+    def write_skipped(self, records: Sequence[Mapping[str, Any]]) -> None:
+        self._append(self.skipped, records)
+
+    def _append(self, path: Path, records: Sequence[Mapping[str, Any]]) -> None:
+        """Lines that a full disk does not take are lost, which is said, once; the run goes on."""
+        try:
+            append_lines(path, records)
+            self._lost.discard(path)
+        except OSError as error:
+            if path not in self._lost:
+                print(f"{path} cannot be written: {error.strerror or error}; the run goes on without", flush=True)
+            self._lost.add(path)
 
     def rewind(self, *, step: int, samples: int) -> None:
         """Forgets what was logged after the checkpoint: those steps will be taken, and logged, again."""
@@ -96,10 +110,12 @@ class RunFolder:
             keep_lines(self.metrics, lambda record: int(record["step"]) <= step)
             keep_lines(self.skipped, lambda record: int(record["draw"]) < samples)
 
-    def checkpoint(self, step: int, write: Callable[[Path], None], *, keep: int) -> bool:
+    def checkpoint(
+        self, step: int, write: Callable[[Path], None], *, keep: int, best: BestOptions | None = None
+    ) -> bool:
         """Writes a checkpoint; returns whether it is there. On a full or unwritable disk the last good one is kept."""
         try:
-            write_checkpoint(self.path / "checkpoints", step, write, keep=keep)
+            write_checkpoint(self.path / "checkpoints", step, write, keep=keep, best=best)
         except OSError as error:
             print(f"checkpoint of step {step} not written: {error}; the last good one is kept", flush=True)
             return False

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from mmcl.data.labels import look_for_labels
+from mmcl.encoders.prepare import DropPath
 from mmcl.model import MultimodalModel
 from mmcl.objectives.base import ObjectiveMix, Term
 from mmcl.recipe import RunConfig
@@ -51,6 +52,16 @@ def check_labels(config: RunConfig, mix: ObjectiveMix) -> None:
             raise ConfigError(f"{where}, but a sample in {', '.join(places)} has label {found.highest}")
 
 
+def check_pools(config: RunConfig, mix: ObjectiveMix) -> None:
+    """ConfigError where negatives are to keep to their pseudo-label and an objective does not see to it."""
+    deaf = [n for n, objective in enumerate(mix.each().values()) if not objective.pools]
+    if config.data.cluster_batches == "mixed" and config.data.clusters is None:
+        raise ConfigError("data.cluster_batches: mixed needs data.clusters")
+    if config.data.cluster_batches == "mixed" and deaf:
+        names = ", ".join(f"objectives.{n} ({config.objectives[n].name})" for n in deaf)
+        raise ConfigError(f"data.cluster_batches: mixed, but {names} does not keep negatives to their label; take pure")
+
+
 def remarks(config: RunConfig, model: MultimodalModel, mix: ObjectiveMix) -> list[str]:
     """What may be meant, and most often is not: lines for the start of a run."""
     lines: list[str] = []
@@ -64,9 +75,9 @@ def remarks(config: RunConfig, model: MultimodalModel, mix: ObjectiveMix) -> lis
             changes = getattr(chosen, view.modality, None)
             if (changes is not None and changes != type(changes)()) or _has_dropout(model.tower(need.tower)):
                 continue
-            clip = 0 if one_time and isinstance(view.spec, TIMED) else view.clip
+            clip = 0 if one_time and isinstance(view.spec, TIMED) and view.overlap is None else view.clip
             drawn = view.copy if view.place in ("elsewhere", "near") else 0  # each at a time of its own
-            first = seen.setdefault((need.tower, view.spec, clip, view.place, drawn), view)
+            first = seen.setdefault((need.tower, view.spec, clip, view.place, drawn, view.erase), view)
             if first != view:
                 lines.append(
                     f"objectives.{number}: two views of tower {need.tower!r} are equal, to agree teaches nothing: "
@@ -79,6 +90,8 @@ def remarks(config: RunConfig, model: MultimodalModel, mix: ObjectiveMix) -> lis
 def _has_dropout(encoder: nn.Module) -> bool:
     """Whether two passes over one input differ, which makes two views of it (SimCSE)."""
     return any(
+        isinstance(hook, DropPath) for part in encoder.modules() for hook in part._forward_hooks.values()
+    ) or any(
         "drop" in type(part).__name__.lower()
         and any(float(getattr(part, name, None) or 0) > 0 for name in ("p", "drop_prob"))
         for part in encoder.modules()

@@ -2,18 +2,31 @@
 
 from __future__ import annotations
 
+import errno
 import json
+import os
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 
 def append_lines(path: Path, records: Iterable[Mapping[str, Any]]) -> None:
-    """Appends records as JSON lines."""
-    text = "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records)
-    if text:
-        with path.open("a", encoding="utf-8") as file:
-            file.write(text)
+    """Appends records as JSON lines: all of them, or, where the disk is full, none.
+
+    Raises:
+        OSError: none was written.
+    """
+    text = "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records).encode()
+    if not text:
+        return
+    with path.open("ab", buffering=0) as file:
+        before = file.tell()
+        try:
+            if file.write(text) < len(text):
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        except OSError:
+            file.truncate(before)
+            raise
 
 
 def keep_lines(path: Path, keep: Callable[[Mapping[str, Any]], bool]) -> None:

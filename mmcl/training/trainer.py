@@ -2,23 +2,23 @@
 
 from __future__ import annotations
 
-import dataclasses
-import json
+import os
 import sys
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
-from accelerate import Accelerator, DistributedDataParallelKwargs
-from accelerate.tracking import get_available_trackers
+from accelerate import Accelerator
 from torch import Tensor, nn
 
-import mmcl
 from mmcl.config import to_yaml
 from mmcl.data import ClipStream
 from mmcl.data.collate import holes
 from mmcl.data.health import SkipLimits, read_quarantine
 from mmcl.distributed import Comm
+from mmcl.distributed.sharded import FOLDER, read_sharded
+from mmcl.encoders.pretrained import Source
 from mmcl.media.augment import augment
 from mmcl.media.mixing import mix
 from mmcl.objectives.base import Term
@@ -27,26 +27,19 @@ from mmcl.recipe import RunConfig, build_model
 from mmcl.shards.sequential import open_shards
 from mmcl.training import checkpoint as ckpt
 from mmcl.training.grad_cache import cached_backward, check_cacheable
-from mmcl.training.meter import Meter
+from mmcl.training.meter import Meter, mean_term
 from mmcl.training.momentum import advance, momentum_at
+from mmcl.training.nonfinite import NonFiniteLimit, describe_step, jsonable, total_norm, write_step
 from mmcl.training.optim import build_optimizer, learning_rate_factor, set_learning_rate
+from mmcl.training.processes import is_sharded
 from mmcl.training.run_folder import RunFolder
+from mmcl.training.saving import Saver
+from mmcl.training.sharding import average_whole_gradients, load_state_tensors, shard, state_tensors
 from mmcl.training.signals import StopRequest
-from mmcl.training.soundness import SilenceWatch, check_labels, not_finite
+from mmcl.training.snapshot import OPTIMIZER, Progress, Snapshot, counters, host_copy, load_random_state, random_state
+from mmcl.training.soundness import SilenceWatch, check_labels, check_pools, not_finite
 from mmcl.training.step import TrainStep
-from mmcl.types import Batch, ConfigError, RunError, View
-
-
-@dataclasses.dataclass
-class Progress:
-    """How far a run is; saved with every checkpoint."""
-
-    step: int = 0
-    """optimizer steps taken"""
-    samples: int = 0
-    """rows drawn, all ranks"""
-    skipped: int = 0
-    """bad samples among them, all ranks"""
+from mmcl.types import Batch, ConfigError, View
 
 
 class Trainer:
@@ -56,24 +49,42 @@ class Trainer:
     again (half of the samples would never be read, without a warning).
     """
 
-    def __init__(self, config: RunConfig, accelerator: Accelerator) -> None:
+    def __init__(
+        self,
+        config: RunConfig,
+        accelerator: Accelerator,
+        *,
+        pretrained: Mapping[str, Source] | None = None,
+        fresh: bool = True,
+    ) -> None:
+        """``pretrained`` and ``fresh``: as :func:`~mmcl.recipe.build_model` takes them."""
         self.config, self.accelerator = config, accelerator
         self.comm = Comm.current()
         torch.manual_seed(config.train.seed)
-        self.model, self.mix = build_model(config)
+        self.model, self.mix = build_model(config, pretrained=pretrained, fresh=fresh)
         check_labels(config, self.mix)
+        check_pools(config, self.mix)
         self.views = tuple(dict.fromkeys(need.view for need in self.mix.needs))
         self.stream = build_stream(config, self.views, self.comm)
         step = TrainStep(self.model, self.mix)
         if config.train.micro_batch is not None:
             check_cacheable(step)
-        self.step_module: nn.Module = accelerator.prepare_model(step)
+        self.sharded = is_sharded(config, os.environ) and self.comm.world_size > 1
+        if self.sharded and config.train.micro_batch is not None:
+            raise ConfigError("train.micro_batch: the gradient cache replays whole towers, train.sharding splits them")
+        self.step_module: nn.Module = (
+            shard(step, accelerator.device) if self.sharded else accelerator.prepare_model(step)
+        )
         self.optimizer = build_optimizer(self.step_module, config.train.optimizer)
         self.progress = Progress()
+        self._logged: dict[str, Any] = {}
+        """what was logged last"""
+        limit = config.train.nonfinite_limit if config.train.nonfinite == "skip" else 0
+        self._nonfinite = NonFiniteLimit(limit)
         self._silence = SilenceWatch({name: objective.watched for name, objective in self.mix.each().items()})
 
-    def fit(self, folder: RunFolder, *, resume: Path | None) -> Progress:
-        """Trains to the last step, or until a stop is asked for, and saves; ``resume`` is what was loaded.
+    def fit(self, folder: RunFolder, stop: StopRequest, *, resume: Path | None) -> Progress:
+        """Trains to the last step, or until ``stop`` is asked for, and saves; ``resume`` is what was loaded.
 
         Raises:
             RunError: a loss or gradient that is not finite, too many bad samples, a last checkpoint not written.
@@ -86,12 +97,12 @@ class Trainer:
         self._settle_reducer()
         torch.manual_seed(options.seed + 1 + self.comm.rank)
         if resume is not None:
-            self._load_random_state(resume)
+            load_random_state(resume, self.comm.rank)
         limits = SkipLimits(in_a_row=self.config.data.max_skipped_in_a_row, rate=self.config.data.max_skipped_rate)
         meter = Meter()
         quiet = not self.accelerator.is_main_process
         with (
-            StopRequest(folder.stop_file) as stop,
+            Saver(folder, options, self.comm, sharded=self.sharded) as saver,
             show_progress("training", "steps", quiet=quiet, plain=False) as show,
         ):
             batches = meter.timed(iter(self.stream))
@@ -101,18 +112,16 @@ class Trainer:
                     limits.watch(batch)
                 term, grad_norm = self.optimizer_step(step_batches)
                 meter.count(step_batches)
-                self._silence.watch(term)
                 self.progress.step += 1
                 self.progress.samples = self.stream.draws
                 show(self.progress.step, options.steps, meter.note)
                 last = self.progress.step == options.steps
-                stopping = self.comm.any(stop.requested)
+                stopping, due = self.comm.any_of([stop.requested, saver.due(self.progress.step)])
                 if last or stopping or self.progress.step % options.log_every == 0:
                     self._log(folder, meter, term, grad_norm)
-                if last or stopping or self.progress.step % options.checkpoint_every == 0:
-                    written = self.save(folder)
-                    if not written and (last or stopping):
-                        raise RunError(f"the checkpoint of step {self.progress.step}, the last one, was not written")
+                if last or stopping or due:
+                    saver.wait()  # before the next is copied: one at a time in memory
+                    saver.save(self.snapshot(), last=last or stopping)
                 if stopping:
                     break
         return self.progress
@@ -132,15 +141,18 @@ class Trainer:
                     terms.append(self._backward(moved, len(batches)))
             else:
                 terms.append(self._backward(moved, len(batches)))
+        if self.sharded:
+            average_whole_gradients(self.step_module)
         grad_norm = self._clip(options.clip_norm)
-        self._check_finite(terms, grad_norm, batches)
-        self.optimizer.step()
+        if self._all_finite(terms, grad_norm, batches):
+            self.optimizer.step()
+            for term in terms:
+                self.mix.commit(term.pending)
+            momentum = momentum_at(self.progress.step, self.config.train.steps, self.config.train.momentum)
+            advance(self.model.ema_pairs() + self.mix.ema_pairs(), momentum)
+            self._silence.watch(mean_term(terms))
         self.optimizer.zero_grad(set_to_none=True)
-        for term in terms:
-            self.mix.commit(term.pending)
-        momentum = momentum_at(self.progress.step, self.config.train.steps, self.config.train.momentum)
-        advance(self.model.ema_pairs() + self.mix.ema_pairs(), momentum)
-        return _mean_term(terms), grad_norm
+        return mean_term(terms), grad_norm
 
     def _moved(self, batch: Batch) -> Batch:
         """The batch on the training device, augmented there: models see no batch that has not gone through here."""
@@ -165,25 +177,29 @@ class Trainer:
         return term
 
     def _clip(self, clip_norm: float | None) -> Tensor:
-        gradients = [p.grad for p in self.step_module.parameters() if p.grad is not None]
-        norm = nn.utils.get_total_norm(gradients)
+        learning = [p for p in self.step_module.parameters() if p.grad is not None]
+        norm = total_norm([p.grad for p in learning if p.grad is not None])
         if clip_norm is not None:
-            nn.utils.clip_grads_with_norm_(
-                [p for p in self.step_module.parameters() if p.grad is not None], clip_norm, norm
-            )
+            nn.utils.clip_grads_with_norm_(learning, clip_norm, norm)
         return norm
 
-    def _check_finite(self, terms: list[Term], grad_norm: Tensor, batches: list[Batch]) -> None:
-        """Loss and averaged gradients are global values: every rank sees the same and stops at the same step."""
-        wrong = not_finite(terms, grad_norm, self.mix.objectives, self.step_module.named_parameters())
-        if wrong:
-            keys = sorted(
-                {key for keys in self.comm.gather_objects([k for b in batches for k in b.keys if k]) for key in keys}
-            )
-            raise RunError(
-                f"step {self.progress.step + 1}: not finite: {wrong}; nothing was changed by this step; "
-                f"keys of its batch: {', '.join(keys)}"
-            )
+    def _all_finite(self, terms: list[Term], grad_norm: Tensor, batches: list[Batch]) -> bool:
+        """Whether this step may be taken, agreed by all ranks; what is wrong with it is written down.
+
+        Raises:
+            RunError: it may not, and the run stops at that.
+        """
+        step, named = self.progress.step + 1, list(self.step_module.named_parameters())
+        wrong = not_finite(terms, grad_norm, self.mix.objectives, named)
+        if not self.comm.any(bool(wrong)):
+            self._nonfinite.finite()
+            return True
+        record = describe_step(terms, grad_norm, named, batches, self.comm)
+        if self.accelerator.is_main_process:
+            write_step(Path(self.config.train.out), step, {"what": wrong, **record})
+        self._nonfinite.not_finite(step, wrong or "on another rank", record["keys"])
+        self.progress.nonfinite += 1
+        return False
 
     def _settle_reducer(self) -> None:
         """One discarded forward and backward on a batch of holes.
@@ -207,6 +223,8 @@ class Trainer:
         self._share_quarantine()
         skipped = [record for rank in self.comm.gather_objects(meter.take_skipped()) for record in rank]
         self.progress.skipped += len(skipped)
+        cut, before = sum(self.comm.gather_objects(meter.take_cut())), self.progress.captions_cut
+        self.progress.captions_cut += cut
         record = {
             "step": self.progress.step,
             "samples": self.progress.samples,
@@ -214,16 +232,21 @@ class Trainer:
             **{name: float(value) for name, value in term.metrics.items()},
             **self._temperatures(),
             "grad_norm": float(grad_norm),
-            "learning_rate": self.optimizer.param_groups[0]["lr"],
+            "learning_rate": self.optimizer.param_groups[0]["lr"] / self.optimizer.param_groups[0]["factor"],
             **meter.rates(self.config.train.global_batch * self.config.train.accumulate),
             "skipped": self.progress.skipped,
+            "captions_cut": self.progress.captions_cut,
+            "nonfinite": self.progress.nonfinite,
             **self._epochs(),
         }
+        self._logged = {name: jsonable(value) for name, value in record.items()}
         if not self.accelerator.is_main_process:
             return
         for line in self._silence.complaints(last=self.progress.step == self.config.train.steps):
             print(line, file=sys.stderr, flush=True)
-        folder.write_metrics(record)
+        if cut and not before:
+            print(f"{cut} captions were longer than their tower takes; captions_cut in metrics.jsonl counts them")
+        folder.write_metrics(self._logged)
         folder.write_skipped(sorted(skipped, key=lambda entry: int(entry["draw"])))
         self.accelerator.log({k: v for k, v in record.items() if k != "step"}, step=self.progress.step)
         meter.note = (
@@ -245,33 +268,26 @@ class Trainer:
         epochs = self.stream.epochs
         return {"epoch": epochs[0]} if len(epochs) == 1 else {f"epoch/{n}": epoch for n, epoch in enumerate(epochs)}
 
-    def save(self, folder: RunFolder) -> bool:
-        """Writes a checkpoint; every rank hands in its random state, and learns whether it is there."""
-        written = True
+    def snapshot(self) -> Snapshot:
+        """A copy of all that a checkpoint holds; every rank hands in its random state."""
         self._share_quarantine()
         random = {
             name: self.comm.gather(value[None].to(self.accelerator.device)).cpu()
             for name, value in random_state().items()
         }
-        if self.accelerator.is_main_process:
-            state = {
-                "mmcl": mmcl.__version__,
-                "torch": torch.__version__,
-                "world_size": self.comm.world_size,
-                "progress": dataclasses.asdict(self.progress),
-                "stream": self.stream.state_dict(),
-            }
+        state = counters(self.progress, self.stream.state_dict(), self._logged, self.comm.world_size)
+        common = (self.progress.step, to_yaml(self.config), state, self.model.told())
+        if self.sharded:
+            tensors = host_copy(state_tensors(self.step_module, self.optimizer))
+            return Snapshot(*common, {"random": random}, sharded=tensors)
+        if not self.accelerator.is_main_process:
+            return Snapshot(*common, {})
+        tensors = {name: host_copy(module.state_dict()) for name, module in self._saved_modules().items()}
+        return Snapshot(*common, {**tensors, "random": random}, host_copy(self.optimizer.state_dict()))
 
-            def write(target: Path) -> None:
-                (target / "config.yaml").write_text(to_yaml(self.config), encoding="utf-8")
-                (target / ckpt.STATE).write_text(json.dumps(state, indent=1))
-                self.model.save_pretrained(target)
-                ckpt.save_tensors(target / "objectives.safetensors", self.mix.state_dict())
-                ckpt.save_optimizer(target / "optimizer.pt", self.optimizer.state_dict())
-                ckpt.save_tensors(target / "random.safetensors", random)
-
-            written = folder.checkpoint(self.progress.step, write, keep=self.config.train.keep_checkpoints)
-        return self.comm.all_agree(written)
+    def _saved_modules(self) -> dict[str, nn.Module]:
+        """What is saved and taken up as ``NAME.safetensors``."""
+        return {"model": self.model, "objectives": self.mix}
 
     def load(self, source: Path) -> None:
         """Takes up weights, optimizer, objectives and position of a checkpoint.
@@ -286,42 +302,21 @@ class Trainer:
                 f"train.steps: {self.config.train.steps}, but {source} has taken {state['progress']['step']} already"
             )
         try:
-            self.model.load_state_dict(ckpt.load_tensors(source / "model.safetensors"))
-            self.mix.load_state_dict(ckpt.load_tensors(source / "objectives.safetensors"))
-            self.optimizer.load_state_dict(ckpt.load_optimizer(source / "optimizer.pt"))
+            if (source / FOLDER).is_dir():
+                tensors = state_tensors(self.step_module, self.optimizer)
+                read_sharded(source / FOLDER, tensors, alone=not self.sharded)
+                load_state_tensors(self.step_module, self.optimizer, tensors)
+            elif self.sharded:
+                raise ValueError("it is not split over ranks; go on with train.sharding=none")
+            else:
+                for name, module in self._saved_modules().items():
+                    module.load_state_dict(ckpt.load_tensors(source / f"{name}.safetensors"))
+                self.optimizer.load_state_dict(ckpt.load_optimizer(source / OPTIMIZER))
         except (RuntimeError, ValueError) as error:
             first = " ".join(str(error).split())
             raise ConfigError(f"--resume: {source} does not fit this configuration: {first[:300]}") from None
         self.stream.load_state_dict(state["stream"])
-        self.progress = Progress(**state["progress"])
-
-    def _load_random_state(self, source: Path) -> None:
-        """One's own random state, or, on more ranks than before, another's."""
-        saved = ckpt.load_tensors(source / "random.safetensors")
-        # copied: torch crashes on a state that does not start its own memory
-        own = {name: states[self.comm.rank % len(states)].clone() for name, states in saved.items()}
-        torch.set_rng_state(own["cpu"])
-        if "cuda" in own and torch.cuda.is_available():
-            torch.cuda.set_rng_state(own["cuda"])
-
-
-def random_state() -> dict[str, Tensor]:
-    """The state of torch's generators on this rank, uint8."""
-    state = {"cpu": torch.get_rng_state()}
-    if torch.cuda.is_available():
-        state["cuda"] = torch.cuda.get_rng_state()
-    return state
-
-
-def _mean_term(terms: list[Term]) -> Term:
-    """Losses and metrics of the parts of one step, averaged, for the log."""
-    if len(terms) == 1:
-        return terms[0]
-    loss = torch.stack([term.loss.detach() for term in terms]).mean()
-    metrics: Mapping[str, Tensor] = {
-        name: torch.stack([term.metrics[name].float() for term in terms]).mean() for name in terms[0].metrics
-    }
-    return Term(loss, metrics)
+        self.progress, self._logged = Progress(**state["progress"]), state.get("metrics", {})
 
 
 def build_stream(config: RunConfig, views: tuple[View, ...], comm: Comm) -> ClipStream:
@@ -340,6 +335,8 @@ def build_stream(config: RunConfig, views: tuple[View, ...], comm: Comm) -> Clip
         workers=data.workers,
         streams=data.streams,
         block=data.block,
+        clusters=data.pseudo_labels,
+        mixed_clusters=data.cluster_batches == "mixed",
         decoder=data.decoder,
         short=data.short,
         sampling=data.sampling,
@@ -349,34 +346,3 @@ def build_stream(config: RunConfig, views: tuple[View, ...], comm: Comm) -> Clip
         allow_shared_streams=data.allow_shared_streams,
         remote=data.remote,
     )
-
-
-def build_accelerator(config: RunConfig) -> Accelerator:
-    """The only place that makes one.
-
-    Raises:
-        ConfigError: the launcher started another number of processes than ``train.processes`` asks for.
-    """
-    precision = "no" if config.train.precision == "fp32" else config.train.precision
-    known = [tracker.value for tracker in get_available_trackers()]
-    for number, name in enumerate(config.train.trackers):
-        if name not in known:
-            raise ConfigError(
-                f"train.trackers.{number}: {name!r} is unknown or not installed; "
-                f"here are: {', '.join(known) or 'none'} (pip install 'mmcl[track]' brings tensorboard)"
-            )
-    accelerator = Accelerator(
-        cpu=not torch.cuda.is_available(),
-        mixed_precision=precision,
-        log_with=list(config.train.trackers) or None,
-        project_dir=config.train.out,
-        # objectives own queues and statistics that are equal on all ranks by themselves
-        kwargs_handlers=[DistributedDataParallelKwargs(broadcast_buffers=False)],
-    )
-    wanted = config.train.processes
-    if wanted is not None and accelerator.num_processes != wanted:
-        raise ConfigError(
-            f"train.processes: {wanted} asked for, but {accelerator.num_processes} started; launch with "
-            "`accelerate launch --config_file configs/accelerate/…` (`--cpu --num_processes N` starts only one)"
-        )
-    return accelerator

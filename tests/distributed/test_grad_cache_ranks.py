@@ -16,6 +16,7 @@ from support.view_methods import make
 from torch.nn.parallel import DistributedDataParallel
 
 from mmcl.encoders.audio import TinyAudioOptions
+from mmcl.encoders.shared import SharedOptions
 from mmcl.encoders.text import TinyTextOptions
 from mmcl.encoders.video import TinyVideoOptions
 from mmcl.model import HeadOptions, ModelOptions, MultimodalModel
@@ -39,8 +40,9 @@ def build_everything(taught: bool, dropout: float = 0.0) -> TrainStep:
         "audio": video if taught else TinyAudioOptions(width=8, channels=8, dropout=dropout, **small),
         "text": TinyTextOptions(width=8, depth=1, dropout=dropout),
     }
-    frozen = ("audio", "text") if taught else ()
-    options = ModelOptions(towers=towers, joint_width=6, head=HeadOptions(layers=2, hidden=8), frozen=frozen)
+    for name in ("audio", "text") if taught else ():
+        towers[name] = towers[name].model_copy(update={"lock": "with_head"})
+    options = ModelOptions(towers=towers, joint_width=6, head=HeadOptions(layers=2, hidden=8))
     model = MultimodalModel(options)
     infos = model.tower_infos()
     objectives = {
@@ -71,6 +73,30 @@ def build_step(dropout: float = 0.0) -> TrainStep:
         "swav": make("persistency", "swav", {}, infos),
         "tcl": make_tcl(infos, text_augmentation="none"),
     }
+    mix = ObjectiveMix(objectives, dict.fromkeys(objectives, 1.0))
+    model.add_scales(mix.scales)
+    model.serve(mix.needs)
+    return TrainStep(model, mix).double()
+
+
+def build_shared(norm: str = "none") -> TrainStep:
+    """Pictures through the video tower, with a momentum copy, its last blocks alone learning; a head of its own."""
+    torch.manual_seed(3)
+    towers = {
+        "image": SharedOptions(tower="video", frames=1),
+        "video": TinyVideoOptions(width=8, channels=8, size=16, frames=2, lock=3, checkpoint_activations=True),
+        "text": TinyTextOptions(width=16, depth=2, lock=1),
+    }
+    heads = {"image": HeadOptions(layers=2, hidden=8, norm=norm), "text": HeadOptions(layers=2, hidden=8, norm=norm)}
+    model = MultimodalModel(ModelOptions(towers=towers, joint_width=6, heads=heads))
+    infos = model.tower_infos()
+    pairs = cross_modal.CrossModalOptions(pairs=(("image", "text"), ("video", "text")))
+    objectives = {
+        "cross_modal": cross_modal.build(pairs, infos),
+        "moco": make("intra_modal", "moco", {}, infos, tower="image"),
+    }
+    if norm == "batch":
+        objectives["tcl"] = make_tcl(infos, pairs=(("image", "text"),), text_augmentation="none")
     mix = ObjectiveMix(objectives, dict.fromkeys(objectives, 1.0))
     model.add_scales(mix.scales)
     model.serve(mix.needs)
@@ -137,6 +163,7 @@ builds = pytest.mark.parametrize(
     "build",
     [
         build_step,
+        build_shared,
         pytest.param(LEARNING, marks=pytest.mark.slow, id="all that learn together"),
         pytest.param(TAUGHT, marks=pytest.mark.slow, id="all that are taught"),
     ],
@@ -156,7 +183,30 @@ def test_equals_the_whole_batch(gloo: GlooPool, build: Callable[[], TrainStep]) 
             assert_same(record, whole, f"rank {rank} of {world}")
 
 
-@builds
+def test_heads_with_batch_norm_count_the_rows_of_all_ranks(gloo: GlooPool) -> None:
+    """Also where a rank has no row at all."""
+    build = partial(build_shared, "batch")
+    whole = train(0, 1, None, build=build)
+    means = [value for name, value in whole.state.items() if "heads.image" in name and "running_mean" in name]
+    assert len(means) == 2 and all(value.any() for value in means)
+    for world in (2, 3):
+        for rank, record in enumerate(gloo(world, train, None, True, build)):
+            assert_same(record, whole, f"rank {rank} of {world}")
+    with pytest.raises(ConfigError, match=r"the head of tower 'image' holds batch statistics \(RankBatchNorm\)"):
+        check_cacheable(build())
+
+
+with_dropout = pytest.mark.parametrize(
+    "build",
+    [
+        build_step,
+        pytest.param(LEARNING, marks=pytest.mark.slow, id="learning"),
+        pytest.param(TAUGHT, marks=pytest.mark.slow, id="taught"),
+    ],
+)
+
+
+@with_dropout
 def test_with_dropout_equals_one_graph_over_the_same_forwards(build: Callable[..., TrainStep]) -> None:
     step = build(dropout=0.5)
     views = tuple(dict.fromkeys(need.view for need in step.mix.needs))

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
-import signal
 import subprocess
 import sys
 import time
@@ -13,9 +11,11 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
+from support.launched import ACCELERATE, CPU_2, PRETRAIN, finish, started, steps_logged
 from support.recipes import ROOT, TINY, tiny_overrides
 
 from mmcl import load_config
+from mmcl.model import MultimodalModel
 from mmcl.training.launch import pretrain
 
 STEPS = 20
@@ -23,11 +23,8 @@ STEPS = 20
 
 def command(processes: int, *overrides: str) -> list[str]:
     """The run on so many processes, as a user launches it."""
-    launcher = []
-    if processes > 1:
-        launcher = ["-m", "accelerate.commands.launch", "--config_file", str(ROOT / "configs/accelerate/cpu_2.yaml")]
-        launcher += ["--num_processes", str(processes)]
-    return [sys.executable, *launcher, str(ROOT / "pipelines/pretrain.py"), str(TINY), *overrides]
+    launcher = [*CPU_2, "--num_processes", str(processes)] if processes > 1 else [sys.executable]
+    return [*launcher, PRETRAIN, str(TINY), *overrides]
 
 
 def overrides(shards: Path, out: Path, *more: str) -> list[str]:
@@ -36,11 +33,7 @@ def overrides(shards: Path, out: Path, *more: str) -> list[str]:
 
 
 def launch(processes: int, *arguments: str) -> subprocess.CompletedProcess[str]:
-    done = subprocess.run(
-        command(processes, *arguments), capture_output=True, text=True, timeout=250, check=False, cwd=ROOT
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
-    return done
+    return finish(command(processes, *arguments))
 
 
 def losses(out: Path) -> list[float]:
@@ -83,16 +76,12 @@ def test_two_processes_equal_one(alone: Path, two: Path) -> None:
 
 
 def kill_when(shards: Path, out: Path, processes: int, moment: str) -> None:
-    """Starts a run and kills its whole process group without warning before, in, or after a save."""
-    arguments = command(processes, *overrides(shards, out))
-    process = subprocess.Popen(
-        arguments, cwd=ROOT, start_new_session=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
-    )
+    """Starts a run and kills all its processes without warning before, in, or after a save."""
     checkpoints, deadline = out / "checkpoints", time.monotonic() + 120
-    try:
+    with started(command(processes, *overrides(shards, out)), out.parent / "log") as process:
         while time.monotonic() < deadline and process.poll() is None:
             names = {path.name for path in checkpoints.iterdir()} if checkpoints.exists() else set()
-            logged = len((out / "metrics.jsonl").read_text().splitlines()) if (out / "metrics.jsonl").exists() else 0
+            logged = steps_logged(out)
             if moment == "before a save" and logged >= 3:
                 break
             if moment == "in a save" and any(name.endswith(".partial") for name in names) and logged >= 5:
@@ -101,9 +90,6 @@ def kill_when(shards: Path, out: Path, processes: int, moment: str) -> None:
                 break
             time.sleep(0.0005)
         assert process.poll() is None, "the run ended before it could be killed"
-    finally:
-        os.killpg(process.pid, signal.SIGKILL)
-        process.wait()
 
 
 @pytest.mark.slow
@@ -144,6 +130,29 @@ def test_three_processes_resume_bit_for_bit_and_a_stop_file_ends_them_cleanly(
     assert (out / f"checkpoints/step_{taken:08d}").exists()
     launch(3, *overrides(shards_folder, out), "--resume")
     assert_same_weights(out, whole)
+
+
+@pytest.mark.slow
+def test_a_run_split_over_two_processes_equals_one_which_goes_on_with_it(
+    shards_folder: Path, alone: Path, tmp_path: Path
+) -> None:
+    """FSDP2, as the launch file asks for; its checkpoint is a model, and that of a run on one process."""
+    out = tmp_path / "run"
+    launcher = [*ACCELERATE, str(ROOT / "configs/accelerate/fsdp2_8.yaml"), "--num_processes", "2"]
+    finish([*launcher, PRETRAIN, str(TINY), *overrides(shards_folder, out, "train.keep_checkpoints=4")])
+    for step, (a, b) in enumerate(zip(losses(alone), losses(out), strict=True), 1):
+        assert abs(a - b) <= 1e-4 * abs(a), f"step {step}: {a} and {b}"
+    last = out / "checkpoints" / f"step_{STEPS:08d}"
+    assert not (last / "model.safetensors").exists()
+    assert len(list((last / "sharded").iterdir())) == 2
+    exported = MultimodalModel.from_pretrained(last).export(tmp_path / "model")
+    found, wanted = load_file(exported / "model.safetensors"), weights(alone)
+    for name, value in found.items():
+        assert torch.allclose(value, wanted[name], rtol=1e-2, atol=1e-4), name
+    resumed = tmp_path / "resumed"
+    pretrain(load_config(TINY, overrides(shards_folder, resumed)), resume=str(out / "checkpoints/step_00000010"))
+    for a, b in zip(losses(alone)[10:], losses(resumed), strict=True):
+        assert abs(a - b) <= 1e-4 * abs(a)
 
 
 def test_a_wrong_config_is_one_line_and_exit_code_2(tmp_path: Path) -> None:

@@ -1,7 +1,8 @@
-"""The comparisons of ``tools/bench/learning.py``: one of them at its tiny size, from recordings to the JSON."""
+"""The comparisons of ``tools/bench/learning.py``: one at its tiny size, recordings to JSON; what others would run."""
 
 from __future__ import annotations
 
+import importlib
 import json
 import subprocess
 import sys
@@ -9,6 +10,9 @@ from pathlib import Path
 
 import pytest
 from support.recipes import ROOT
+
+from mmcl.config import build
+from mmcl.recipe import RunConfig, build_model
 
 
 @pytest.mark.slow
@@ -44,3 +48,18 @@ def test_the_overhead_of_a_mix_is_measured_on_equal_losses(tmp_path: Path) -> No
         assert len(figures["terms"]) == 5
         low, high = figures["overhead_quartiles"]
         assert -1 < low <= figures["overhead"] <= high
+
+
+def test_arms_of_the_comparison_of_views_are_runs(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.syspath_prepend(str(ROOT / "tools/bench"))
+    bench = importlib.import_module("learning_views")
+    found = {}
+    for experiment in bench.FULL.steps:
+        for job in bench.jobs_of(experiment, bench.FULL, tmp_path):
+            mix = build_model(build(RunConfig, job.tree))[1]
+            found[experiment, job.arm, job.seed] = (len(mix.needs), job.tree["train"]["steps"], len(job.bank))
+    assert len(found) == 3 * (5 + 3) and {seed for _, _, seed in found} == {0, 1, 2}
+    assert [found["draws", f"{n} views", 0] for n in (2, 3, 4)] == [(n, 300, 4) for n in (2, 3, 4)]
+    assert found["draws", bench.TWICE, 0] == (2, 600, 4)
+    assert [found["modalities", f"{n} views", 0] for n in (2, 3, 4)] == [(n, 200, 1) for n in (2, 3, 4)]
+    assert {a for pair in bench.COMPARED for a in pair} <= {arm for _, arm, _ in found}

@@ -14,7 +14,8 @@ from support.recipes import ROOT, TINY, tiny_config, tiny_overrides
 from mmcl.recipe import RunConfig
 from mmcl.training.checkpoint import find_checkpoint, load_tensors
 from mmcl.training.launch import pretrain
-from mmcl.training.trainer import Trainer, build_accelerator
+from mmcl.training.processes import build_accelerator
+from mmcl.training.trainer import Trainer
 
 MIX = (
     "objectives=[{name: cross_modal}, "

@@ -162,6 +162,15 @@ CASES = [
         lambda z, z_other, temperature=0.2: losses.cmim_contrast(z, z_other, temperature=temperature),
         pair("z", "z_other"),
     ),
+    Case(
+        "masked_answer_contrast",
+        lambda masked, options, labels, temperature=0.2: losses.masked_answer_contrast(
+            masked, options, labels, temperature=temperature
+        ),
+        lambda rows: {"masked": (rows, 3), "options": (rows, 4, 3)},
+        unscaled=("masked", "options"),
+        extra=labels,
+    ),
     Case("vicreg", losses.vicreg, pair("a", "b"), unscaled=("a", "b"), temperature=False),
     Case(
         "swav",

@@ -136,7 +136,7 @@ def test_what_cannot_be_is_refused() -> None:
     for message, options in wrong.items():
         with pytest.raises(ConfigError, match=re.escape(message)):
             build_objective(NAME, **options)
-    with pytest.raises(ConfigError, match=r"objectives\.4\.teachers\.0: the teacher 'audio' is not frozen; add it to"):
+    with pytest.raises(ConfigError, match=r"objectives\.4\.teachers\.0: the teacher 'audio' is not frozen; set model"):
         build_objective(NAME, TOWERS, teachers=("audio",))
     objective = build_objective(NAME, teachers=("audio",), classes=2)
     with pytest.raises(RunError, match="label 2, but the objective was given classes: 2"):

@@ -8,7 +8,7 @@ from support.gloo import GlooPool
 from torch import Tensor, nn
 
 from mmcl.distributed import Comm
-from mmcl.layers import MLPHead, RankBatchNorm1d
+from mmcl.layers import MLPHead, RankBatchNorm, absent_rows
 
 
 def rows(count: int = 12, width: int = 5, offset: float = 3.0) -> Tensor:
@@ -16,7 +16,7 @@ def rows(count: int = 12, width: int = 5, offset: float = 3.0) -> Tensor:
 
 
 def test_is_torchs_batch_norm_where_that_is_defined() -> None:
-    ours, theirs = RankBatchNorm1d(5).double(), nn.BatchNorm1d(5).double()
+    ours, theirs = RankBatchNorm(5).double(), nn.BatchNorm1d(5).double()
     for step in range(3):
         x, y = rows(offset=step).requires_grad_(), rows(offset=step).requires_grad_()
         a, b = ours(x), theirs(y)
@@ -30,9 +30,36 @@ def test_is_torchs_batch_norm_where_that_is_defined() -> None:
     torch.testing.assert_close(ours.eval()(rows()), theirs.eval()(rows()))
 
 
+@pytest.mark.parametrize("torchs", [nn.BatchNorm2d, nn.BatchNorm3d])
+def test_feature_maps_are_normed_by_channel(torchs: type[nn.Module]) -> None:
+    ours, theirs = RankBatchNorm(5).double(), torchs(5).double()
+    shape = (6, 5, 3, 4) if torchs is nn.BatchNorm2d else (6, 5, 2, 3, 4)
+    x = torch.randn(shape, generator=torch.Generator().manual_seed(1), dtype=torch.float64) + 3
+    y = x.clone().requires_grad_()
+    x.requires_grad_()
+    (ours(x) ** 3).sum().backward()
+    (theirs(y) ** 3).sum().backward()
+    torch.testing.assert_close(x.grad, y.grad)
+    torch.testing.assert_close(ours.running_var, theirs.running_var)
+    mask = torch.arange(6) < 4
+    full, kept = RankBatchNorm(5).double(), RankBatchNorm(5).double()
+    torch.testing.assert_close(full(x, mask)[:4], kept(x[:4]))
+    torch.testing.assert_close(full.running_var, kept.running_var)
+
+
+def test_a_row_for_show_counts_for_nothing() -> None:
+    norm = RankBatchNorm(5)
+    with absent_rows():
+        out = norm(rows(1).float())
+    assert out.equal(torch.zeros(1, 5)) and norm.running_mean.equal(torch.zeros(5))
+    with absent_rows(False):
+        norm(rows().float())
+    assert not norm.running_mean.equal(torch.zeros(5)), "and only inside"
+
+
 def test_absent_rows_equal_deleted_ones_and_become_zero() -> None:
     mask = torch.arange(12) % 3 != 1
-    full, kept = RankBatchNorm1d(5).double(), RankBatchNorm1d(5).double()
+    full, kept = RankBatchNorm(5).double(), RankBatchNorm(5).double()
     x = rows().masked_fill(~mask[:, None], torch.nan).requires_grad_()
     y = rows()[mask].requires_grad_()
     a, b = full(x, mask), kept(y)
@@ -48,7 +75,7 @@ def test_absent_rows_equal_deleted_ones_and_become_zero() -> None:
 
 @pytest.mark.parametrize("present", [0, 1])
 def test_fewer_than_two_rows_define_nothing(present: int) -> None:
-    norm = RankBatchNorm1d(5)
+    norm = RankBatchNorm(5)
     nn.init.constant_(norm.bias, 0.5)
     x = rows().float().requires_grad_()
     out = norm(x, torch.arange(12) < present)
@@ -59,16 +86,16 @@ def test_fewer_than_two_rows_define_nothing(present: int) -> None:
 
 
 def test_a_large_mean_loses_no_digits_and_autocast_changes_nothing() -> None:
-    norm = RankBatchNorm1d(5)
+    norm = RankBatchNorm(5)
     x = rows(offset=1000.0)
-    expected = RankBatchNorm1d(5).double()(x)
+    expected = RankBatchNorm(5).double()(x)
     torch.testing.assert_close(norm(x.float()), expected.float(), rtol=0, atol=1e-3)
     with torch.autocast("cpu", torch.bfloat16):
         assert norm(x.float()).dtype == torch.float32
 
 
 def norm_on_ranks(rank: int, world: int) -> list[Tensor]:
-    comm, norm, replies = Comm.current(), RankBatchNorm1d(5).double(), []
+    comm, norm, replies = Comm.current(), RankBatchNorm(5).double(), []
     number = torch.arange(12)
     for mask in (number >= 0, number % 5 != 2, number % 2 == 0, number % 3 != 2, number < 0, number == 4):
         own = slice(rank, None, world)
@@ -104,7 +131,7 @@ def test_heads(norm: str, layers: int) -> None:
             normed = head.norms[i](expected, mask) if norm == "batch" else head.norms[i](expected)
             expected = nn.functional.gelu(normed)
     torch.testing.assert_close(out, expected)
-    assert len(head.linears) == layers and sum(isinstance(m, RankBatchNorm1d) for m in head.modules()) == (
+    assert len(head.linears) == layers and sum(isinstance(m, RankBatchNorm) for m in head.modules()) == (
         layers - 1 if norm == "batch" else 0
     )
 

@@ -18,9 +18,23 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from mmcl.distributed import Comm
+from mmcl.media.mixing import GLOBAL, ring
 from mmcl.objectives.base import ObjectiveMix, Term
 from mmcl.training.momentum import advance
-from mmcl.types import AudioSpec, Batch, Embeddings, Level, MotionSpec, TextSpec, TowerInfo, VideoSpec, View, ViewBatch
+from mmcl.types import (
+    TIMED,
+    AudioSpec,
+    Batch,
+    Embeddings,
+    Level,
+    MotionSpec,
+    QuestionSpec,
+    TextSpec,
+    TowerInfo,
+    VideoSpec,
+    View,
+    ViewBatch,
+)
 
 INPUT_WIDTH, WIDTH, JOINT_WIDTH, TOKENS, VOCABULARY = 8, 10, 6, 4, 9
 
@@ -39,6 +53,18 @@ TOWERS = {
 
 MOTION = {"motion": TowerInfo("motion", MotionSpec(), WIDTH, JOINT_WIDTH)}
 """for the objectives that ask for it"""
+
+
+class _Ids(_NoTokens):
+    """… but with token numbers: what decoders predict."""
+
+
+RAW = {
+    "video": TowerInfo("video", VideoSpec(frames=4, size=2), WIDTH, JOINT_WIDTH, causal_patch=(1, 2, 2)),
+    "audio": TowerInfo("audio", AudioSpec(sample_rate_hz=8, seconds=1), WIDTH, JOINT_WIDTH, causal_patch=(2,)),
+    "text": TowerInfo("text", TextSpec(_Ids()), WIDTH, JOINT_WIDTH, causal_patch=(1,)),
+}
+"""towers that eat what real ones do, tiny; their tokens are causal"""
 
 KINDS = ("mixed", "rank_1_of_2_empty", "rank_2_of_3_empty", "no_audio", "full", "all_absent")
 """batches: uneven masks; no row at all on one rank; a modality absent everywhere; nothing absent; nothing present"""
@@ -59,7 +85,7 @@ class Tower(nn.Module):
     def forward(self, view: ViewBatch, level: Level) -> Tensor:
         rows = view.present.nonzero()[:, 0]
         dummy = len(rows) == 0
-        x = view.data[:1] if dummy else view.data[rows]
+        x = as_rows(view.data[:1] if dummy else view.data[rows], next(self.parameters()).dtype)
         if level in ("tokens", "joint_tokens"):
             out = torch.tanh(self.token(x.unflatten(1, (TOKENS, -1))))
             out = F.normalize(self.joint(out), dim=-1) if level == "joint_tokens" else out
@@ -68,6 +94,24 @@ class Tower(nn.Module):
             out = F.normalize(self.joint(out), dim=-1) if level == "joint" else out
         full = out.new_zeros(len(view), *out.shape[1:])
         return full + 0 * out.sum() if dummy else full.index_copy(0, rows, out)
+
+
+def as_rows(data: Tensor, dtype: torch.dtype) -> Tensor:
+    """Any view as ``(B, INPUT_WIDTH)``; of four frames, or tokens, each makes two numbers of its own."""
+    if data.is_floating_point():
+        return data
+    x = data.to(dtype)
+    return x.view(len(x), INPUT_WIDTH, 6).mean(2) / 64 if x.ndim == 5 else x.repeat_interleave(2, 1) / VOCABULARY
+
+
+def raw(view: View, x: Tensor, step: int) -> Tensor:
+    """What a tower of ``RAW`` eats in place of rows ``(B, INPUT_WIDTH)``; those of other towers as they are."""
+    if view.spec == RAW["video"].spec:
+        random = torch.Generator().manual_seed(700 + 10 * step + 2 * view.clip + view.copy)
+        return torch.randint(0, 256, (len(x), 4, 3, 2, 2), generator=random, dtype=torch.uint8)
+    if view.spec == RAW["audio"].spec:
+        return 0.02 * x.exp() * x.sign()
+    return (3 * x[:, ::2]).long() % VOCABULARY if view.spec == RAW["text"].spec else x
 
 
 class Subject(nn.Module):
@@ -127,9 +171,14 @@ def make_batch(views: Sequence[View], step: int, kind: str, rows: int = 12) -> B
     data = {}
     for view in views:
         present = ~(hole | absent[view.modality])
-        x = torch.randn(rows, INPUT_WIDTH, generator=random, dtype=torch.float64)
+        x = torch.randn(rows, *texts_of(view), INPUT_WIDTH, generator=random, dtype=torch.float64)
         mask, params = _text_parts(view, present, step)
-        data[view] = ViewBatch(x * present[:, None], present, mask, params)
+        if not isinstance(view.spec, QuestionSpec):
+            x = raw(view, x, step)
+        params = {**params, **_times_and_labels(view, rows, step), **_question_parts(view, present, step)}
+        if view.augmentation == "mixed":
+            params.update(_mix_parts(present, step * rows + number))
+        data[view] = ViewBatch(x * present.view(-1, *[1] * (x.ndim - 1)), present, mask, params)
     groups = torch.randint(0, rows, (rows, 2), generator=random)
     return Batch(
         views=data,
@@ -142,13 +191,61 @@ def make_batch(views: Sequence[View], step: int, kind: str, rows: int = 12) -> B
 
 def _text_parts(view: View, present: Tensor, step: int) -> tuple[Tensor | None, dict[str, Tensor]]:
     """Texts under an augmentation are of several lengths, and some of their tokens were masked."""
-    if view.modality != "text" or view.augmentation == "none":
+    if view.modality != "text" or (view.augmentation == "none" and view.spec != RAW["text"].spec):
         return None, {}
     random = torch.Generator().manual_seed(500 + step)
     mask = torch.arange(TOKENS) < torch.randint(1, TOKENS + 1, (len(present), 1), generator=random)
     targets = torch.randint(0, VOCABULARY, (len(present), TOKENS), generator=random)
     hidden = ~mask | ~present[:, None] | (torch.rand(len(present), TOKENS, generator=random) < 0.5)
     return mask, {"token_targets": targets.masked_fill(hidden, -1)}
+
+
+def _times_and_labels(view: View, rows: int, step: int) -> dict[str, Tensor]:
+    """When clips begin, some of them at the same time as others; classes of pairs, some of them missing."""
+    if not isinstance(view.spec, TIMED):
+        return {}
+    random = torch.Generator().manual_seed(700 + step)
+    later = torch.randint(0, 3, (rows,), generator=random) * view.spec.seconds
+    params = {"start_seconds": view.clip * later.double()}
+    if view.overlap is not None:
+        for name, classes in (("overlap_time", 5), ("overlap_space", 5), ("speed", 4), ("turns", 4)):
+            params[name] = torch.randint(
+                -1 if name in ("overlap_time", "speed") else 0, classes, (rows,), generator=random
+            )
+        params["turns"] = (params["turns"] + view.clip) % 4
+    return params
+
+
+def _mix_parts(present: Tensor, draws: Tensor) -> dict[str, Tensor]:
+    """Half of the rows of this view were mixed with the next one of a ring."""
+    share = torch.where(draws % 2 == 0, 0.1 + (draws % 5) / 8, 0.0)
+    return {GLOBAL: share, "mix_draw": draws[ring(draws, present, 0)]}
+
+
+def texts_of(view: View) -> tuple[int, ...]:
+    """How many texts are a row of a view of questions; none else."""
+    return (view.spec.texts,) if isinstance(view.spec, QuestionSpec) else ()
+
+
+def _question_parts(view: View, present: Tensor, step: int) -> dict[str, Tensor]:
+    """Of questions the right candidate, one to all sentences, and spans, some of them unknown."""
+    random, rows = torch.Generator().manual_seed(700 + step), len(present)
+    if not isinstance(view.spec, QuestionSpec):
+        return {}
+    spec, absent = view.spec, ~present
+    starts = torch.rand(rows, spec.sentences, generator=random, dtype=torch.float64) * 2
+    lengths = torch.rand(rows, spec.sentences, generator=random, dtype=torch.float64)
+    there = torch.arange(spec.sentences) < torch.randint(1, spec.sentences + 1, (rows, 1), generator=random)
+    sentences = torch.stack([starts, starts + lengths], -1).masked_fill(
+        ~(there & present[:, None])[..., None], torch.nan
+    )
+    unknown = absent | (torch.rand(rows, generator=random) < 0.3)
+    target = torch.randint(0, 1 if spec.part == "truth" else spec.candidates, (rows,), generator=random)
+    return {
+        "target": target.masked_fill(absent, -1),
+        "sentence_seconds": sentences,
+        "span_seconds": sentences[:, 0].masked_fill(unknown[:, None], torch.nan),
+    }
 
 
 def pick_rows(batch: Batch, index: Tensor) -> Batch:

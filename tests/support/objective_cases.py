@@ -16,13 +16,14 @@ from mmcl.config import build as build_options
 from mmcl.objectives import OBJECTIVES
 from mmcl.objectives.base import Objective, ObjectiveMix
 from mmcl.types import Batch, Embeddings, TowerInfo
-from support.exactness import MOTION, TOWERS, Subject
+from support.exactness import MOTION, RAW, TOWERS, Subject, texts_of
 from support.objectives import FROZEN, SHAPES
 from support.tcl import SMALL as TCL
 from support.view_methods import EXTRAS, INTRA_MODAL, PERSISTENCY
 from support.view_methods import SMALL as HEAD
 
-SWITCHES = ("estimator", "method")
+NO_TEMPERATURE = ("byol", "simsiam", "barlow", "vicreg", "triplet", "mse")
+SWITCHES = ("estimator", "layout", "method")
 """options that say how: a word, or options of their own that bear one"""
 
 
@@ -33,6 +34,8 @@ class Case:
     objective: str
     options: Mapping[str, Any]
     taught: bool = False
+    raw: bool = False
+    """towers eat pictures, waves and token numbers"""
     moving: bool = False
     """there is a tower of motion too"""
     cold: Mapping[str, Any] | None = None
@@ -44,7 +47,7 @@ class Case:
 
     def build(self, towers: Mapping[str, TowerInfo] | None = None, *, seed: int = 3, **changes: Any) -> Objective:
         """A float32 objective with weights from this seed."""
-        infos = towers or (FROZEN if self.taught else TOWERS)
+        infos = towers or (FROZEN if self.taught else RAW if self.raw else TOWERS)
         if self.moving:
             infos = {**infos, **MOTION}
         torch.manual_seed(seed)
@@ -62,7 +65,7 @@ def _merged(options: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str,
 
 def _view_method(objective: str, method: str, how: Mapping[str, Any] = {}, **more: Any) -> Case:
     chosen = {"name": method, **HEAD, **EXTRAS.get(method, {}), **how}
-    cold = None if objective == "intra_modal" and method in ("byol", "simsiam", "barlow", "vicreg") else 0.01
+    cold = None if objective == "intra_modal" and method in NO_TEMPERATURE else 0.01
     return Case(
         objective,
         {"tower": "video", "method": chosen, **more},
@@ -74,6 +77,11 @@ def _view_method(objective: str, method: str, how: Mapping[str, Any] = {}, **mor
 
 def _zoo(method: str, **more: Any) -> Case:
     return Case("distillation", {"method": method, "teacher": "audio", **more}, taught=True)
+
+
+def _improved(method: str, detached_by: str = "", cold: Mapping[str, Any] | None = None, **more: Any) -> Case:
+    options = {"pair": ("video", "text"), "method": method, "layers": 2, **HEAD, **more}
+    return Case("improved", options, detached_by=detached_by, cold=cold)
 
 
 _TOKENS = ("tokens", "tokens")
@@ -91,6 +99,19 @@ _DECOUPLING: Mapping[str, Any] = {
     "negatives": 2,
     "temperature": 0.3,
 }
+_QA = {"answers": 3, "sentences": 2, "width": 8}
+_COSINE = {"augmentation": "masked", "similarity": "cosine", "temperature": 0.5}
+_COLD_COSINE = {**_COSINE, **_COLD}
+
+_HEAD = {"hidden": 6, "out": 5}
+_DECODER = {"width": 8, "layers": 1, "heads": 2, "hidden": 12, "chunk": 5}
+_CODES = {"name": "codes", "count": 5, "detail": 1, "samples": 2, "momentum": 0.5}
+
+
+def _decoding(objective: str, tower: str, **more: Any) -> Case:
+    options = {"tower": tower, "temperature": 0.3, "decoder": _DECODER, "targets": _CODES, **more}
+    return Case(objective, options, raw=True, cold=_COLD)
+
 
 CASES: dict[str, Case] = {
     "cross_modal": Case("cross_modal", {}),
@@ -104,6 +125,11 @@ CASES: dict[str, Case] = {
     "intra_modal: swav with a queue": _view_method(
         "intra_modal", "swav", {"queue": 6, "frozen_batches": 0, "crops": 1}
     ),
+    "intra_modal: moco, erased, with hard negatives": _view_method(
+        "intra_modal", "moco", {"hard_negative": True}, erase={}
+    ),
+    "intra_modal: byol, all erased": _view_method("intra_modal", "byol", erase={"views": "all"}),
+    "persistency: moco, all erased": _view_method("persistency", "moco", erase={"views": "all"}, other="audio"),
     **{f"persistency: {method}": _view_method("persistency", method) for method in PERSISTENCY},
     **{
         f"persistency: {method} with sound": _view_method("persistency", method, other="audio")
@@ -145,6 +171,29 @@ CASES: dict[str, Case] = {
         moving=True,
         cold=_COLD,
     ),
+    "generative_contrastive: prefix": _decoding("generative_contrastive", "video", layout="prefix", **_HEAD),
+    "generative_contrastive: cross": _decoding(
+        "generative_contrastive", "text", layout="cross", latents=2, augmentation="worn", **_HEAD
+    ),
+    "generative_contrastive: palette": _decoding(
+        "generative_contrastive", "audio", targets={"name": "palette", "samples": 2}, windows="different", **_HEAD
+    ),
+    "cmim": _decoding("cmim", "text", latent=5),
+    "cmim: codes": _decoding("cmim", "audio", latent=3, latents=1, critic="dot", other="mean", likelihood="mean"),
+    "improved: rocket": _improved("rocket"),
+    "improved: siamlip": _improved("siamlip", predictor_hidden=4, strong=1),
+    "improved: byolip": _improved("byolip", predictor_hidden=4, strong=1),
+    "improved: barlip": _improved("barlip", barlow_hidden=6, barlow_out=5, strong=1),
+    "improved: swalip": _improved("swalip", detached_by="_codes", cold={"swap_temperature": 0.01}),
+    "improved: swalip with prototypes": _improved("swalip", detached_by="_codes", prototypes=4, strong=1),
+    "m3col": Case("m3col", {"seed": 3, "mixed_rows": 0.8, "beta": 0.9}, cold=_COLD),
+    "m3col: inputs and labels": Case(
+        "m3col", {"inputs": {"video": "mixed", "audio": "mixed"}, "classes": 3, "hidden": 5}, cold=_COLD
+    ),
+    "m3col: soft": Case("m3col", {"towers": ("video", "text"), "mixed_share": 0.0}, cold={"soft_temperature": 0.01}),
+    "m3col: soft targets that learn": Case(
+        "m3col", {"mixed_share": 0.0, "soft_temperature": 0.3, "detach_targets": False}, cold={"soft_temperature": 0.01}
+    ),
     "multi_view: mv_dhel": Case(
         "multi_view", {"temperature": 0.3, "views": {"video": 2, "audio": 1, "text": 1}}, cold=_COLD
     ),
@@ -156,8 +205,16 @@ CASES: dict[str, Case] = {
     "mutual: in the batch": Case("mutual", {"queue": 0, "keys": "online", "temperature": 0.3}, cold=_COLD),
     "mutual: labels": Case("mutual", {"queue": 7, "classes": 3, "temperature": 0.3, "ensemble": 0.5}, cold=_COLD),
     "mutual: labels in the batch": Case("mutual", {"queue": 0, "classes": 3, "temperature": 0.3}, cold=_COLD),
+    "stor": Case("stor", {"tower": "video", **HEAD, "predictor_hidden": 4, "head_hidden": 7}),
+    "stor: overlap alone": Case(
+        "stor", {"tower": "video", **HEAD, "predictor_hidden": 4, "head_hidden": 7, "speed": 0, "rotation": 0}
+    ),
     "tcl": Case("tcl", {**TCL, "pairs": (("video", "text"),)}),
     "tcl: sound": Case("tcl", {**TCL, "pairs": (("audio", "video"),), "mlm": None}),
+    "video_qa": Case("video_qa", {**_QA, "contrast": {"augmentation": "masked"}, "localisation": {}}),
+    "video_qa: cosine": Case("video_qa", {**_QA, "answer": None, "contrast": _COSINE}, cold={"contrast": _COLD_COSINE}),
+    "video_qa: questions": Case("video_qa", {**_QA, "answer": None, "question": {"candidates": 4}}),
+    "video_qa: texts alone": Case("video_qa", {**_QA, "video": None, "question": {}}),
 }
 
 
@@ -194,7 +251,8 @@ def rows_for(
     for need in objective.needs:
         present = batch.views[need.view].present
         for level in need.levels:
-            x = torch.randn(len(batch), *SHAPES[level], generator=random, dtype=torch.float64).to(dtype)
+            shape = (*texts_of(need.view), *SHAPES[level])
+            x = torch.randn(len(batch), *shape, generator=random, dtype=torch.float64).to(dtype)
             x = x * present.view(-1, *[1] * (x.ndim - 1))
             values[need.tower, need.view, level, need.kind] = x.requires_grad_(need.kind == "online")
     scales = {name: torch.tensor(scale, dtype=dtype, requires_grad=True) for name in objective.scales}

@@ -14,7 +14,7 @@ from mmcl.model import MultimodalModel
 from mmcl.objectives import OBJECTIVES
 from mmcl.objectives.base import Objective
 from mmcl.types import Batch, Embeddings, TowerInfo, View, ViewBatch
-from support.exactness import TOWERS, make_batch
+from support.exactness import TOWERS, make_batch, texts_of
 
 FROZEN = {name: dataclasses.replace(tower, trainable=name == "video") for name, tower in TOWERS.items()}
 """a student of video and two teachers"""
@@ -39,7 +39,8 @@ def embed(
     for need in objective.needs:
         for level in need.levels:
             present = batch.views[need.view].present
-            x = torch.randn(len(batch), *SHAPES[level], generator=random, dtype=torch.float64)
+            shape = (*texts_of(need.view), *SHAPES[level])
+            x = torch.randn(len(batch), *shape, generator=random, dtype=torch.float64)
             x = (given or {}).get(need.tower, x) * present.view(-1, *[1] * (x.ndim - 1))
             leaf = leaves.setdefault((need.tower, level), x.detach().requires_grad_())
             values[need.tower, need.view, level, need.kind] = leaf

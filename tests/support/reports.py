@@ -13,7 +13,8 @@ from mmcl.evaluation.gallery import (
     sound_webm,
     waveform_svg,
 )
-from mmcl.evaluation.report import ModalityRows, RetrievalReport, evaluate_list, fingerprint
+from mmcl.evaluation.protocols import fingerprint
+from mmcl.evaluation.report import ModalityRows, RetrievalReport, evaluate_list
 
 COLOURS = {
     "red": (214, 69, 65),

@@ -18,7 +18,7 @@ EXTRAS: dict[str, dict[str, Any]] = {
     "simsiam": {"predictor_hidden": 4},
     "swav": {"prototypes": 4, "frozen_batches": 1},
 }
-INTRA_MODAL = ("simclr", "dcl", "dclw", "moco", "byol", "simsiam", "barlow", "vicreg", "swav")
+INTRA_MODAL = ("simclr", "dcl", "dclw", "moco", "byol", "simsiam", "barlow", "vicreg", "triplet", "mse", "swav")
 PERSISTENCY = ("simclr", "moco", "byol", "swav")
 
 

@@ -22,10 +22,9 @@ from mmcl.media.augmentation import (
     RotationOptions,
     TextAugmentation,
     VideoAugmentation,
-    blank_params,
     check_views,
-    draw_params,
 )
+from mmcl.media.augmentation_draws import draw_params
 from mmcl.media.text import ByteTokenizer
 from mmcl.types import AudioSpec, Batch, ConfigError, TextSpec, VideoSpec, View, ViewBatch
 
@@ -225,7 +224,7 @@ def test_absent_rows_stay_zero_and_nothing_is_modified() -> None:
     batch = batch_of([0, 1, 2])
     present = torch.tensor([True, False, True])
     blanks = {
-        view: {name: torch.from_numpy(value) for name, value in blank_params(STRONG, view).items()}
+        view: {name: torch.from_numpy(np.zeros_like(value)) for name, value in draw_params(STRONG, view, (0,)).items()}
         for view in (VIDEO, AUDIO, TEXT)
     }
     views = {}

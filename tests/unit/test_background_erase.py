@@ -3,15 +3,20 @@
 from __future__ import annotations
 
 import doctest
+import itertools
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 
+from mmcl.data import ClipStream
 from mmcl.media import augment_video
-from mmcl.media.augment import background_erase
-from mmcl.media.augmentation import Augmentation, EraseOptions, VideoAugmentation, draw_params
-from mmcl.types import VideoSpec, View
+from mmcl.media.augment import augment, background_erase
+from mmcl.media.augmentation import Augmentation, EraseOptions, VideoAugmentation
+from mmcl.media.augmentation_draws import draw_params
+from mmcl.shards import load_manifest
+from mmcl.types import Batch, ConfigError, Erase, VideoSpec, View
 
 
 def clips() -> torch.Tensor:
@@ -59,3 +64,65 @@ def test_as_an_augmentation() -> None:
     video = (clips() * 255).byte()
     out = augment_video.augment_video(video, {name: value[:3] for name, value in params.items()}, size=4)
     assert torch.equal(out, background_erase(video, frames[:3], strength[:3]))
+
+
+def test_before_or_after_normalisation_is_the_same() -> None:
+    """… where that is affine and the same for all frames."""
+    video, frames, strength = clips(), torch.tensor([1, 4, 0]), torch.tensor([0.3, 0.2, 0.1])
+    mean, std = (torch.rand(3, 1, 1, generator=torch.Generator().manual_seed(i), dtype=torch.float64) for i in (1, 2))
+    normalised = background_erase((video - mean) / std, frames, strength)
+    torch.testing.assert_close(normalised, (background_erase(video, frames, strength) - mean) / std)
+
+
+# --- as what a view asks for ------------------------------------------------------------------------------------------
+
+SPEC = VideoSpec(frames=4, size=32, fps=8.0)
+STRONG = Augmentation(video=VideoAugmentation(flip=0.5, grey=0.5))
+
+
+def batches(folder: Path, *views: View, count: int = 2, **options: object) -> list[Batch]:
+    given = {"augmentations": {"strong": STRONG}, "seed": 5, "in_process": True, "global_batch": 6, **options}
+    source = ClipStream(load_manifest(str(folder)), views=views, **given)  # type: ignore[arg-type]
+    return list(itertools.islice(iter(source), count))
+
+
+def test_an_erased_view_is_the_view_erased_and_nothing_else_changes(shards_folder: Path) -> None:
+    plain = View(SPEC, augmentation="strong")
+    view = View(SPEC, augmentation="strong", erase=Erase((0.4, 0.9)))
+    batch = batches(shards_folder / "train", plain, view)[0]
+    before = {each: batch.views[each].data.clone() for each in (plain, view)}
+    done = augment(batch)
+    assert all(torch.equal(batch.views[each].data, before[each]) for each in (plain, view)), (
+        "nothing is changed in place"
+    )
+    assert torch.equal(before[plain], before[view])
+    params = batch.views[view].params
+    assert ((params["erase_strength"] >= 0.4) & (params["erase_strength"] <= 0.9)).all()
+    assert len(params["erase_strength"].unique()) > 3 and len(params["erase_frame"].unique()) > 1
+    wanted = background_erase(done.views[plain].data, params["erase_frame"], params["erase_strength"])
+    found, alone = done.views[view].data.int(), done.views[plain].data
+    assert (found - wanted.int()).abs().max() <= 1, "the same flip and grey, then erased"
+    rows = torch.arange(len(alone))
+    assert torch.equal(done.views[view].data[rows, params["erase_frame"]], alone[rows, params["erase_frame"]])
+    assert (found - alone.int()).abs().max() > 5
+    assert "erase_strength" not in batch.views[plain].params
+
+
+def test_one_strength_per_batch_is_that_of_the_whole_batch(shards_folder: Path) -> None:
+    view = View(SPEC, erase=Erase((0.0, 0.3), per="batch"))
+    wholes = batches(shards_folder / "train", view, count=3)
+    strengths = [whole.views[view].params["erase_strength"] for whole in wholes]
+    assert all(len(strength.unique()) == 1 for strength in strengths)
+    assert len({float(strength[0]) for strength in strengths}) == 3
+    assert len(wholes[0].views[view].params["erase_frame"].unique()) > 1, "frames are drawn for each clip"
+    for rank in range(2):
+        parts = batches(shards_folder / "train", view, count=3, rank=rank, world_size=2)
+        for part, whole in zip(parts, wholes, strict=True):
+            for name, values in whole.views[view].params.items():
+                assert torch.equal(part.views[view].params[name], values[rank::2]), name
+
+
+def test_erasing_twice_is_refused(shards_folder: Path) -> None:
+    options = {"strong": Augmentation(video=VideoAugmentation(erase=EraseOptions()))}
+    with pytest.raises(ConfigError, match=r"data\.augmentations\.strong\.video\.erase: the objective erases"):
+        batches(shards_folder / "train", View(SPEC, augmentation="strong", erase=Erase()), augmentations=options)

@@ -16,8 +16,9 @@ from mmcl.recipe import RunConfig, build_model
 from mmcl.shards import load_manifest
 from mmcl.training import trainer
 from mmcl.training.launch import describe
+from mmcl.training.processes import build_accelerator
 from mmcl.training.soundness import remarks
-from mmcl.training.trainer import Trainer, build_accelerator
+from mmcl.training.trainer import Trainer
 from mmcl.types import ConfigError
 
 VIEWS = "tower: depth, method: {name: simclr}"
@@ -52,7 +53,9 @@ def test_an_unknown_modality(objective: str, place: str) -> None:
 )
 def test_momentum_of_a_frozen_tower(objective: str, message: str) -> None:
     with pytest.raises(ConfigError, match=rf"objectives\.{message}"):
-        build_model(tiny_config(f"objectives=[{{name: cross_modal}}, {{{objective}}}]", "model.frozen=[audio]"))
+        build_model(
+            tiny_config(f"objectives=[{{name: cross_modal}}, {{{objective}}}]", "model.towers.audio.lock=with_head")
+        )
 
 
 def test_texts_to_be_masked_by_an_augmentation_without_a_mask() -> None:
@@ -138,7 +141,7 @@ def test_micro_batches_of_a_tower_with_batch_norm(
 ) -> None:
     """No tower of ours holds any, but somebody's may."""
 
-    def with_batch_norm(config: RunConfig) -> tuple[MultimodalModel, ObjectiveMix]:
+    def with_batch_norm(config: RunConfig, **_: object) -> tuple[MultimodalModel, ObjectiveMix]:
         model, mix = build_model(config)
         model.towers["video"].add_module("theirs", torch.nn.BatchNorm2d(8))
         return model, mix
@@ -165,7 +168,11 @@ def run_on(shards: Path, out: Path, *, classes: int = 5) -> RunConfig:
     plain = "{name: cross_modal}"
     taught = f"{{name: compositional_distillation, teachers: [audio], classes: {classes}}}"
     return tiny_config(
-        f"objectives=[{plain}, {taught}]", "model.frozen=[audio]", "train.global_batch=4", shards=shards, out=out
+        f"objectives=[{plain}, {taught}]",
+        "model.towers.audio.lock=with_head",
+        "train.global_batch=4",
+        shards=shards,
+        out=out,
     )
 
 

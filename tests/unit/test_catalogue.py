@@ -56,7 +56,7 @@ def test_it_fits_a_terminal() -> None:
 def test_the_command_needs_no_towers() -> None:
     done = CliRunner().invoke(app, ["objectives", "mutual"])
     assert done.exit_code == 0 and "soft_temperature: number > 0; default 3.0" in done.output
-    with pytest.raises(ConfigError, match=r"no objective 'mutal' \(did you mean 'mutual'\?\); there are: comp"):
+    with pytest.raises(ConfigError, match=r"no objective 'mutal' \(did you mean 'mutual'\?\); there are: cmim, comp"):
         find_entry("mutal", ENTRIES)
     code = (
         "import sys; from mmcl.cli import app; app(['objectives'], standalone_mode=False); "
@@ -77,4 +77,5 @@ def test_the_page_is_up_to_date() -> None:
     assert text == tool.page(ENTRIES, tool.configurations())
     assert "No configuration of its own" not in text
     titles = [line for line in text.splitlines() if line.startswith("##")]
+    assert titles.pop() == "## Multistage"
     assert len(titles) == sum(1 + len(entry.methods) for entry in ENTRIES) == len(set(titles))

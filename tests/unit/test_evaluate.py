@@ -142,11 +142,11 @@ def test_items_are_shown_as_picture_and_sound(embedded: EmbeddedShards, shards_f
 
 
 def test_embeddings_are_written(folder: Path, shards_folder: Path, tmp_path: Path) -> None:
-    assert embed_to_folder(folder, str(shards_folder / "test"), tmp_path / "emb", workers=1) == 8
-    tensors = load_file(tmp_path / "emb/embeddings.safetensors")
-    assert tensors["video.rows"].shape == (8, 32)
-    assert tensors["text.items"].tolist() == list(range(8))
-    assert len((tmp_path / "emb/items.jsonl").read_text().splitlines()) == 8
+    assert len(embed_to_folder(folder, str(shards_folder / "test"), tmp_path / "emb", workers=1)) == 8
+    tensors = load_file(tmp_path / "emb/shard-000000.safetensors")
+    assert tensors["video.rows"].shape == (5, 32)
+    assert tensors["text.items"].tolist() == list(range(5))
+    assert len((tmp_path / "emb/shard-000001.jsonl").read_text().splitlines()) == 3
 
 
 PROGRAM = "import sys\nfrom mmcl.cli import main\ntry:\n    main()\nfinally:\n    print('torch' in sys.modules)"

@@ -15,7 +15,7 @@ from mmcl.training.optim import build_optimizer
 from mmcl.training.step import TrainStep
 from mmcl.types import ConfigError
 
-FROZEN = ("model.frozen=[audio]", "model.towers.audio.dropout=0.5", "model.towers.video.dropout=0.5")
+FROZEN = ("model.towers.audio.lock=with_head", "model.towers.audio.dropout=0.5", "model.towers.video.dropout=0.5")
 
 
 def test_a_frozen_tower_is_not_trained() -> None:
@@ -59,14 +59,9 @@ def test_a_frozen_tower_is_saved_and_read_back(tmp_path: Path) -> None:
     torch.manual_seed(0)
     model, _ = build_model(tiny_config(*FROZEN))
     again = MultimodalModel.from_pretrained(model.save_pretrained(tmp_path / "model"))
-    assert again.options.frozen == ("audio",)
+    assert again.head_locked("audio") and not again.head_locked("video")
     for left, right in zip(model.towers["audio"].parameters(), again.towers["audio"].parameters(), strict=True):
         assert torch.equal(left, right) and not right.requires_grad
-
-
-def test_an_unknown_frozen_tower_is_refused() -> None:
-    with pytest.raises(ConfigError, match=r"model\.frozen\.0: unknown name 'audoi' \(did you mean 'audio'\?\)"):
-        build_model(tiny_config("model.frozen=[audoi]"))
 
 
 def test_what_no_objective_reaches_has_no_gradient() -> None:
@@ -81,19 +76,18 @@ def test_a_tower_starts_from_an_earlier_model(tmp_path: Path) -> None:
     earlier, _ = build_model(tiny_config())
     folder = earlier.save_pretrained(tmp_path / "earlier")
     torch.manual_seed(1)
-    model, _ = build_model(tiny_config(f"model.weights.audio={folder}", "model.joint_width=16"))
+    model, _ = build_model(tiny_config(f"model.towers.audio.pretrained={folder}", "model.joint_width=16"))
     for name, same in (("audio", True), ("video", False)):
         pairs = zip(model.towers[name].parameters(), earlier.towers[name].parameters(), strict=True)
         assert all(torch.equal(p, q) for p, q in pairs) == same
-    again, _ = build_model(tiny_config(f"model.weights.audio={folder}"))
+    again, _ = build_model(tiny_config(f"model.towers.audio.pretrained={folder}"))
     head = zip(again.heads["audio"].parameters(), earlier.heads["audio"].parameters(), strict=True)
     assert all(torch.equal(p, q) for p, q in head), "also the head, where it is of the same shape"
     for override, message in {
-        f"model.weights.sound={folder}": r"model\.weights: unknown name 'sound'",
-        f"model.weights.audio={tmp_path}": r"model\.weights\.audio: .*neither a model",
-        "model.weights.audio=gone": r"model\.weights\.audio: gone: no such folder",
+        f"model.towers.audio.pretrained={tmp_path}": r"model\.towers\.audio\.pretrained: .*neither a model",
+        "model.towers.audio.pretrained=gone": r"model\.towers\.audio\.pretrained: gone: no such folder",
     }.items():
         with pytest.raises(ConfigError, match=message):
             build_model(tiny_config(override))
-    with pytest.raises(ConfigError, match=r"model\.weights\.audio: .* does not fit"):
-        build_model(tiny_config(f"model.weights.audio={folder}", "model.towers.audio.width=48"))
+    with pytest.raises(ConfigError, match=r"model\.towers\.audio\.pretrained: .* does not fit"):
+        build_model(tiny_config(f"model.towers.audio.pretrained={folder}", "model.towers.audio.width=48"))

@@ -12,12 +12,12 @@ import pytest
 ROOT = Path(__file__).parents[2]
 
 LAYERS = [
-    {"types", "hashing", "progress"},
-    {"config", "folders", "media", "shards", "losses", "layers", "distributed"},
+    {"types", "specs", "hashing", "progress"},
+    {"config", "folders", "shipped", "media", "shards", "losses", "layers", "distributed"},
     {"data", "encoders", "objectives"},
-    {"hub", "model", "recipe"},
-    {"training", "evaluation", "search"},
-    {"shipped", "catalogue", "demo", "cli", "__main__"},
+    {"card", "concatenated", "encode", "formats", "hub", "model", "onnx_format", "recipe"},
+    {"evaluation", "search", "search_faiss", "serve", "training"},
+    {"catalogue", "cli", "cli_classify", "cli_options", "demo", "multistage", "__main__"},
 ]
 LEVEL = {name: level for level, names in enumerate(LAYERS) for name in names}
 
@@ -27,15 +27,27 @@ NEIGHBOURS = {
     ("shards", "config"),
     ("shards", "media"),  # preparing shards decodes and encodes media
     ("distributed", "layers"),
+    ("hub", "card"),
+    ("concatenated", "encode"),
+    ("concatenated", "model"),
+    ("formats", "card"),
+    ("formats", "model"),
+    ("formats", "onnx_format"),
+    ("model", "encode"),
     ("model", "hub"),
     ("recipe", "model"),
+    ("search", "search_faiss"),
+    ("serve", "evaluation"),
+    ("serve", "search"),
+    ("search", "evaluation"),  # what `mmcl embed` writes
     ("__main__", "cli"),
     ("cli", "demo"),
-    ("cli", "shipped"),
     ("cli", "catalogue"),
-    ("catalogue", "shipped"),
-    ("demo", "shipped"),
+    ("cli", "cli_classify"),
+    ("cli", "cli_options"),
+    ("cli_classify", "cli_options"),
     ("hashing", "types"),
+    ("types", "specs"),
 }
 TORCH_ALONE = {"losses", "layers"}
 

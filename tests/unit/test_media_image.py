@@ -132,3 +132,16 @@ def test_random_damage_never_escapes():
             data[places] = rng.integers(0, 256, 4)
             with contextlib.suppress(SampleError):
                 assert decode_image(data.tobytes(), size=16).shape == (3, 16, 16)
+
+
+@pytest.mark.parametrize("upright", [False, True])
+def test_the_start_the_centre_and_the_end_of_the_long_side(upright: bool) -> None:
+    """Three squares side by side: red, green, blue."""
+    bands = np.zeros((12, 36, 3), np.uint8)
+    for band in range(3):
+        bands[:, 12 * band : 12 * (band + 1), band] = 255
+    picture = encoded(Image.fromarray(bands.transpose(1, 0, 2) if upright else bands))
+    for band, fit in enumerate(("crop_start", "crop", "crop_end")):
+        found = decode_image(picture, size=12, fit=fit)
+        assert found.shape == (3, 12, 12)
+        assert (found == np.eye(3, dtype=np.uint8)[band][:, None, None] * 255).all()

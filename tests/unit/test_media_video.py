@@ -125,6 +125,9 @@ def test_crop_keeps_the_aspect_and_the_centre(tmp_path, decoder, known):
     assert frame.shape == (3, 24, 24) and frame[:, :, 1:-1].min() > 190
     squashed = open_video(path, decoder=decoder, size=24, fit="squash", source_size=known).read([1])[0]
     assert squashed[:, :, :4].max() < 60 and squashed[:, :, 8:16].min() > 190
+    for fit, dark, bright in (("crop_start", slice(11), slice(13, None)), ("crop_end", slice(13, None), slice(11))):
+        side = open_video(path, decoder=decoder, size=24, fit=fit, source_size=known).read([1])[0]
+        assert side.shape == (3, 24, 24) and side[:, :, dark].max() < 60 and side[:, :, bright].min() > 190
 
 
 def test_more_threads_give_the_same_frames(tmp_path):

@@ -71,8 +71,8 @@ def test_a_run_that_is_not_finite_names_the_term(
 ) -> None:
     trainer_init = Trainer.__init__
 
-    def broken(self: Trainer, *given: object) -> None:
-        trainer_init(self, *given)  # type: ignore[arg-type]
+    def broken(self: Trainer, *given: object, **named: object) -> None:
+        trainer_init(self, *given, **named)  # type: ignore[arg-type]
         self.model.log_scales["video-audio"].data.fill_(float("nan"))
 
     monkeypatch.setattr(Trainer, "__init__", broken)

@@ -147,8 +147,12 @@ def test_encode_names_what_is_wrong(model: MultimodalModel, media_folder: Path, 
         model.encode_video([tmp_path / "none.mp4"])
     with pytest.raises(SampleError, match="no_audio_stream"):
         model.encode_audio([media_folder / "green_0.mp4"])
-    with pytest.raises(TypeError, match="list"):
-        model.encode_text("one text")
+    with pytest.raises(TypeError, match="texts, got int"):
+        model.encode_text([1])
+    with pytest.raises(ConfigError, match=r"frames must be uint8.*permute the channels"):
+        model.encode_video(np.zeros((4, 32, 32, 3), np.uint8))
+    with pytest.raises(ConfigError, match="sample_rate_hz"):
+        model.encode_audio(np.zeros(8000, np.float32))
 
 
 def momentum_needs(model: MultimodalModel) -> list[Need]:

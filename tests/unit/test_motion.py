@@ -28,6 +28,7 @@ from mmcl.media.augment_video import augment_motion
 from mmcl.media.augmentation import Augmentation, CropOptions, VideoAugmentation
 from mmcl.media.clip import MediaReader
 from mmcl.media.frame_table import FrameTable
+from mmcl.media.inputs import decode_windows
 from mmcl.media.motion import MotionReader, motion_maps, reference_distances, resized
 from mmcl.media.motion_file import StoredMotion, extract_motion
 from mmcl.media.windows import Window, elsewhere
@@ -335,9 +336,9 @@ def test_elsewhere_never_overlaps(duration: float, start: float, taken: float, l
 def test_a_source_too_short_has_no_motion_elsewhere() -> None:
     motion = dataclasses.replace(SPEC, fps=10.0, stride=None)
     views = (View(dataclasses.replace(CLIP, stride=None)), *(dataclasses.replace(v, spec=motion) for v in VIEWS[1:3]))
-    specs = [view.spec for view in views]
+    pairs = [(view, view.spec) for view in views]
     placed = {
-        duration: place_views(views, specs, duration, words=(1, 2, 3), rule="random", sampling=SamplingOptions())
+        duration: place_views(pairs, duration, words=(1, 2, 3), rule="random", sampling=SamplingOptions())
         for duration in (0.3, 60.0)
     }
     assert placed[0.3][2] is None and placed[60.0][2] is not None
@@ -367,3 +368,8 @@ def test_the_tower() -> None:
     assert names == {id(p) for p in tower.parameters()}
     with pytest.raises(ConfigError, match="size 60 is no multiple of 4 × cell 4; nearest: 64"):
         TinyMotion(TinyMotionOptions(size=60))
+
+
+def test_motion_of_arrays_is_refused() -> None:
+    with pytest.raises(ConfigError, match="motion is read from compressed files"):
+        decode_windows(np.zeros((4, 3, 8, 8), np.uint8), SPEC, 1)

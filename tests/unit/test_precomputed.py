@@ -190,7 +190,7 @@ def test_embeddings_teach_as_the_frozen_tower_that_made_them(embedded: tuple[Pat
     [
         (["model.towers.sound.member=audio"], r"model\.towers\.sound\.member: .*modality of its own"),
         (["model.towers.sound.member=A.b"], r"model\.towers\.sound\.member: .*pattern"),
-        (["model.frozen=[]"], r"objectives\.0\.teachers\.0: the teacher 'sound' is not frozen"),
+        (["model.towers.sound.lock=none"], r"objectives\.0\.teachers\.0: the teacher 'sound' is not frozen"),
         (["objectives.0.level=joint"], r"objectives\.0\.level: joint, but 'sound' holds stored embeddings"),
         (["objectives=[{name: intra_modal, tower: sound, method: {name: simclr}}]"], "tower: .*have no views"),
         (
@@ -215,8 +215,7 @@ def test_what_stored_embeddings_cannot_do(overrides: list[str], message: str) ->
 )
 def test_every_kind_of_distillation_takes_them(embedded: tuple[Path, Path], tmp_path: Path, objective: str) -> None:
     more = [
-        "model.towers.audio={name: tiny_audio, width: 32, channels: 16, seconds: 0.5}",
-        "model.frozen=[sound, audio]",
+        "model.towers.audio={name: tiny_audio, width: 32, channels: 16, seconds: 0.5, lock: with_head}",
     ]
     pretrain(config(embedded[1], tmp_path / "run", f"objectives=[{objective}]", *more, "train.steps=1"))
     (line,) = [json.loads(line) for line in (tmp_path / "run/metrics.jsonl").read_text().splitlines()]

@@ -134,24 +134,34 @@ def test_scikit_learn(ties: bool) -> None:
         assert found["mAP@50"] == pytest.approx(100 * np.mean(precision))
 
 
+@pytest.mark.slow  # its import alone takes long
 def test_sentence_transformers() -> None:
+    """Its evaluator and its search, on scores without ties and on random embeddings, with several right answers."""
     evaluation = pytest.importorskip(
         "sentence_transformers.evaluation", reason="sentence-transformers is not installed"
     )
-    scores, right = random_task(8, ties=False)
-    evaluator = evaluation.InformationRetrievalEvaluator(
-        {str(row): str(row) for row in range(20)},
-        {str(item): str(item) for item in range(30)},
-        {str(row): {str(item) for item in items} for row, items in enumerate(lists(right))},
-        accuracy_at_k=[1, 5, 10],
-        precision_recall_at_k=[1, 5, 10],
-        map_at_k=[10],
-    )
-    answers = [[{"corpus_id": str(item), "score": float(s)} for item, s in enumerate(row)] for row in scores]
-    theirs = evaluator.compute_metrics([sorted(row, key=lambda each: -each["score"])[:10] for row in answers])
-    found = retrieval_metrics(*as_rows(scores), lists(right))
-    for k in (1, 5, 10):
-        assert found[f"R@{k}"] == pytest.approx(100 * theirs["accuracy@k"][k])
-        assert found[f"recall@{k}"] == pytest.approx(100 * theirs["recall@k"][k])
-    assert found["mAP@10"] == pytest.approx(100 * theirs["map@k"][10])
-    assert found["nDCG@10"] == pytest.approx(100 * theirs["ndcg@k"][10])
+    from sentence_transformers.util import semantic_search
+
+    for seed in range(4):
+        scores, right = random_task(seed, ties=False)
+        random = torch.Generator().manual_seed(seed)
+        a, b = (torch.nn.functional.normalize(torch.randn(n, 16, generator=random), dim=1) for n in (20, 30))
+        answers = [[{"corpus_id": item, "score": float(s)} for item, s in enumerate(row)] for row in scores]
+        evaluator = evaluation.InformationRetrievalEvaluator(
+            {str(row): str(row) for row in range(20)},
+            {str(item): str(item) for item in range(30)},
+            {str(row): {str(item) for item in items} for row, items in enumerate(lists(right))},
+            accuracy_at_k=[1, 5, 10],
+            precision_recall_at_k=[1, 5, 10],
+            map_at_k=[10],
+        )
+        for rows, listed in ((as_rows(scores), answers), ((a, b), semantic_search(a, b, top_k=10))):
+            best = [sorted(row, key=lambda each: -each["score"])[:10] for row in listed]
+            theirs = evaluator.compute_metrics([[{**e, "corpus_id": str(e["corpus_id"])} for e in row] for row in best])
+            found = retrieval_metrics(*rows, lists(right))
+            assert found["ties"] == 0
+            for k in (1, 5, 10):
+                assert found[f"R@{k}"] == pytest.approx(100 * theirs["accuracy@k"][k])
+                assert found[f"recall@{k}"] == pytest.approx(100 * theirs["recall@k"][k])
+            assert found["mAP@10"] == pytest.approx(100 * theirs["map@k"][10])
+            assert found["nDCG@10"] == pytest.approx(100 * theirs["ndcg@k"][10])

@@ -259,7 +259,7 @@ def test_a_run_survives_and_remembers(
     state = json.loads((folder / "checkpoints/step_00000002/state.json").read_text())
     assert state["stream"]["quarantine"] == [victim]
     monkeypatch.setattr(training, "build_stream", build)
-    pretrain(config(4, 0), resume="auto")
+    pretrain(config(4, 0), resume="auto", allow=["train.steps"])
     skipped = [json.loads(line) for line in (folder / "skipped.jsonl").read_text().splitlines()]
     assert [(entry["key"], entry["reason"], entry["draw"] // 16) for entry in skipped] == [
         (victim, "quarantined", 0),

@@ -17,12 +17,12 @@ from support.reports import is_silent, shape_items, shape_report, shape_rows
 
 from mmcl.evaluation import gallery, gallery_data, template
 from mmcl.evaluation.gallery import GalleryItem, clip_webp, poster_jpeg, sound_webm, waveform_svg
+from mmcl.evaluation.protocols import fingerprint
 from mmcl.evaluation.ranking import retrieval_metrics
 from mmcl.evaluation.report import (
     ModalityRows,
     RetrievalReport,
     evaluate_list,
-    fingerprint,
     write_report,
 )
 from mmcl.evaluation.tables import table

@@ -74,7 +74,9 @@ def test_one_query_and_a_missing_bank() -> None:
 def test_transductive_figures_stay_apart(tmp_path: Path) -> None:
     rows = shape_rows(range(60), 1.1)
     plain = evaluate_list("all", rows)
-    more = evaluate_list("all", rows, transductive=True, banks={"text": rows["text"].embeddings})
+    more = evaluate_list(
+        "all", rows, post=("dual_softmax", "inverted_softmax", "qb_norm"), banks={"text": rows["text"].embeddings}
+    )
     for name, direction in more.directions.items():
         assert dict(direction.metrics) == dict(plain.directions[name].metrics)
         methods = {"dual_softmax", "inverted_softmax"} | ({"qb_norm"} if name.startswith("text") else set())

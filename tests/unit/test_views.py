@@ -20,7 +20,8 @@ from mmcl.media.augmentation import Augmentation
 from mmcl.media.text import ByteTokenizer
 from mmcl.shards import load_manifest
 from mmcl.shards.members import Sample
-from mmcl.training.trainer import Trainer, build_accelerator
+from mmcl.training.processes import build_accelerator
+from mmcl.training.trainer import Trainer
 from mmcl.types import AudioSpec, Batch, ConfigError, TextSpec, VideoSpec, View
 
 OPTIONS = {

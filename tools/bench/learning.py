@@ -19,8 +19,8 @@ import multiprocessing
 import shutil
 import statistics
 import time
-from collections.abc import Iterable, Iterator, Sequence
-from concurrent.futures import ProcessPoolExecutor, as_completed
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import Executor, ProcessPoolExecutor, as_completed
 from contextlib import redirect_stderr, redirect_stdout
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -31,6 +31,8 @@ from learning_data import Takes, prepare
 
 Tree = dict[str, Any]
 Figures = dict[str, float]
+Measured = dict[tuple[str, int], Figures]
+"""by arm and seed"""
 
 VIDEO: Tree = {"name": "tiny_video", "width": 64, "channels": 16, "size": 32, "frames": 4, "fps": 2}
 AUDIO: Tree = {"name": "tiny_audio", "width": 128, "channels": 16, "mels": 32, "seconds": 2.0}
@@ -46,6 +48,8 @@ TAUGHT_BY = {"audio": "sound", "image": "pictures"}
 CLASSES = 128
 """outputs of a classifier: at least as many as there are games"""
 NEIGHBOURS = 5
+RIDGE = 0.1
+"""of a linear map: a share of the variance of a feature"""
 UNTRAINED = "untrained"
 
 
@@ -83,7 +87,8 @@ class Job(NamedTuple):
     bank: tuple[str, ...]
     """splits that nearest neighbours are looked for in"""
     measure: str
-    """``neighbours`` (of the first tower), ``classes`` (these, and the student's own) or ``retrieval``"""
+    """``neighbours`` (of the first tower), ``classes`` (these, and the student's own), ``linear`` (these, and a linear
+    map) or ``retrieval``"""
 
 
 # --- the arms ---------------------------------------------------------------------------------------------------------
@@ -119,11 +124,8 @@ def distillation(work: Path, teachers: Sequence[str]) -> Iterator[tuple[str, str
             (f"compositional, from {TAUGHT_BY[name]}", name, composed),
         ]
     for arm, name, term in arms:
-        model = {
-            "towers": {"video": VIDEO, name: TEACHERS[name]},
-            "frozen": [name],
-            "weights": {name: str(run_folder(work, "teacher", name, 0))},
-        }
+        earlier = str(run_folder(work, "teacher", name, 0))
+        model = {"towers": {"video": VIDEO, name: {**TEACHERS[name], "pretrained": earlier, "lock": "with_head"}}}
         named = {"teacher": name} if term is plain else {"teachers": [name]}
         yield "still", arm, {"model": model, "objectives": [{**term, **named}]}
 
@@ -166,39 +168,62 @@ def jobs_of(experiment: str, sizes: Sizes, work: Path, teachers: Sequence[str] =
     measure = {"intra_modal": "retrieval", "distillation": "classes"}
     found = []
     for camera, arm, tree in arms:
-        shards = work / camera / "shards"
         for seed in range(1 if experiment == "teacher" else sizes.seeds):
-            folder = run_folder(work, experiment, arm, seed)
-            data = {
-                "sources": [{"shards": str(shards / split)} for split in bank],
-                "augmentations": AUGMENTATIONS,
-                "in_process": True,
-                "decoder": "pyav",
-            }
-            train = {
-                "out": str(folder),
-                "steps": sizes.steps[experiment],
-                "global_batch": sizes.batch[experiment],
-                "seed": seed,
-                "threads": 1,
-                "checkpoint_every": sizes.steps[experiment],
-                "optimizer": {"learning_rate": 2e-3},
-            }
-            whole = {**tree, "data": data, "train": train}
-            found.append(Job(experiment, arm, seed, whole, folder, shards, bank, measure.get(experiment, "neighbours")))
+            how = measure.get(experiment, "neighbours")
+            found.append(job_of(experiment, arm, seed, tree, sizes, work, camera, bank, how))
     return found
+
+
+def job_of(
+    experiment: str,
+    arm: str,
+    seed: int,
+    tree: Tree,
+    sizes: Sizes,
+    work: Path,
+    camera: str,
+    bank: tuple[str, ...],
+    measure: str,
+) -> Job:
+    """The run of an arm that trains on the splits of ``bank``."""
+    shards, folder = work / camera / "shards", run_folder(work, experiment, arm, seed)
+    sources = [shards / split for split in bank]
+    common = data_and_train(sources, folder, sizes.steps[experiment], sizes.batch[experiment], seed)
+    whole = {**tree, **common, "train": {**common["train"], **tree.get("train", {})}}
+    return Job(experiment, arm, seed, whole, folder, shards, bank, measure)
+
+
+def data_and_train(sources: Sequence[Path], folder: Path, steps: int, batch: int, seed: int) -> Tree:
+    """What all runs have in common."""
+    data = {
+        "sources": [{"shards": str(source)} for source in sources],
+        "augmentations": AUGMENTATIONS,
+        "in_process": True,
+        "decoder": "pyav",
+    }
+    train = {
+        "out": str(folder),
+        "steps": steps,
+        "global_batch": batch,
+        "seed": seed,
+        "threads": 1,
+        "checkpoint_every": steps,
+        "optimizer": {"learning_rate": 2e-3},
+    }
+    return {"data": data, "train": train}
 
 
 # --- one run ----------------------------------------------------------------------------------------------------------
 
 
-def run(job: Job) -> tuple[Job, Figures]:
-    """Trains, unless an earlier call did with the same configuration, and measures."""
+def run(job: Job, measure: Callable[[Any, Job], Figures] | None = None) -> tuple[Job, Figures]:
+    """Trains, unless an earlier call did with the same configuration, and measures (None: as the job says)."""
     torch.set_num_threads(1)
     job.folder.parent.mkdir(parents=True, exist_ok=True)
     with job.folder.with_suffix(".log").open("a") as log, redirect_stdout(log), redirect_stderr(log):
         model, cpu_seconds = _trained(job)
-        figures = {"retrieval": retrieval, "classes": classes}.get(job.measure, neighbours)(model, job)
+        known = {"retrieval": retrieval, "classes": classes, "linear": linear}
+        figures = (measure or known.get(job.measure, neighbours))(model, job)
     return job, {**figures, "cpu_seconds": cpu_seconds}
 
 
@@ -225,25 +250,37 @@ def _trained(job: Job) -> tuple[Any, float]:
     return MultimodalModel.from_pretrained(job.folder), before["cpu_seconds"]
 
 
-def _embed(model: Any, job: Job, split: str, level: Any) -> Any:
+def embed(model: Any, job: Job, split: str, level: Any) -> Any:
     from mmcl.evaluation.embed import embed_shards
 
     return embed_shards(model, str(job.shards / split), level=level, in_process=True, decoder="pyav")
+
+
+def _labelled(model: Any, job: Job, splits: Iterable[str]) -> tuple[torch.Tensor, torch.Tensor]:
+    """Features of the first tower and the labels of their recordings."""
+    modality = next(iter(model.tower_infos().values())).modality
+    each = [embed(model, job, split, "pooled") for split in splits]
+    labels = [torch.tensor([item.label for item in e.items])[e.owners[modality]] for e in each]
+    return torch.cat([e.rows[modality] for e in each]), torch.cat(labels)
 
 
 def neighbours(model: Any, job: Job) -> Figures:
     """Percent of test recordings whose nearest recordings in the bank are of the same game."""
     from mmcl.evaluation.probes import neighbour_accuracy
 
-    modality = next(iter(model.tower_infos().values())).modality
+    found = (*_labelled(model, job, ["test"]), *_labelled(model, job, job.bank))
+    return {f"{NEIGHBOURS}-NN": neighbour_accuracy(*found, neighbours=NEIGHBOURS)}
 
-    def rows(splits: Iterable[str]) -> tuple[torch.Tensor, torch.Tensor]:
-        each = [_embed(model, job, split, "pooled") for split in splits]
-        labels = [torch.tensor([item.label for item in e.items])[e.owners[modality]] for e in each]
-        return torch.cat([e.rows[modality] for e in each]), torch.cat(labels)
 
-    accuracy = neighbour_accuracy(*rows(["test"]), *rows(job.bank), neighbours=NEIGHBOURS)
-    return {f"{NEIGHBOURS}-NN": accuracy}
+def linear(model: Any, job: Job) -> Figures:
+    """The same, and percent of test recordings that a linear map names, fitted to the bank by ridge regression."""
+    (rows, labels), (test, answers) = (_labelled(model, job, splits) for splits in (job.bank, ["test"]))
+    mean, std = rows.double().mean(0), rows.double().std(0).clamp_min(1e-6)
+    x, y = ((part.double() - mean) / std for part in (rows, test))
+    targets = torch.nn.functional.one_hot(labels).double()
+    weight = torch.linalg.solve(x.T @ x + len(x) * RIDGE * torch.eye(x.shape[1]), x.T @ (targets - targets.mean(0)))
+    named = (y @ weight + targets.mean(0)).argmax(1)
+    return {**neighbours(model, job), "linear": 100 * float((named == answers).double().mean())}
 
 
 def classes(model: Any, job: Job) -> Figures:
@@ -258,7 +295,7 @@ def classes(model: Any, job: Job) -> Figures:
     weight, bias = (
         owned[f"objectives.{job.tree['objectives'][0]['name']}.classify.{part}"] for part in ("weight", "bias")
     )
-    test = _embed(model, job, "test", "pooled")
+    test = embed(model, job, "test", "pooled")
     labels = torch.tensor([item.label for item in test.items])[test.owners["video"]]
     named = (test.rows["video"] @ weight.T + bias).argmax(1)
     return {"classifier": 100 * float((named == labels).float().mean()), **figures}
@@ -268,7 +305,7 @@ def retrieval(model: Any, job: Job) -> Figures:
     """R@1 of all directions among the test recordings; everything of the query's game is right."""
     from mmcl.evaluation import retrieval_metrics
 
-    test = _embed(model, job, "test", "joint")
+    test = embed(model, job, "test", "joint")
     labels = torch.tensor([item.label for item in test.items])
     figures = {}
     for asked, queries in test.rows.items():
@@ -293,7 +330,18 @@ def spread(values: list[float]) -> Tree:
     }
 
 
-def summary(experiment: str, measured: dict[tuple[str, int], Figures]) -> Tree:
+def run_all(jobs: Sequence[Job], pool: Executor, run: Callable[[Job], tuple[Job, Figures]]) -> Measured:
+    """What all jobs gave, in their order; each is printed as it ends."""
+    measured: Measured = {}
+    for future in as_completed([pool.submit(run, job) for job in jobs]):
+        job, figures = future.result()
+        measured[job.arm, job.seed] = figures
+        shown = "  ".join(f"{name} {value:.1f}" for name, value in figures.items())
+        print(f"{job.experiment}: {job.arm}, seed {job.seed}: {shown}", flush=True)
+    return {(job.arm, job.seed): measured[job.arm, job.seed] for job in jobs}
+
+
+def summary(measured: Measured, compared: Sequence[tuple[str, str]]) -> Tree:
     arms = list(dict.fromkeys(arm for arm, _ in measured))
     seeds = sorted({seed for _, seed in measured})
 
@@ -304,7 +352,7 @@ def summary(experiment: str, measured: dict[tuple[str, int], Figures]) -> Tree:
         x, y = values(a), values(b)
         return {n: [u - v for u, v in zip(x[n], y[n], strict=True)] for n in x if n in y and n != "cpu_seconds"}
 
-    pairs = {f"{a} − {b}": differences(a, b) for a, b in COMPARED.get(experiment, []) if {a, b} <= {*arms}}
+    pairs = {f"{a} − {b}": differences(a, b) for a, b in compared if {a, b} <= {*arms}}
     return {
         "seeds": seeds,
         "arms": {arm: {name: spread(x) for name, x in values(arm).items()} for arm in arms},
@@ -345,14 +393,8 @@ def main() -> None:
     summaries: Tree = {}
     with ProcessPoolExecutor(options.jobs, mp_context=multiprocessing.get_context("spawn")) as pool:
         for experiment in (["teacher"] if "distillation" in chosen else []) + chosen:
-            measured = {}
             jobs = jobs_of(experiment, sizes, work, options.teachers)
-            for future in as_completed([pool.submit(run, job) for job in jobs]):
-                job, figures = future.result()
-                measured[job.arm, job.seed] = figures
-                shown = "  ".join(f"{name} {value:.1f}" for name, value in figures.items())
-                print(f"{experiment}: {job.arm}, seed {job.seed}: {shown}", flush=True)
-            summaries[experiment] = summary(experiment, {(j.arm, j.seed): measured[j.arm, j.seed] for j in jobs})
+            summaries[experiment] = summary(run_all(jobs, pool, run), COMPARED.get(experiment, []))
     print(table(summaries))
     if options.out is not None:
         settings = {

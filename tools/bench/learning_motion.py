@@ -17,20 +17,16 @@ import argparse
 import io
 import json
 import multiprocessing
-from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
 
 import av
-import learning
 import numpy as np
-from learning import UNTRAINED, Job, run, run_folder, summary, table
+from learning import UNTRAINED, Job, Tree, data_and_train, run, run_all, run_folder, summary, table
 
 from mmcl.media.motion_file import extract_motion
 from mmcl.shards import ShardWriter, write_manifest
-
-Tree = dict[str, Any]
 
 EXPERIMENT = "motion"
 SIDE, FPS, PATCH = 64, 25, 28
@@ -73,7 +69,7 @@ ARMS: dict[str, Tree] = {
     "context and motion": DECOUPLING,
     "context and motion, 3 negatives": {**DECOUPLING, "negatives": 3},
 }
-learning.COMPARED[EXPERIMENT] = [
+COMPARED = [
     ("context and motion", "context"),
     ("motion", UNTRAINED),
     ("motion", "SimCLR"),
@@ -150,20 +146,9 @@ def jobs_of(sizes: Sizes, work: Path, shards: Path) -> list[Job]:
         towers = {name: tower for name, tower in TOWERS.items() if name == "video" or ARMS[arm] is not SIMCLR}
         for seed in range(sizes.seeds):
             folder = run_folder(work, EXPERIMENT, arm, seed)
-            tree = {
-                "model": {"towers": towers},
-                "objectives": [ARMS[arm]],
-                "data": {"shards": str(shards / "train"), "augmentations": AUGMENTATIONS, "in_process": True},
-                "train": {
-                    "out": str(folder),
-                    "steps": sizes.steps,
-                    "global_batch": sizes.batch,
-                    "seed": seed,
-                    "threads": 1,
-                    "checkpoint_every": sizes.steps,
-                    "optimizer": {"learning_rate": 2e-3},
-                },
-            }
+            whole = data_and_train([shards / "train"], folder, sizes.steps, sizes.batch, seed)
+            data = {**whole["data"], "augmentations": AUGMENTATIONS}
+            tree = {**whole, "data": data, "model": {"towers": towers}, "objectives": [ARMS[arm]]}
             found.append(Job(EXPERIMENT, arm, seed, tree, folder, shards, ("train",), "neighbours"))
     return found
 
@@ -182,15 +167,9 @@ def main() -> None:
     sizes = Sizes(**{**asdict(chosen), **given})
     work = (options.work / "quick" if options.quick else options.work).absolute()
     prepare(work / "shards", sizes)
-    measured = {}
     jobs = jobs_of(sizes, work, work / "shards")
     with ProcessPoolExecutor(options.jobs, mp_context=multiprocessing.get_context("spawn")) as pool:
-        for future in as_completed([pool.submit(run, job) for job in jobs]):
-            job, figures = future.result()
-            measured[job.arm, job.seed] = figures
-            shown = "  ".join(f"{name} {value:.1f}" for name, value in figures.items())
-            print(f"{job.arm}, seed {job.seed}: {shown}", flush=True)
-    found = {EXPERIMENT: summary(EXPERIMENT, {(job.arm, job.seed): measured[job.arm, job.seed] for job in jobs})}
+        found = {EXPERIMENT: summary(run_all(jobs, pool, run), COMPARED)}
     print(table(found))
     if options.out is not None:
         settings = {**asdict(sizes), "towers": TOWERS, "augmentations": AUGMENTATIONS, "arms": ARMS}

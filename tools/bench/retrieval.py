@@ -38,6 +38,7 @@ from mmcl.evaluation.streaming import TILE_COLUMNS, TILE_ROWS
 WIDTH = 512
 TOP = 10
 LIMIT_BYTES = 4 << 30
+MOST_RATIO, MOST_MEGABYTES = 1.5, 1500
 RESULTS = Path(__file__).parent / "results" / "retrieval.json"
 
 
@@ -88,6 +89,7 @@ def cpu_seconds(call: Callable[[Tensor, Tensor], object], a: Tensor, b: Tensor) 
 
 def ratio(count: int, pairs: int, save: Callable[[dict[str, Any]], None]) -> None:
     a, b = rows_of(count)
+    Path("/proc/self/clear_refs").write_text("5")  # the peak begins anew, whatever ran before
     cpu_seconds(bare, a[:4000], b[:4000])
     times: list[tuple[float, float]] = []
     for number in range(pairs):
@@ -106,7 +108,8 @@ def ratio(count: int, pairs: int, save: Callable[[dict[str, Any]], None]) -> Non
         save(figures)
     print(
         f"{count:,} x {count:,}: ours / product alone = {figures['ratio']:.2f} "
-        f"({ratios[0]:.2f} to {ratios[-1]:.2f}, {pairs} pairs), process {figures['whole_process_megabytes']:.0f} MB"
+        f"({ratios[0]:.2f} to {ratios[-1]:.2f}, {pairs} pairs), "
+        f"process {figures['whole_process_megabytes']:.0f} MB; allowed at 100,000: {MOST_RATIO}, {MOST_MEGABYTES} MB"
     )
 
 

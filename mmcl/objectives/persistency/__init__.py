@@ -14,7 +14,7 @@ from mmcl.objectives.persistency.byol import PersistencyBYOLOptions
 from mmcl.objectives.persistency.moco import PersistencyMoCoOptions
 from mmcl.objectives.persistency.simclr import PersistencySimCLROptions
 from mmcl.objectives.persistency.swav import PersistencySwAVOptions
-from mmcl.objectives.views import Reduction, ViewSet, learning_tower
+from mmcl.objectives.views import EraseViewsOptions, Reduction, ViewSet, erased, learning_tower
 from mmcl.objectives.weights import Weight
 from mmcl.types import TIMED, ConfigError, TowerInfo, View
 
@@ -29,6 +29,8 @@ class PersistencyOptions(Options):
 
     Needs: one tower of video or audio that learns, and samples longer than a clip; ``data.sampling`` says how far apart
     clips may lie. Methods moco and byol keep a momentum copy of the tower. With ``other`` a second tower that learns.
+
+    ``erase`` adds background erasing (Wang et al. 2021, arXiv 2009.05769): asking clips are erased, their targets not.
     """
 
     name: Literal["persistency"] = "persistency"
@@ -45,6 +47,8 @@ class PersistencyOptions(Options):
     """
     own_clips: bool = True
     """with ``other``: clips of the same tower attract each other as well"""
+    erase: EraseViewsOptions | None = None
+    """background erasing, of clips of ``tower`` alone"""
     reduction: Reduction = "sum"
     """over asking clips (simclr: neighbours); ``sum``, the authors', makes gradients grow with ρ"""
 
@@ -53,8 +57,8 @@ def build(options: PersistencyOptions, towers: Mapping[str, TowerInfo], path: st
     """The objective for these towers.
 
     Raises:
-        ConfigError: an unknown or frozen tower, one whose modality has no time, or one clip alone where two towers
-            are to meet at different times.
+        ConfigError: an unknown or frozen tower, one whose modality has no time, one clip alone where two towers are
+            to meet at different times, or erasing of what is no clip.
     """
     tower = learning_tower(options.tower, towers, f"{path}.tower")
     if not isinstance(tower.spec, TIMED):
@@ -62,7 +66,7 @@ def build(options: PersistencyOptions, towers: Mapping[str, TowerInfo], path: st
             f"{path}.tower: {tower.name!r} is a {tower.modality} tower; clips at several times need video or audio"
         )
     clips = [(0, 0), (0, 1)] if options.rho == 1 else [(i, 0) for i in range(options.rho)]
-    own = _views(tower, clips, options)
+    own = erased(_views(tower, clips, options), options.erase, tower, f"{path}.erase")
     chosen = ViewSet(tower, own, options.reduction)
     if options.other is not None:
         other = _other(options, towers, path)

@@ -1,0 +1,102 @@
+"""How the processes of a run were started, and whether that agrees with its configuration."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from datetime import timedelta
+
+import torch
+from accelerate import Accelerator, DistributedDataParallelKwargs
+from accelerate.tracking import get_available_trackers
+from accelerate.utils import InitProcessGroupKwargs
+
+from mmcl.recipe import RunConfig
+from mmcl.types import ConfigError
+
+
+def check_launch(config: RunConfig, environment: Mapping[str, str]) -> None:
+    """Refuses a launcher that says something else than the configuration.
+
+    "no" of a launcher is also what it says of what it was not asked, so that alone contradicts nothing.
+
+    Raises:
+        ConfigError: names both values, and what to change.
+    """
+    train = config.train
+    started = int(environment.get("WORLD_SIZE", "1"))
+    if train.processes is not None and started != train.processes:
+        raise ConfigError(
+            f"train.processes: {train.processes} asked for, but {started} started; launch with "
+            "`accelerate launch --config_file configs/accelerate/…` (`--cpu --num_processes N` starts only one)"
+        )
+    precision = environment.get("ACCELERATE_MIXED_PRECISION", "no")
+    if precision not in ("no", train.precision):
+        raise ConfigError(
+            f"train.precision: {train.precision}, but the launcher says mixed_precision={precision} "
+            "(ACCELERATE_MIXED_PRECISION); set one as the other, or mixed_precision: 'no' there"
+        )
+    parts = environment.get("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", "1")
+    if parts not in ("1", "auto", str(train.accumulate)):
+        raise ConfigError(
+            f"train.accumulate: {train.accumulate}, but the launcher says gradient_accumulation_steps={parts} "
+            "(ACCELERATE_GRADIENT_ACCUMULATION_STEPS)"
+        )
+    compiler = environment.get("ACCELERATE_DYNAMO_BACKEND", "no").lower()
+    if compiler not in ("no", ""):
+        raise ConfigError(
+            f"the launcher says dynamo_backend={compiler} (ACCELERATE_DYNAMO_BACKEND), but a run compiles only what "
+            "its configuration names; set dynamo_backend: 'no' there"
+        )
+    if _says(environment, "ACCELERATE_USE_DEEPSPEED"):
+        raise ConfigError(
+            f"train.sharding: {train.sharding or 'none'}, but the launcher says DeepSpeed (ACCELERATE_USE_DEEPSPEED); "
+            "take configs/accelerate/fsdp2_8.yaml"
+        )
+    if _says(environment, "ACCELERATE_USE_FSDP"):
+        version = environment.get("FSDP_VERSION", "1")
+        if train.sharding == "none" or version != "2":
+            raise ConfigError(
+                f"train.sharding: {train.sharding or 'fsdp2'}, but the launcher says FSDP version {version} "
+                "(ACCELERATE_USE_FSDP, FSDP_VERSION); leave train.sharding out and set fsdp_version: 2 there, or take "
+                "another launch file"
+            )
+
+
+def is_sharded(config: RunConfig, environment: Mapping[str, str]) -> bool:
+    """Whether weights are split over ranks: as the configuration says, or, where it says nothing, the launcher."""
+    if config.train.sharding is None:
+        return _says(environment, "ACCELERATE_USE_FSDP")
+    return config.train.sharding == "fsdp2"
+
+
+def _says(environment: Mapping[str, str], name: str) -> bool:
+    return environment.get(name, "false").lower() in ("true", "1", "yes")
+
+
+def build_accelerator(config: RunConfig) -> Accelerator:
+    """The only place that makes one.
+
+    Raises:
+        ConfigError: the launcher contradicts the configuration, or a tracker is unknown.
+    """
+    check_launch(config, os.environ)
+    precision = "no" if config.train.precision == "fp32" else config.train.precision
+    known = [tracker.value for tracker in get_available_trackers()]
+    for number, name in enumerate(config.train.trackers):
+        if name not in known:
+            raise ConfigError(
+                f"train.trackers.{number}: {name!r} is unknown or not installed; "
+                f"here are: {', '.join(known) or 'none'} (pip install 'mmcl[track]' brings tensorboard)"
+            )
+    return Accelerator(
+        cpu=not torch.cuda.is_available(),
+        mixed_precision=precision,
+        log_with=list(config.train.trackers) or None,
+        project_dir=config.train.out,
+        kwargs_handlers=[
+            # objectives own queues and statistics that are equal on all ranks by themselves
+            DistributedDataParallelKwargs(broadcast_buffers=False),
+            InitProcessGroupKwargs(timeout=timedelta(seconds=config.train.timeout_seconds)),
+        ],
+    )
