@@ -1,6 +1,6 @@
 """Augmentation of a batch on the device that it lies on: rows are changed as their parameters say, and only so.
 
-Parameters by name, one row each (``mmcl.media.augmentation`` draws them):
+Parameters by name, one row each (``mmcl.media.augmentation_draws`` draws them):
 
 video, uint8 ``(B, T, C, H, W)``, the same for all frames of a row, in this order
     ``crop_box`` int64 ``(B, 4)`` top, left, height, width in pixels · ``flip`` bool · ``turns`` int64 quarters and
