@@ -9,17 +9,27 @@ Shape letters, used in every signature and name of the project:
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING, Any, Literal, Protocol, TypeAlias
+from typing import TYPE_CHECKING, Any, Literal, TypeAlias
+
+from mmcl.specs import READ as READ
+from mmcl.specs import TIMED as TIMED
+from mmcl.specs import AudioSpec as AudioSpec
+from mmcl.specs import Modality as Modality
+from mmcl.specs import MotionSpec as MotionSpec
+from mmcl.specs import QuestionSpec as QuestionSpec
+from mmcl.specs import Spec as Spec
+from mmcl.specs import TextSpec as TextSpec
+from mmcl.specs import TimedSpec as TimedSpec
+from mmcl.specs import Tokenizer as Tokenizer
+from mmcl.specs import VectorSpec as VectorSpec
+from mmcl.specs import VideoSpec as VideoSpec
 
 if TYPE_CHECKING:  # the values of preparation need neither; torch alone costs seconds and half a gigabyte
     import numpy as np
     import torch
     from torch import Tensor
-
-Modality: TypeAlias = str
-"""An open set of names: ``video``, ``audio``, ``text``; later ``image``, ``motion``, ``points``, …"""
 
 Level: TypeAlias = str
 """What of a tower an objective sees: ``joint``, ``pooled``, ``tokens``, ``joint_tokens`` or ``stage:NAME``."""
@@ -122,125 +132,8 @@ class Clip:
                 raise ValueError("audio needs sample_rate_hz")
 
 
-class Tokenizer(Protocol):
-    """Text to token numbers; hashable (equal ones make equal views) and picklable (it runs in workers).
-
-    It may have ``cut(texts) -> list[bool]``, which of them are longer than it takes (without: none are counted).
-    For augmentation it may also have ``special_ids``, numbers that are never changed (none), ``mask_id``, what stands
-    for a masked token (None: masks are refused), and ``vocabulary``, how many numbers there are.
-    """
-
-    def __call__(self, texts: Sequence[str]) -> tuple[Tensor, Tensor]:
-        """Returns ids int64 ``(B, L)`` and mask bool ``(B, L)``; every row keeps at least one unmasked token."""
-        ...
-
-    def __hash__(self) -> int: ...
-
-
-@dataclass(frozen=True, slots=True)
-class VideoSpec:
-    """What a video tower eats. A picture is a video of one frame."""
-
-    frames: int = 8
-    size: int = 64
-    """pixels, height = width"""
-    fps: float = 4.0
-    """frames per second at which the window is sampled; the window is ``frames / fps`` seconds"""
-    fit: Literal["crop", "squash", "crop_start", "crop_end"] = "crop"
-    """how a picture becomes square: scale the short side and crop the centre, or scale both sides; the start or end
-    of the long side in place of the centre are views of evaluation"""
-    mean: tuple[float, float, float] = (0.5, 0.5, 0.5)
-    std: tuple[float, float, float] = (0.25, 0.25, 0.25)
-    stride: int | None = None
-    """take every such frame of the source instead: ``fps`` is then its mean frame rate / ``stride``, and holds for
-    pictures alone"""
-    modality: Modality = field(default="video", init=False)
-
-    @property
-    def seconds(self) -> float:
-        return self.frames / self.fps
-
-
-@dataclass(frozen=True, slots=True)
-class AudioSpec:
-    """What an audio tower eats: a mono wave, float32 ``(S,)`` with ``S = round(seconds * sample_rate_hz)``."""
-
-    sample_rate_hz: int = 16_000
-    seconds: float = 2.0
-    modality: Modality = field(default="audio", init=False)
-
-    @property
-    def samples(self) -> int:
-        return round(self.seconds * self.sample_rate_hz)
-
-
-@dataclass(frozen=True, slots=True)
-class TextSpec:
-    """What a text tower eats."""
-
-    tokenizer: Tokenizer
-    modality: Modality = field(default="text", init=False)
-
-    @property
-    def seconds(self) -> float:
-        return 0.0
-
-
-@dataclass(frozen=True, slots=True)
-class VectorSpec:
-    """What a tower eats that passes stored embeddings on: the member ``NAME.npy`` of a sample, float32 ``(D,)``."""
-
-    member: str
-    """NAME; it is the modality too"""
-    width: int
-    """``D``"""
-
-    @property
-    def modality(self) -> Modality:
-        return self.member
-
-    @property
-    def seconds(self) -> float:
-        return 0.0
-
-
-@dataclass(frozen=True, slots=True)
-class QuestionSpec:
-    """What a text tower reads of a multiple-choice question: "question | answer" of each candidate, then the sentences
-    of the subtitles, each a text of its own.
-    """
-
-    tokenizer: Tokenizer
-    candidates: int = 5
-    """``K``"""
-    sentences: int = 8
-    """``J``; of more, neighbours are joined"""
-    part: Literal["answers", "truth", "questions"] = "answers"
-    """the question with each answer; with the right one alone; or, without one, among questions about other clips"""
-    modality: Modality = field(default="questions", init=False)
-
-    @property
-    def seconds(self) -> float:
-        return 0.0
-
-    @property
-    def heads(self) -> int:
-        """candidates that are read"""
-        return 1 if self.part == "truth" else self.candidates
-
-    @property
-    def texts(self) -> int:
-        """of one row"""
-        return self.heads + self.sentences
-
-
-Spec: TypeAlias = VideoSpec | AudioSpec | TextSpec | VectorSpec | QuestionSpec
-
-TIMED = (VideoSpec, AudioSpec)
-"""specs of what lies in time: their views are windows"""
-
-READ = (TextSpec, QuestionSpec)
-"""specs of what is read: their views are tokens"""
+Place: TypeAlias = Literal["window", "after", "elsewhere", "near"]
+"""of a view: in its clip's window; after it; apart from what lies after; at most 5 frames off the window"""
 
 
 @dataclass(frozen=True, slots=True)
@@ -291,6 +184,9 @@ class View:
     """background erasing, after the augmentation; the other draws are those of the view without"""
     overlap: Overlap | None = None
     """the clips 0 and 1 of such a pair lie and are cropped as this says, not as ``data.sampling`` does"""
+    place: Place = "window"
+    gap_frames: int = 0
+    """at the spec's rate, between the window and what lies after it"""
 
     @property
     def modality(self) -> Modality:
@@ -299,7 +195,8 @@ class View:
     def __str__(self) -> str:
         suffix = "" if self.augmentation == "none" else f",{self.augmentation}"
         suffix += ",erased" * (self.erase is not None) + ",overlap" * (self.overlap is not None)
-        return f"{self.modality}[{self.clip}{suffix}{f'#{self.copy}' if self.copy else ''}]"
+        place = "" if self.place == "window" else f" {self.place}"
+        return f"{self.modality}[{self.clip}{place}{suffix}{f'#{self.copy}' if self.copy else ''}]"
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -307,8 +204,8 @@ class ViewBatch:
     """One view of every row: padded values, who has it, and the parameters it was made with."""
 
     data: Tensor
-    """uint8 ``(B, T, C, H, W)`` | float32 ``(B, S)`` | int64 ``(B, L)``, or ``(B, K + J, L)``
-    of questions | float32 ``(B, D)``"""
+    """uint8 ``(B, T, C, H, W)`` | float32 ``(B, S)``, ``(B, D)`` or ``(B, T, 2, S, S)`` | int64 ``(B, L)``, or
+    ``(B, K + J, L)`` of questions"""
     present: Tensor
     """bool ``(B,)``; rows that are not present hold zeros"""
     mask: Tensor | None = None

@@ -13,7 +13,18 @@ from torch import Tensor
 
 from mmcl.data.questions import blank_question
 from mmcl.hashing import text_hash
-from mmcl.types import AudioSpec, Batch, QuestionSpec, TextSpec, Tokenizer, VectorSpec, VideoSpec, View, ViewBatch
+from mmcl.types import (
+    Batch,
+    MotionSpec,
+    QuestionSpec,
+    TextSpec,
+    TimedSpec,
+    Tokenizer,
+    VectorSpec,
+    VideoSpec,
+    View,
+    ViewBatch,
+)
 
 T = TypeVar("T")
 
@@ -142,10 +153,12 @@ def _cut(tokenizer: Tokenizer, texts: Sequence[str], mask: Tensor) -> Tensor:
     return cut
 
 
-def row_shape(spec: VideoSpec | AudioSpec | VectorSpec) -> tuple[int, ...]:
+def row_shape(spec: TimedSpec | VectorSpec) -> tuple[int, ...]:
     """The shape of one row of a view."""
     if isinstance(spec, VideoSpec):
         return (spec.frames, 3, spec.size, spec.size)
+    if isinstance(spec, MotionSpec):
+        return (spec.frames, 2, spec.side, spec.side)
     return (spec.width,) if isinstance(spec, VectorSpec) else (spec.samples,)
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
@@ -10,39 +9,33 @@ import numpy as np
 
 from mmcl.data.collate import Value, blank_value
 from mmcl.data.options import SamplingOptions
+from mmcl.data.places import place_views
 from mmcl.data.questions import question_texts
 from mmcl.hashing import text_hash, uniform
 from mmcl.media.augment_words import augment_words
-from mmcl.media.augmentation import Augmentation, Params, check_views, decoded_spec, draw_erase, draw_params
-from mmcl.media.clip import MediaReader, own_window
-from mmcl.media.windows import (
-    TOLERANCE_SECONDS,
-    ClipPair,
-    Rule,
-    Short,
-    Window,
-    overlap_clips,
-    place_windows,
-    sample_windows,
-)
+from mmcl.media.augmentation import Augmentation, Params, check_views, decoded_spec
+from mmcl.media.augmentation_draws import draw_erase, draw_params
+from mmcl.media.clip import MediaReader
+from mmcl.media.motion_file import MEMBER as MOTION_MEMBER
+from mmcl.media.windows import TOLERANCE_SECONDS, ClipPair, Rule, Short, Window, overlap_clips
 from mmcl.shards.members import Sample
 from mmcl.shards.vectors import read_vector
 from mmcl.types import (
     DEFAULT_DECODER,
     TIMED,
-    AudioSpec,
     Decoder,
     QuestionSpec,
     SampleError,
     Spec,
     TextSpec,
+    TimedSpec,
     VectorSpec,
     VideoSpec,
     View,
 )
 
 # what a random number is for, so that no two uses share their numbers
-_WINDOW, _CAPTION, _PAIR, _TURN, _QUESTION = 16, 17, 18, 19, 20
+_CAPTION, _PAIR, _TURN, _QUESTION = 17, 18, 19, 20
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,6 +78,7 @@ class ViewMaker:
                 video=sample.video,
                 image=sample.image,
                 audio=sample.audio,
+                motion=sample.vectors.get(MOTION_MEMBER),
                 decoder=self.decoder,
                 duration_seconds=sample.duration_seconds,
                 source_size=sample.video_size,
@@ -93,18 +87,12 @@ class ViewMaker:
                 window_seconds=sample.window_seconds,
             ) as media:
                 specs = [media.resolved(spec) for spec in specs]
-                windows = self._windows(timed, specs, media.duration_seconds, words)
-                placed = [
-                    (windows[view.clip], spec, {})
-                    if view.overlap is None
-                    else _half(view, spec, media.duration_seconds, words)
-                    for view, spec in zip(timed, specs, strict=True)
-                ]
-                read = media.read_all([(window, spec) for window, spec, _ in placed])
-                for view, (window, spec, params), data in zip(timed, placed, read, strict=True):
+                placed = self._placed(timed, specs, media.duration_seconds, words)
+                found = media.read_all([(window, spec) for _, window, spec, _ in placed])
+                for (view, window, _, params), data in zip(placed, found, strict=True):
                     if data is not None:
-                        start_seconds = own_window(window, spec).start_seconds
-                        values[view] = Value(data, start_seconds, {**params, **self._params(view, words, batch)})
+                        params = {**params, **self._params(view, words, batch)}
+                        values[view] = Value(data, window.start_seconds, params)
         for view in self.views:
             if isinstance(view.spec, TextSpec) and view.clip < len(captions):
                 spoken = self._words(captions[view.clip], view, words)
@@ -131,39 +119,26 @@ class ViewMaker:
         first = 0 if self.rule == "even" else int(uniform(*words, _CAPTION) * len(captions))
         return [*captions[first:], *captions[:first]]
 
-    def _windows(
-        self,
-        timed: Sequence[View],
-        specs: Sequence[VideoSpec | AudioSpec],
-        duration_seconds: float,
-        words: tuple[int, ...],
-    ) -> Mapping[int, Window]:
-        """One window per clip number, as long as the longest view asks for; views of pairs have their own."""
-        sampled = [(view, spec) for view, spec in zip(timed, specs, strict=True) if view.overlap is None]
-        if not sampled:
-            return {}
-        clips = sorted({view.clip for view, _ in sampled})
-        length_seconds = max(spec.seconds for _, spec in sampled)
-        if "even" in (self.rule, self.sampling.rule):
-            windows = place_windows(duration_seconds, length_seconds, len(clips), rule="even")
-        else:
-            windows = sample_windows(
-                duration_seconds,
-                length_seconds,
-                len(clips),
-                words=(*words, _WINDOW),
-                span_seconds=math.inf if self.sampling.span_seconds is None else self.sampling.span_seconds,
-                gap_seconds=self.sampling.gap_limits(length_seconds),
-            )
-        return dict(zip(clips, windows, strict=True))
+    def _placed(
+        self, timed: Sequence[View], specs: Sequence[TimedSpec], duration_seconds: float, words: tuple[int, ...]
+    ) -> list[tuple[View, Window, TimedSpec, Params]]:
+        """Where views lie, and what is drawn with that; without those that the source is too short for."""
+        pairs = list(zip(timed, specs, strict=True))
+        sampled = [(view, spec) for view, spec in pairs if view.overlap is None]
+        windows = place_views(sampled, duration_seconds, words=words, rule=self.rule, sampling=self.sampling)
+        placed: list[tuple[View, Window, TimedSpec, Params]] = [
+            (view, window, spec, {})
+            for (view, spec), window in zip(sampled, windows, strict=True)
+            if window is not None
+        ]
+        placed += [(v, *_half(v, spec, duration_seconds, words)) for v, spec in pairs if v.overlap is not None]
+        return placed
 
-    def _decoded(self, view: View) -> VideoSpec | AudioSpec:
-        """What to decode for a view of picture or sound."""
+    def _decoded(self, view: View) -> TimedSpec:
+        """What to decode for a view of picture, motion or sound."""
         assert isinstance(view.spec, TIMED)
         augmentation = self.augmentations.get(view.augmentation)
-        if isinstance(view.spec, AudioSpec):
-            return view.spec
-        if view.overlap is not None:
+        if view.overlap is not None and isinstance(view.spec, VideoSpec):
             return replace(view.spec, size=round(view.spec.size * view.overlap.oversample))
         return view.spec if augmentation is None else decoded_spec(view.spec, augmentation)
 

@@ -33,8 +33,8 @@ class Encoder(nn.Module):
         return self
 
     def forward(self, x: Tensor, mask: Tensor | None = None) -> Features:
-        """``x``: uint8 ``(B, T, C, H, W)``, float32 ``(B, S)``, int64 ``(B, L)`` or float32 ``(B, D)``; ``mask``: bool
-        ``(B, L)``, text.
+        """``x``: uint8 ``(B, T, C, H, W)``, float32 ``(B, S)``, int64 ``(B, L)``, float32 ``(B, D)`` or float32
+        ``(B, T, 2, S, S)``; ``mask``: bool ``(B, L)``, text.
         """
         raise NotImplementedError
 

@@ -25,6 +25,7 @@ from mmcl.encoders.hf_common import model_type
 from mmcl.encoders.hf_text import HfText, HfTextOptions
 from mmcl.encoders.hf_video import VIDEO_KINDS, HfVideo, HfVideoOptions
 from mmcl.encoders.library import OpenClipOptions, build_open_clip
+from mmcl.encoders.motion import TinyMotion, TinyMotionOptions
 from mmcl.encoders.options import TowerCommon
 from mmcl.encoders.precomputed import Precomputed, PrecomputedOptions
 from mmcl.encoders.prepare import prepare
@@ -52,6 +53,7 @@ class TowerEntry(NamedTuple):
 TOWERS: Mapping[str, TowerEntry] = {
     "tiny_video": TowerEntry(TinyVideoOptions, TinyVideo, "video"),
     "tiny_audio": TowerEntry(TinyAudioOptions, TinyAudio, "audio"),
+    "tiny_motion": TowerEntry(TinyMotionOptions, TinyMotion, "motion"),
     "tiny_text": TowerEntry(TinyTextOptions, TinyText, "text"),
     "causal_video": TowerEntry(CausalVideoOptions, CausalVideo, "video"),
     "causal_audio": TowerEntry(CausalAudioOptions, CausalAudio, "audio"),
@@ -119,6 +121,7 @@ def tower_tag(options: Any) -> str | None:
 TowerOptions: TypeAlias = Annotated[
     Annotated[TinyVideoOptions, Tag("tiny_video")]
     | Annotated[TinyAudioOptions, Tag("tiny_audio")]
+    | Annotated[TinyMotionOptions, Tag("tiny_motion")]
     | Annotated[TinyTextOptions, Tag("tiny_text")]
     | Annotated[CausalVideoOptions, Tag("causal_video")]
     | Annotated[CausalAudioOptions, Tag("causal_audio")]

@@ -13,7 +13,7 @@ from mmcl.encoders.base import Encoder
 from mmcl.encoders.build import TOWERS, TowerOptions, build_encoder, table_name, tower_tag
 from mmcl.encoders.packages import PACKAGES
 from mmcl.encoders.torchvision_video import NETWORKS
-from mmcl.types import AudioSpec, ConfigError, Spec, TextSpec, VectorSpec, VideoSpec
+from mmcl.types import AudioSpec, ConfigError, MotionSpec, Spec, TextSpec, VectorSpec, VideoSpec
 
 WIDTH = 80
 
@@ -72,17 +72,26 @@ def eats(spec: Spec) -> str:
     '8 frames of 224 px at 4/s'
     >>> eats(VideoSpec(frames=1, size=224)), eats(AudioSpec(16_000, 10.0))
     ('pictures of 224 px', '10 s at 16000 Hz')
+    >>> eats(MotionSpec(frames=8, size=64, stride=1))
+    'motion of 8 frames of 64 px one after another'
     """
     if isinstance(spec, VideoSpec):
         if spec.frames == 1:
             return f"pictures of {spec.size} px"
-        rate = f"every {spec.stride}th" if spec.stride else f"at {spec.fps:.3g}/s"
-        return f"{spec.frames} frames of {spec.size} px {rate}"
+        return f"{spec.frames} frames of {spec.size} px {_rate(spec)}"
+    if isinstance(spec, MotionSpec):
+        return f"motion of {spec.frames} frames of {spec.size} px {_rate(spec)}"
     if isinstance(spec, AudioSpec):
         return f"{spec.seconds:.4g} s at {spec.sample_rate_hz} Hz"
     if isinstance(spec, TextSpec):
         return f"{getattr(spec.tokenizer, 'max_tokens', '?')} tokens"
     return f"{spec.width} numbers" if isinstance(spec, VectorSpec) else f"questions of {spec.texts} texts"
+
+
+def _rate(spec: VideoSpec | MotionSpec) -> str:
+    if spec.stride == 1:
+        return "one after another"
+    return f"every {spec.stride}th" if spec.stride else f"at {spec.fps:.3g}/s"
 
 
 def overview() -> str:

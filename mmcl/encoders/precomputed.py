@@ -26,7 +26,7 @@ class PrecomputedOptions(Options):
     @field_validator("member")
     @classmethod
     def _not_taken(cls, value: str) -> str:
-        if value in ("video", "audio", "text", "image"):
+        if value in ("video", "audio", "text", "image", "motion"):
             raise ValueError("is a modality of its own; choose another name")
         return value
 

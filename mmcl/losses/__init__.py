@@ -32,6 +32,7 @@ from mmcl.losses.moco import moco
 from mmcl.losses.multi_view import mv_dhel, mv_info_nce
 from mmcl.losses.nt_xent import nt_xent
 from mmcl.losses.persistency import persistency_byol, persistency_moco
+from mmcl.losses.points import point_info_nce
 from mmcl.losses.soft_targets import soft_target_cross_entropy
 from mmcl.losses.swav import sinkhorn, swav
 from mmcl.losses.video_qa import masked_answer_contrast
@@ -66,6 +67,7 @@ __all__ = [
     "nt_xent",
     "persistency_byol",
     "persistency_moco",
+    "point_info_nce",
     "probabilistic_transfer",
     "relational_angle",
     "relational_distance",

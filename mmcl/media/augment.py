@@ -1,12 +1,14 @@
 """Augmentation of a batch on the device that it lies on: rows are changed as their parameters say, and only so.
 
-Parameters by name, one row each (``mmcl.media.augmentation`` draws them):
+Parameters by name, one row each (``mmcl.media.augmentation_draws`` draws them):
 
 video, uint8 ``(B, T, C, H, W)``, the same for all frames of a row, in this order
     ``crop_box`` int64 ``(B, 4)`` top, left, height, width in pixels · ``flip`` bool · ``turns`` int64 quarters and
     ``rotation_degrees`` float32, counter-clockwise · ``brightness``, ``contrast``, ``saturation`` float32 factors ·
     ``hue`` float32 in full circles · ``grey`` bool · ``blur_sigma`` float32 pixels · ``erase_frame`` int64 ·
     ``erase_strength`` float32
+motion, float32 ``(B, T, 2, S, S)``: by what the augmentation does to pictures, of that only
+    ``crop_share`` float32 ``(B, 4)`` top, left, height, width as shares of the picture · ``flip`` bool
 audio, float32 ``(B, S)``
     ``gain`` float32 factor · ``shift_samples`` int64 · ``frequency_masks`` float32 ``(B, n, 2)`` lowest and highest Hz
     · ``time_masks`` int64 ``(B, n, 2)`` start and length in samples
@@ -26,9 +28,9 @@ import torch
 
 from mmcl.media.augment_audio import augment_audio
 from mmcl.media.augment_tokens import augment_tokens
-from mmcl.media.augment_video import augment_video, background_erase
+from mmcl.media.augment_video import augment_motion, augment_video, background_erase
 from mmcl.media.augmentation import mask_id, vocabulary
-from mmcl.types import READ, AudioSpec, Batch, QuestionSpec, TextSpec, VectorSpec, View, ViewBatch
+from mmcl.types import READ, AudioSpec, Batch, MotionSpec, QuestionSpec, TextSpec, VectorSpec, View, ViewBatch
 
 __all__ = ["augment", "augment_audio", "background_erase"]
 
@@ -67,6 +69,10 @@ def _augment_view(view: View, values: ViewBatch) -> ViewBatch:
         return replace(values, data=augment_audio(values.data, values.params, sample_rate_hz=spec.sample_rate_hz))
     if isinstance(spec, VectorSpec):
         return values
+    if isinstance(spec, MotionSpec):
+        return replace(
+            values, data=augment_motion(values.data, values.params, side=spec.side, corrected=spec.corrected)
+        )
     return replace(values, data=augment_video(values.data, values.params, size=spec.size))
 
 

@@ -45,6 +45,27 @@ def augment_video(frames: Tensor, params: Mapping[str, Tensor], *, size: int) ->
     return torch.cat(parts) if parts else frames.new_zeros((*frames.shape[:-2], size, size))
 
 
+def augment_motion(maps: Tensor, params: Mapping[str, Tensor], *, side: int, corrected: bool = True) -> Tensor:
+    """float32 velocities ``(B, T, 2, S', S')`` to ``(B, T, 2, side, side)``, seen as the pictures that they belong to.
+
+    What a smaller part of the picture shows moves faster, and what is turned left for right moves the other way
+    (``corrected``; otherwise velocities change their places alone).
+    """
+    share, flip = params.get("crop_share"), params.get("flip")
+    if share is None and flip is None and maps.shape[-1] == side:
+        return maps
+    box = None if share is None else share.double() * maps.shape[-1]
+    out = crop_and_flip(maps, box, flip, side)
+    if not corrected:
+        return out
+    if share is not None:  # width for x, height for y; an absent row has a box of nothing
+        out = out / share[:, [3, 2]].clamp(min=1e-3).view(-1, 1, 2, 1, 1)
+    if flip is not None:
+        horizontal = torch.tensor([1.0, 0.0], device=out.device).view(1, 1, 2, 1, 1)
+        out = out * (1 - 2 * horizontal * flip.view(-1, 1, 1, 1, 1))
+    return out
+
+
 def _augment_rows(frames: Tensor, params: Mapping[str, Tensor], size: int) -> Tensor:
     x = frames.float()
     if frames.shape[-1] != size or any(name in params for name in _GEOMETRY):

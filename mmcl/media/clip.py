@@ -13,10 +13,22 @@ import numpy as np
 from mmcl.media.audio import AudioReader, Sound, open_audio
 from mmcl.media.frames import Fit, ScalingReader, VideoReader
 from mmcl.media.image import decode_image
+from mmcl.media.motion import MotionField, MotionReader, motion_maps
+from mmcl.media.motion_file import StoredMotion
 from mmcl.media.probe import MediaSource, probe
 from mmcl.media.video import open_scaling, open_video
 from mmcl.media.windows import Short, Window, centred, frame_indices, wanted_times
-from mmcl.types import DEFAULT_DECODER, AudioSpec, Clip, Decoder, SampleError, Source, VideoSpec
+from mmcl.types import (
+    DEFAULT_DECODER,
+    AudioSpec,
+    Clip,
+    Decoder,
+    MotionSpec,
+    SampleError,
+    Source,
+    TimedSpec,
+    VideoSpec,
+)
 
 Scale: TypeAlias = tuple[int, Fit]
 """size and fit of pictures"""
@@ -31,7 +43,8 @@ class MediaReader:
     source ends with it. ``duration_seconds`` and ``source_size`` (displayed height, width) spare a look at the file if
     they are known; ``specs``, all that will be read, spare a second opening of a video whose duration is not known, or
     of which frames in several sizes are wanted: decord and torchcodec scale to one size per open file, so PyAV reads
-    these.
+    these; so it does keyframes. ``motion`` is a stored member of motion; without it motion comes from the video's own
+    stream, by a pass of its own.
     Nothing is opened before it is needed.
     """
 
@@ -41,12 +54,13 @@ class MediaReader:
         video: MediaSource | None = None,
         image: MediaSource | None = None,
         audio: MediaSource | None = None,
+        motion: bytes | memoryview | None = None,
         decoder: Decoder = DEFAULT_DECODER,
         threads: int = 1,
         duration_seconds: float | None = None,
         source_size: tuple[int, int] | None = None,
         short: Short = "loop",
-        specs: Sequence[VideoSpec | AudioSpec] = (),
+        specs: Sequence[TimedSpec] = (),
         window_seconds: tuple[float, float] | None = None,
     ) -> None:
         self._video, self._image = video, image
@@ -58,6 +72,8 @@ class MediaReader:
         if window_seconds is not None:
             self._begin_seconds, self._duration_seconds = window_seconds[0], window_seconds[1] - window_seconds[0]
         self._scales = list(dict.fromkeys((spec.size, spec.fit) for spec in specs if isinstance(spec, VideoSpec)))
+        self._keyframes = any(isinstance(spec, VideoSpec) and spec.keyframe for spec in specs)
+        self._stored_motion, self._motion = motion, None  # type: bytes | memoryview | None, MotionField | None
         self._readers: dict[Scale, VideoReader] = {}
         self._scaling: ScalingReader | None = None
         self._sound: AudioReader | None = None
@@ -89,17 +105,22 @@ class MediaReader:
                 raise
             return probe(self._video).duration_seconds
 
-    def resolved(self, spec: VideoSpec | AudioSpec) -> VideoSpec | AudioSpec:
+    def resolved(self, spec: TimedSpec) -> TimedSpec:
         """The spec with ``stride`` turned into this source's frames per second; any other spec as it is.
 
         Raises ``SampleError`` as ``open_video`` does.
         """
-        if not isinstance(spec, VideoSpec) or spec.stride is None:
+        if isinstance(spec, AudioSpec) or spec.stride is None:
             return spec
         fps = spec.fps
         if self._video is not None:
             try:
-                times = self._open(self._scales or [(spec.size, spec.fit)]).frame_times_seconds
+                opened: VideoReader | MotionField
+                if isinstance(spec, MotionSpec):
+                    opened = self._open_motion(self._video)
+                else:
+                    opened = self._open(self._scales or [(spec.size, spec.fit)])
+                times = opened.frame_times_seconds
             except SampleError as error:
                 if error.reason != "no_video_stream":
                     raise
@@ -108,32 +129,35 @@ class MediaReader:
                     fps = (len(times) - 1) / float(times[-1] - times[0]) / spec.stride
         return replace(spec, fps=fps, stride=None)
 
-    def read_all(self, wanted: Sequence[tuple[Window, VideoSpec | AudioSpec]]) -> list[np.ndarray | None]:
+    def read_all(self, wanted: Sequence[tuple[Window, TimedSpec]]) -> list[np.ndarray | None]:
         """What towers of these specs eat of these windows, each taken round the window's centre (see ``own_window``).
 
         One pass over the pictures and one over the sound: a frame that several ask for is decoded once, so are
-        stretches of sound that overlap or are near. For each uint8 ``(T, 3, H, W)`` or float32 ``(S,)``; None where the
-        sample has no such modality, also where a video file holds sound alone. Raises ``SampleError`` where a member is
-        damaged.
+        stretches of sound that overlap or are near. For each uint8 ``(T, 3, H, W)``, float32 ``(S,)`` or, by a pass of
+        its own, float32 ``(T, 2, S, S)``; None where the sample has no such modality, also where a video file holds
+        sound alone. Raises ``SampleError`` where a member is damaged.
         """
         found: list[np.ndarray | None] = [None] * len(wanted)
-        pictures = [(i, own_window(window, spec), spec) for i, (window, spec) in enumerate(wanted) if _shows(spec)]
-        sounds = [(i, own_window(window, spec), spec) for i, (window, spec) in enumerate(wanted) if not _shows(spec)]
+        own = [(i, own_window(window, spec), spec) for i, (window, spec) in enumerate(wanted)]
+        pictures = [(i, window, spec) for i, window, spec in own if isinstance(spec, VideoSpec)]
+        sounds = [(i, window, spec) for i, window, spec in own if isinstance(spec, AudioSpec)]
+        motions = [(i, window, spec) for i, window, spec in own if isinstance(spec, MotionSpec)]
         if pictures and sounds:
-            self._open_for_both([spec for _, _, spec in pictures if isinstance(spec, VideoSpec)])
+            self._open_for_both([spec for _, _, spec in pictures])
         # Sound first: decord's thread goes on decoding beside whatever comes after it.
-        waves = self._read_waves([(own, spec) for _, own, spec in sounds if isinstance(spec, AudioSpec)])
+        waves = self._read_waves([(window, spec) for _, window, spec in sounds])
         try:
-            frames = self._read_frames([(own, spec) for _, own, spec in pictures if isinstance(spec, VideoSpec)])
+            frames = self._read_frames([(window, spec) for _, window, spec in pictures])
+            maps = self._read_motion([(window, spec) for _, window, spec in motions])
         except SampleError as error:
             if error.reason != "no_video_stream":
                 raise
-            frames = [None] * len(pictures)
-        for (i, _, _), value in zip([*pictures, *sounds], [*frames, *waves], strict=True):
+            frames, maps = [None] * len(pictures), [None] * len(motions)
+        for (i, _, _), value in zip([*pictures, *sounds, *motions], [*frames, *waves, *maps], strict=True):
             found[i] = value
         return found
 
-    def read(self, window: Window, spec: VideoSpec | AudioSpec) -> np.ndarray | None:
+    def read(self, window: Window, spec: TimedSpec) -> np.ndarray | None:
         """``read_all`` of one."""
         return self.read_all([(window, spec)])[0]
 
@@ -153,6 +177,7 @@ class MediaReader:
     def _read_frames(self, wanted: Sequence[tuple[Window, VideoSpec]]) -> list[np.ndarray] | list[None]:
         if not wanted or (self._video is None and self._image is None):
             return [None] * len(wanted)
+        self._keyframes |= any(spec.keyframe for _, spec in wanted)
         groups: dict[Scale, list[int]] = {}
         for i, (_, spec) in enumerate(wanted):
             groups.setdefault((spec.size, spec.fit), []).append(i)
@@ -162,6 +187,9 @@ class MediaReader:
             return [np.repeat(shown[spec.size, spec.fit][None], spec.frames, axis=0) for _, spec in wanted]
         reader = self._open(groups)
         indices = [self._frame_numbers(reader, window, spec) for window, spec in wanted]
+        if self._scaling is not None:
+            near = self._scaling.nearest_keyframes
+            indices = [near(own) if spec.keyframe else own for own, (_, spec) in zip(indices, wanted, strict=True)]
         together = [np.concatenate([indices[i] for i in members]) for members in groups.values()]
         if self._scaling is not None:
             scaled = [(numbers, *scale) for numbers, scale in zip(together, groups, strict=True)]
@@ -174,10 +202,28 @@ class MediaReader:
             frames.update(zip(members, np.split(part, ends), strict=True))
         return [frames[i] for i in range(len(wanted))]
 
-    def _frame_numbers(self, reader: VideoReader, window: Window, spec: VideoSpec) -> np.ndarray:
-        if self._duration_seconds is None:
-            self._duration_seconds = reader.duration_seconds
-        times = wanted_times(window, spec.frames, spec.fps, duration_seconds=self._duration_seconds, short=self._short)
+    def _read_motion(self, wanted: Sequence[tuple[Window, MotionSpec]]) -> list[np.ndarray] | list[None]:
+        if not wanted or self._video is None:
+            return [None] * len(wanted)
+        field = self._open_motion(self._video)
+        numbers = [self._frame_numbers(field, window, spec) for window, spec in wanted]
+        # one pass over the file; scaled each as its own spec says
+        parts = np.cumsum([len(own) for own in numbers])[:-1]
+        spec = wanted[0][1]
+        if all(other == spec for _, other in wanted):
+            return np.split(motion_maps(field, np.concatenate(numbers), spec), parts)
+        return [motion_maps(field, own, each) for own, (_, each) in zip(numbers, wanted, strict=True)]
+
+    def _open_motion(self, video: MediaSource) -> MotionField:
+        if self._motion is None:
+            stored = self._stored_motion
+            self._motion = MotionReader(video, threads=self._threads) if stored is None else StoredMotion(stored)
+        return self._motion
+
+    def _frame_numbers(
+        self, reader: VideoReader | MotionField, window: Window, spec: VideoSpec | MotionSpec
+    ) -> np.ndarray:
+        times = wanted_times(window, spec.frames, spec.fps, duration_seconds=self.duration_seconds, short=self._short)
         return frame_indices(reader.frame_times_seconds, times + self._begin_seconds)
 
     def _read_waves(self, wanted: Sequence[tuple[Window, AudioSpec]]) -> list[np.ndarray] | list[None]:
@@ -212,7 +258,7 @@ class MediaReader:
         """A reader of these scales; where several are known of, the one file that gives them all."""
         assert self._video is not None
         asked = list(scales)
-        if self._scaling is None and len({*self._scales, *asked}) > 1:
+        if self._scaling is None and (self._keyframes or len({*self._scales, *asked}) > 1):
             self._scaling = open_scaling(self._video, threads=self._threads)
         if self._scaling is not None:
             return self._scaling
@@ -230,11 +276,11 @@ class MediaReader:
         return self._readers[scale]
 
     def close(self) -> None:
-        for reader in (*self._readers.values(), self._scaling, self._sound):
+        for reader in (*self._readers.values(), self._scaling, self._sound, self._motion):
             if reader is not None:
                 reader.close()
         self._readers.clear()
-        self._scaling = self._sound = None
+        self._scaling = self._sound = self._motion = None
 
     def __enter__(self) -> MediaReader:
         return self
@@ -306,11 +352,7 @@ def read_clip(
     )
 
 
-def own_window(window: Window, spec: VideoSpec | AudioSpec) -> Window:
+def own_window(window: Window, spec: TimedSpec) -> Window:
     """The part of a window that a spec sees: as long as the spec, round the same centre, never before 0."""
     same = abs(window.seconds - spec.seconds) < 1e-9
     return window if same else centred(window, spec.seconds)
-
-
-def _shows(spec: VideoSpec | AudioSpec) -> bool:
-    return isinstance(spec, VideoSpec)

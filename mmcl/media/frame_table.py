@@ -25,8 +25,9 @@ class FrameTable:
     key_seek: np.ndarray
     """int64 ``(K,)``: where to seek for each (the earlier of its decoding and its display time)"""
     end_pts: int
-
     """when the last frame disappears"""
+    coded_pts: np.ndarray
+    """int64 ``(P,)``: display times in the order of decoding"""
 
     @classmethod
     def of(cls, container: Any, stream: Any) -> FrameTable:
@@ -57,4 +58,4 @@ class FrameTable:
         table = np.unique(np.array(pts, dtype=np.int64))
         if end <= table[-1]:  # the last frame says nothing of its length: as long as the others
             end = int(table[-1]) + max(1, round((table[-1] - table[0]) / max(1, len(table) - 1)))
-        return cls(table, np.array([k for k, _ in keys]), np.array([s for _, s in keys]), end)
+        return cls(table, np.array([k for k, _ in keys]), np.array([s for _, s in keys]), end, np.array(pts))

@@ -40,6 +40,10 @@ class VideoReader(Protocol):
 class ScalingReader(VideoReader, Protocol):
     """An open video that gives frames in several sizes."""
 
+    def nearest_keyframes(self, indices: np.ndarray) -> np.ndarray:
+        """int64, same shape: the number of the keyframe nearest to each frame; the earlier of two."""
+        ...
+
     def read_scaled(self, wanted: Sequence[Wanted]) -> list[np.ndarray]:
         """uint8 ``(n, C, H, W)`` for each of (frame numbers, size, fit); every frame is decoded once for all of them.
 

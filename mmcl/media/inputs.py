@@ -15,7 +15,7 @@ from torch import Tensor
 from mmcl.media.clip import MediaReader
 from mmcl.media.frames import scaled_size, square_crop
 from mmcl.media.windows import Window, frame_indices, place_windows, wanted_times
-from mmcl.types import AudioSpec, Clip, ConfigError, SampleError, VideoSpec
+from mmcl.types import AudioSpec, Clip, ConfigError, MotionSpec, SampleError, TimedSpec, VideoSpec
 
 Media: TypeAlias = str | Path | bytes | Clip | npt.NDArray[Any] | Tensor
 """A path, the bytes of a file, a decoded clip, or an array: uint8 ``(T, C, H, W)`` frames, uint8 ``(C, H, W)`` one
@@ -29,9 +29,9 @@ _PICTURE_MARKS = (b"\xff\xd8\xff", b"\x89PNG\r\n\x1a\n")
 
 
 def decode_windows(
-    media: Media, spec: VideoSpec | AudioSpec, windows: int | None, *, rate: float | None = None
+    media: Media, spec: TimedSpec, windows: int | None, *, rate: float | None = None
 ) -> npt.NDArray[Any]:
-    """Evenly spaced windows, ``(windows, …)``: uint8 frames or float32 sound.
+    """Evenly spaced windows, ``(windows, …)``: uint8 frames, float32 sound or float32 motion.
 
     Args:
         windows: None: as many as cover the source, at most ``MAX_WINDOWS``.
@@ -47,6 +47,8 @@ def decode_windows(
         array = media.detach().cpu().numpy() if isinstance(media, Tensor) else media
         if isinstance(spec, VideoSpec):
             return _frame_windows(_checked_frames(array), spec, windows, rate)
+        if isinstance(spec, MotionSpec):
+            raise ConfigError("motion is read from compressed files, not from arrays: hand in the path or its bytes")
         return _wave_windows(_checked_wave(array), spec, windows, rate)
     path = Path(media) if isinstance(media, (str, Path)) else None
     if path is not None and not path.exists():
@@ -142,7 +144,7 @@ def _wave_windows(
     return cut
 
 
-def _fit_clip(clip: Clip, spec: VideoSpec | AudioSpec) -> npt.NDArray[Any]:
+def _fit_clip(clip: Clip, spec: TimedSpec) -> npt.NDArray[Any]:
     """A decoded clip, one window, as one row of a tower's input: frames at even distances and scaled, or sound cut or
     padded.
 
@@ -154,6 +156,8 @@ def _fit_clip(clip: Clip, spec: VideoSpec | AudioSpec) -> npt.NDArray[Any]:
             raise SampleError("no_video_stream", clip.key)
         row: npt.NDArray[Any] = _frame_windows(clip.video, spec, 1, None)[0]
         return row
+    if isinstance(spec, MotionSpec):
+        raise SampleError("no_motion_vectors", f"{clip.key}: decoded pictures tell nothing of them")
     if clip.audio is None:
         raise SampleError("no_audio_stream", clip.key)
     if clip.sample_rate_hz != spec.sample_rate_hz:

@@ -88,6 +88,12 @@ class PyAVReader:
             for found, (_, places), (_, size, _) in zip(pictures, numbered, wanted, strict=True)
         ]
 
+    def nearest_keyframes(self, indices: np.ndarray) -> np.ndarray:
+        keys = np.searchsorted(self._table.pts, self._table.key_pts)
+        distances = np.abs(np.asarray(indices)[..., None] - keys)
+        nearest: np.ndarray = keys[distances.argmin(-1)]
+        return nearest
+
     def _read_group(self, numbers: np.ndarray, key: int, take: Callable[[Any, int], None]) -> None:
         """Takes the frames that depend on one keyframe, in order."""
         table, wanted = self._table, self._table.pts[numbers].tolist()

@@ -142,6 +142,27 @@ def _fitting_distances(distances: np.ndarray, near: float, far: float, stretch: 
     return fitting
 
 
+def elsewhere(duration_seconds: float, length_seconds: float, taken: Window, u: float) -> Window | None:
+    """A window of ``length_seconds`` in a source that shares no instant with ``taken``.
+
+    None where none fits, or where ``taken`` goes on after the end and so shows other instants again. Its start is
+    uniform in all that is left before and after; ``u`` in [0, 1) says where.
+
+    >>> elsewhere(10.0, 2.0, Window(3.0, 5.0), 0.5), elsewhere(4.0, 2.0, Window(1.0, 3.0), 0.5)
+    (Window(start_seconds=6.0, end_seconds=8.0), None)
+    """
+    before = max(0.0, taken.start_seconds - length_seconds)
+    after = max(0.0, duration_seconds - length_seconds - taken.end_seconds)
+    fits_before = taken.start_seconds >= length_seconds
+    fits_after = taken.end_seconds + length_seconds <= duration_seconds
+    if not (fits_before or fits_after) or taken.end_seconds > duration_seconds + TOLERANCE_SECONDS:
+        return None
+    start = u * (before + after)
+    if not fits_before or (start >= before and fits_after):
+        start = taken.end_seconds + max(0.0, start - before)
+    return Window(start, start + length_seconds)
+
+
 def centred(window: Window, length_seconds: float, *, duration_seconds: float | None = None) -> Window:
     """A window of another length round the same centre.
 

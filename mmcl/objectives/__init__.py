@@ -18,6 +18,7 @@ from mmcl.objectives import (
     improved,
     intra_modal,
     m3col,
+    motion_decoupling,
     multi_view,
     mutual,
     persistency,
@@ -35,6 +36,7 @@ from mmcl.objectives.generative import CMIMOptions, GenerativeContrastiveOptions
 from mmcl.objectives.improved import ImprovedOptions
 from mmcl.objectives.intra_modal import IntraModalOptions
 from mmcl.objectives.m3col import M3CoLOptions
+from mmcl.objectives.motion_decoupling import MotionDecouplingOptions
 from mmcl.objectives.multi_view import MultiViewOptions
 from mmcl.objectives.mutual import MutualOptions
 from mmcl.objectives.persistency import PersistencyOptions
@@ -60,6 +62,7 @@ OBJECTIVES: dict[str, ObjectiveEntry] = {
     "improved": ObjectiveEntry(ImprovedOptions, improved.build),
     "intra_modal": ObjectiveEntry(IntraModalOptions, intra_modal.build),
     "m3col": ObjectiveEntry(M3CoLOptions, m3col.build),
+    "motion_decoupling": ObjectiveEntry(MotionDecouplingOptions, motion_decoupling.build),
     "multi_view": ObjectiveEntry(MultiViewOptions, multi_view.build),
     "mutual": ObjectiveEntry(MutualOptions, mutual.build),
     "persistency": ObjectiveEntry(PersistencyOptions, persistency.build),
@@ -79,6 +82,7 @@ ObjectiveOptions: TypeAlias = Annotated[
     | ImprovedOptions
     | IntraModalOptions
     | M3CoLOptions
+    | MotionDecouplingOptions
     | MultiViewOptions
     | MutualOptions
     | PersistencyOptions

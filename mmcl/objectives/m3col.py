@@ -16,7 +16,7 @@ from mmcl.distributed import Comm
 from mmcl.hashing import uniform
 from mmcl.layers import MLPHead
 from mmcl.losses.mixup import soft_clip_rows, soft_target_contrast
-from mmcl.media.augmentation import BETA_TRIES, beta_share
+from mmcl.media.augmentation_draws import BETA_TRIES, beta_share
 from mmcl.media.mixing import GLOBAL, RANK, ring
 from mmcl.objectives.base import Objective, Term
 from mmcl.objectives.ranks import classification, related_rows

@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 
 from mmcl.media.audio import TRUNCATED_SECONDS
 from mmcl.media.image import decode_image
+from mmcl.media.motion_file import MEMBER, StoredMotion
 from mmcl.media.probe import (
     DECODE_ERRORS,
     MAX_PIXELS,
@@ -67,7 +68,10 @@ def check_files(raw: RawSample, *, decoder: Decoder = DEFAULT_DECODER, tolerance
             elif role in ("video", "audio"):
                 decoded.setdefault(role, decode_media(data, decoder, needs_audio=role == "audio"))
             elif role == "embedding":
-                read_vector(data)
+                if extension == f"{MEMBER}.npy":
+                    StoredMotion(data)
+                else:
+                    read_vector(data)
             elif role == "text" and not decode_text(data).strip():
                 problems.append(Problem(extension, "caption_empty", "no text in it"))
         except SampleError as error:

@@ -83,6 +83,10 @@ def make(
         str | None,
         typer.Option(help="aac, opus, flac, wav (its own file) or copy.  [default: aac; with --codec copy: copy]"),
     ] = None,
+    motion: Annotated[
+        bool,
+        typer.Option("--motion", help="Store motion vectors beside each video of H.264 or MPEG-4, as KEY.motion.npy."),
+    ] = False,
     max_count: Annotated[int, typer.Option(help="Samples per shard at most.")] = 1_000,
     max_size: Annotated[int, typer.Option(help="Megabytes per shard at most.")] = 512,
     shuffle: Annotated[int, typer.Option(help="Seed of the order of samples in the shards.")] = 0,
@@ -124,6 +128,7 @@ def make(
             crop=parse_crop(crop),
             codec=codec,  # type: ignore[arg-type]  # checked where it arrives
             audio_codec=audio_codec,  # type: ignore[arg-type]
+            motion=motion,
         ),
         max_count=max_count,
         max_bytes=max_size << 20,

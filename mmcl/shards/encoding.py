@@ -59,6 +59,8 @@ class MediaOptions:
     """``copy``: the source's own stream, the whole of it; where a row is cut, its window stands in the JSON"""
     audio_codec: AudioCodec | None = None
     """``wav`` is a file of its own beside the video. None: ``aac``, with ``codec="copy"`` also ``copy``"""
+    motion: bool = False
+    """store the motion vectors of each video beside it, as ``KEY.motion.npy`` (``mmcl.media.motion_file``)"""
 
     def __post_init__(self) -> None:
         if self.audio_codec is None:
@@ -94,6 +96,8 @@ class MediaOptions:
         return found
 
     def _check_contradictions(self) -> None:
+        if self.motion and self.codec == "mjpeg":
+            raise ConfigError("motion: pictures of codec=mjpeg refer to no others, there are no vectors to store")
         wrong = {name: why for name, why in self._meaningless.items() if getattr(self, name) is not None}
         if wrong:
             given = ", ".join(f"{name}={_shown(getattr(self, name))}" for name in wrong)
@@ -131,6 +135,8 @@ class MediaOptions:
         if self.audio_codec == "copy":
             sound = "the source's own stream, whole"
         lines = [f"video: {video}; sound: {sound}"]
+        if self.motion:
+            lines.append("motion: vectors of each video of H.264 or MPEG-4, in a member of their own")
         if self.crop is not None:
             lines.append(f"of each picture only {_shown(self.crop)} (X:Y:W:H)")
         return lines

@@ -247,6 +247,8 @@ def _settings(input: str | Path, options: MakeOptions) -> dict[str, Any]:
     media = dataclasses.asdict(options.media)
     if (options.media.codec, options.media.audio_codec) == ("h264", "aac"):
         del media["codec"], media["audio_codec"]
+    if not options.media.motion:  # as older folders have it
+        del media["motion"]
     found = {"format": 1, "input": source, **settings, **media}
     return dict(json.loads(_json(found)))  # as it comes back from the file
 

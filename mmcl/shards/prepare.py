@@ -14,6 +14,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+from mmcl.media.motion_file import MEMBER, extract_motion
 from mmcl.shards.files import write_atomically
 from mmcl.shards.inputs import Row
 from mmcl.shards.members import role_of
@@ -123,6 +124,8 @@ def content_hash(job: Job, sha256: str) -> str:
     settings: list[Any] = [media.short_side, media.fps, media.gop, media.crf, media.audio_rate_hz]
     if (media.codec, media.audio_codec) != ("h264", "aac"):
         settings += [media.codec, media.audio_codec]
+    if media.motion:
+        settings.append("motion")
     facts = [row.key, row.name, row.start_seconds, row.end_seconds, row.captions, row.group, job.label, row.metadata]
     crop = [_options(job).crop] if _options(job).crop is not None else []
     text = json.dumps([1, settings, facts, row.label, sha256, *crop], sort_keys=True)
@@ -160,6 +163,18 @@ def _save_staged(path: Path, staged: Staged) -> None:
     write_atomically(path, json.dumps(header).encode() + b"\n" + body)
 
 
+def _motion(job: Job, media: Transcoded) -> dict[str, bytes]:
+    """The member of motion vectors, where they are asked for and the stored stream has some."""
+    if not job.media.motion or media.video is None:
+        return {}
+    try:
+        return {f"{MEMBER}.npy": extract_motion(media.data)}
+    except SampleError as error:
+        if error.reason not in ("no_motion_vectors", "no_video_stream"):
+            raise
+        return {}
+
+
 def _members(job: Job, media: Transcoded, name: str, sha256: str) -> dict[str, bytes]:
     """The files of the sample. ``txt`` holds the first caption, for readers that know no other; ``json`` holds all."""
     row = job.row
@@ -189,7 +204,7 @@ def _members(job: Job, media: Transcoded, name: str, sha256: str) -> dict[str, b
         if isinstance(row.label, str):
             facts["label_name"] = row.label
     text = json.dumps(facts, sort_keys=True, ensure_ascii=False, separators=(",", ":"), allow_nan=False)
-    members = {media.extension: media.data, **media.beside, "json": text.encode("utf-8")}
+    members = {media.extension: media.data, **media.beside, **_motion(job, media), "json": text.encode("utf-8")}
     if row.captions:
         members["txt"] = row.captions[0].encode("utf-8")
     return members

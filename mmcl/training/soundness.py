@@ -76,7 +76,8 @@ def remarks(config: RunConfig, model: MultimodalModel, mix: ObjectiveMix) -> lis
             if (changes is not None and changes != type(changes)()) or _has_dropout(model.tower(need.tower)):
                 continue
             clip = 0 if one_time and isinstance(view.spec, TIMED) and view.overlap is None else view.clip
-            first = seen.setdefault((need.tower, view.spec, clip, view.erase), view)
+            drawn = view.copy if view.place in ("elsewhere", "near") else 0  # each at a time of its own
+            first = seen.setdefault((need.tower, view.spec, clip, view.place, drawn, view.erase), view)
             if first != view:
                 lines.append(
                     f"objectives.{number}: two views of tower {need.tower!r} are equal, to agree teaches nothing: "

@@ -133,6 +133,11 @@ CASES = [
     Case("barlow", losses.barlow, pair("a", "b"), unscaled=("a", "b"), temperature=False),
     Case("barlip", losses.barlip, pair("a", "b"), unscaled=("a", "b"), temperature=False),
     Case(
+        "point_info_nce",
+        lambda q, k, temperature=0.2: losses.point_info_nce(q[:, None], k[None, :, None], temperature=temperature),
+        pair("q", "k"),
+    ),
+    Case(
         "mv_info_nce",
         lambda x, y, z, temperature=0.2: losses.mv_info_nce([x, y, z], temperature=temperature),
         pair("x", "y", "z"),

@@ -18,7 +18,8 @@ from torch import Tensor
 from mmcl import losses
 from mmcl.distributed import Comm
 from mmcl.hashing import uniform
-from mmcl.media.augmentation import BETA_TRIES, Augmentation, VideoAugmentation, beta_share, draw_params
+from mmcl.media.augmentation import Augmentation, VideoAugmentation
+from mmcl.media.augmentation_draws import BETA_TRIES, beta_share, draw_params
 from mmcl.media.mixing import GLOBAL, RANK
 from mmcl.objectives.base import ObjectiveMix
 from mmcl.recipe import build_model

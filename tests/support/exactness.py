@@ -27,6 +27,7 @@ from mmcl.types import (
     Batch,
     Embeddings,
     Level,
+    MotionSpec,
     QuestionSpec,
     TextSpec,
     TowerInfo,
@@ -49,6 +50,9 @@ TOWERS = {
     name: TowerInfo(name, spec, WIDTH, JOINT_WIDTH)
     for name, spec in {"video": VideoSpec(), "audio": AudioSpec(), "text": TextSpec(_NoTokens())}.items()
 }
+
+MOTION = {"motion": TowerInfo("motion", MotionSpec(), WIDTH, JOINT_WIDTH)}
+"""for the objectives that ask for it"""
 
 
 class _Ids(_NoTokens):

@@ -16,7 +16,7 @@ from mmcl.config import build as build_options
 from mmcl.objectives import OBJECTIVES
 from mmcl.objectives.base import Objective, ObjectiveMix
 from mmcl.types import Batch, Embeddings, TowerInfo
-from support.exactness import RAW, TOWERS, Subject, texts_of
+from support.exactness import MOTION, RAW, TOWERS, Subject, texts_of
 from support.objectives import FROZEN, SHAPES
 from support.tcl import SMALL as TCL
 from support.view_methods import EXTRAS, INTRA_MODAL, PERSISTENCY
@@ -36,6 +36,8 @@ class Case:
     taught: bool = False
     raw: bool = False
     """towers eat pictures, waves and token numbers"""
+    moving: bool = False
+    """there is a tower of motion too"""
     cold: Mapping[str, Any] | None = None
     """what makes its temperature 0.01; None: it has none, or takes the model's"""
     smooth: Mapping[str, Any] | None = None
@@ -46,6 +48,8 @@ class Case:
     def build(self, towers: Mapping[str, TowerInfo] | None = None, *, seed: int = 3, **changes: Any) -> Objective:
         """A float32 objective with weights from this seed."""
         infos = towers or (FROZEN if self.taught else RAW if self.raw else TOWERS)
+        if self.moving:
+            infos = {**infos, **MOTION}
         torch.manual_seed(seed)
         entry = OBJECTIVES[self.objective]
         options = build_options(entry.options, _merged({"name": self.objective, **self.options}, changes))
@@ -83,6 +87,18 @@ def _improved(method: str, detached_by: str = "", cold: Mapping[str, Any] | None
 _TOKENS = ("tokens", "tokens")
 _CCL, _CRD = "compositional_distillation", "contrastive_distillation"
 _COLD = {"temperature": 0.01}
+_DECOUPLING: Mapping[str, Any] = {
+    "points": 4,
+    "width": 8,
+    "heads": 2,
+    "feed_forward": 8,
+    "encoder_layers": 1,
+    "decoder_layers": 1,
+    "hidden": 8,
+    "out": 5,
+    "negatives": 2,
+    "temperature": 0.3,
+}
 _QA = {"answers": 3, "sentences": 2, "width": 8}
 _COSINE = {"augmentation": "masked", "similarity": "cosine", "temperature": 0.5}
 _COLD_COSINE = {**_COSINE, **_COLD}
@@ -147,6 +163,16 @@ CASES: dict[str, Case] = {
     "neuron_selectivity": _zoo("neuron_selectivity"),
     "flow": _zoo("flow", levels=(_TOKENS, _TOKENS)),
     "kdsvd": _zoo("kdsvd", levels=(_TOKENS, _TOKENS)),
+    "motion_decoupling": Case("motion_decoupling", _DECOUPLING, moving=True, cold=_COLD),
+    "motion_decoupling: motion": Case(
+        "motion_decoupling", {**_DECOUPLING, "terms": "motion", "negatives": 0}, moving=True, cold=_COLD
+    ),
+    "motion_decoupling: context": Case(
+        "motion_decoupling",
+        {**_DECOUPLING, "terms": "context", "mask_false_negatives": False, "augmentation": "strong"},
+        moving=True,
+        cold=_COLD,
+    ),
     "generative_contrastive: prefix": _decoding("generative_contrastive", "video", layout="prefix", **_HEAD),
     "generative_contrastive: cross": _decoding(
         "generative_contrastive", "text", layout="cross", latents=2, augmentation="worn", **_HEAD
@@ -248,7 +274,7 @@ def everything(taught: bool, part: int) -> Subject:
     chosen = [(name, case) for name, case in CASES.items() if case.taught == taught][part::PARTS]
     objectives = {name.replace(": ", "_").replace(" ", "_"): case.build() for name, case in chosen}
     weights = {name: 0.5 + 0.25 * (i % 3) for i, name in enumerate(objectives)}
-    return Subject(ObjectiveMix(objectives, weights), FROZEN if taught else TOWERS)
+    return Subject(ObjectiveMix(objectives, weights), FROZEN if taught else {**TOWERS, **MOTION})
 
 
 class Constants(TorchFunctionMode):

@@ -23,8 +23,8 @@ from mmcl.media.augmentation import (
     TextAugmentation,
     VideoAugmentation,
     check_views,
-    draw_params,
 )
+from mmcl.media.augmentation_draws import draw_params
 from mmcl.media.text import ByteTokenizer
 from mmcl.types import AudioSpec, Batch, ConfigError, TextSpec, VideoSpec, View, ViewBatch
 

@@ -9,7 +9,8 @@ import torch
 from mmcl.hashing import uniform
 from mmcl.media import augment_tokens
 from mmcl.media.augment_audio import augment_audio, silence_bands
-from mmcl.media.augmentation import AudioAugmentation, Augmentation, draw_params
+from mmcl.media.augmentation import AudioAugmentation, Augmentation
+from mmcl.media.augmentation_draws import draw_params
 from mmcl.media.device_hash import device_uniform
 from mmcl.media.text import ByteTokenizer
 from mmcl.types import AudioSpec, View

@@ -13,7 +13,8 @@ import torch
 from mmcl.data import ClipStream
 from mmcl.media import augment_video
 from mmcl.media.augment import augment, background_erase
-from mmcl.media.augmentation import Augmentation, EraseOptions, VideoAugmentation, draw_params
+from mmcl.media.augmentation import Augmentation, EraseOptions, VideoAugmentation
+from mmcl.media.augmentation_draws import draw_params
 from mmcl.shards import load_manifest
 from mmcl.types import Batch, ConfigError, Erase, VideoSpec, View
 

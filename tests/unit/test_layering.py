@@ -12,7 +12,7 @@ import pytest
 ROOT = Path(__file__).parents[2]
 
 LAYERS = [
-    {"types", "hashing", "progress"},
+    {"types", "specs", "hashing", "progress"},
     {"config", "folders", "shipped", "media", "shards", "losses", "layers", "distributed"},
     {"data", "encoders", "objectives"},
     {"card", "concatenated", "encode", "formats", "hub", "model", "onnx_format", "recipe"},
@@ -48,6 +48,7 @@ NEIGHBOURS = {
     ("cli", "cli_options"),
     ("cli_classify", "cli_options"),
     ("hashing", "types"),
+    ("types", "specs"),
 }
 TORCH_ALONE = {"losses", "layers"}
 

@@ -8,7 +8,8 @@ import numpy as np
 import torch
 
 from mmcl.distributed import Comm
-from mmcl.media.augmentation import AudioAugmentation, Augmentation, MixOptions, VideoAugmentation, draw_params
+from mmcl.media.augmentation import AudioAugmentation, Augmentation, MixOptions, VideoAugmentation
+from mmcl.media.augmentation_draws import draw_params
 from mmcl.media.mixing import mix, ring
 from mmcl.types import AudioSpec, Batch, VideoSpec, View, ViewBatch
 

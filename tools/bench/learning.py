@@ -352,7 +352,7 @@ def summary(measured: Measured, compared: Sequence[tuple[str, str]]) -> Tree:
         x, y = values(a), values(b)
         return {n: [u - v for u, v in zip(x[n], y[n], strict=True)] for n in x if n in y and n != "cpu_seconds"}
 
-    pairs = {f"{a} − {b}": differences(a, b) for a, b in compared if a in arms}
+    pairs = {f"{a} − {b}": differences(a, b) for a, b in compared if {a, b} <= {*arms}}
     return {
         "seeds": seeds,
         "arms": {arm: {name: spread(x) for name, x in values(arm).items()} for arm in arms},
