@@ -65,12 +65,15 @@ def check_writable(folder: Path) -> None:
 
 
 def read_report(path: Path, *, option: str = "--against") -> dict[str, Any]:
-    """``report.json`` of a folder, or the file itself; ``option`` named the path.
+    """``report.json`` of a folder (of ``mmcl evaluate all``: its part on retrieval), or the file itself; ``option``
+    named the path.
 
     Raises:
         ConfigError: there is none, or not one that names its queries.
     """
-    path = path / "report.json" if path.is_dir() else path
+    if path.is_dir():
+        part = path / "retrieval" / "report.json"
+        path = part if part.is_file() else path / "report.json"
     try:
         report: Any = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:

@@ -151,7 +151,10 @@ def parse_direction(text: str) -> Direction:
     """
     sides = [tuple(name.strip() for name in side.split("+")) for side in text.split("->")]
     if len(sides) != 2 or not all(name.isidentifier() for side in sides for name in side):
-        raise ValueError(f"{text!r} is no direction: write QUERY->GALLERY, such as text->video or text->video+audio")
+        raise ValueError(
+            f"{text!r} is no direction: write QUERY->GALLERY, such as text->video or text->video+audio, "
+            "or nothing but all"
+        )
     both = [*sides[0], *sides[1]]
     if len(set(both)) < len(both):
         raise ValueError(f"{text!r}: a modality stands twice, and would find itself")

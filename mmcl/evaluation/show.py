@@ -14,6 +14,9 @@ from mmcl.evaluation.run import Evaluation
 from mmcl.evaluation.tables import COLUMNS, DIAGNOSTICS, further_tables, missing_lines, table
 from mmcl.types import Modality
 
+CAREFUL = {"not the whole set", "few captions"}
+"""facts of a report without which its figures mislead"""
+
 NOUNS = {"video": "picture", "audio": "sound", "text": "text"}
 
 
@@ -37,6 +40,8 @@ def print_evaluation(evaluation: Evaluation, *, examples: bool = False) -> None:
         for line in missing_lines(result):
             console.print(line, markup=False)
         console.print()
+    for warning in CAREFUL & evaluation.report.facts.keys():
+        console.print(f"{warning}: {evaluation.report.facts[warning]}", markup=False, highlight=False)
     if examples:
         for line in example_lines(evaluation):
             console.print(line, markup=False, highlight=False)

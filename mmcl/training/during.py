@@ -77,7 +77,7 @@ class Evaluator:
             if self.comm.rank == 0:
                 print(
                     f"evaluation skipped: with it {share:.0%} of the time would be spent on evaluating "
-                    f"(evaluate.max_share: {self.options.max_share:.0%})",
+                    f"(evaluate.max_share: {self.options.max_share:.0%}; evaluate.max_share=1 allows it)",
                     file=sys.stderr,
                     flush=True,
                 )

@@ -23,7 +23,7 @@ from pathlib import Path
 
 import av
 import numpy as np
-from learning import UNTRAINED, Job, Tree, data_and_train, run, run_all, run_folder, summary, table
+from learning import UNTRAINED, Job, data_and_train, run, run_all, run_folder
 
 from mmcl.media.motion_file import extract_motion
 from mmcl.shards import ShardWriter, write_manifest
