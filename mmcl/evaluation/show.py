@@ -40,7 +40,7 @@ def print_evaluation(evaluation: Evaluation, *, examples: bool = False) -> None:
         for line in missing_lines(result):
             console.print(line, markup=False)
         console.print()
-    for warning in CAREFUL & evaluation.report.facts.keys():
+    for warning in sorted(CAREFUL & evaluation.report.facts.keys()):
         console.print(f"{warning}: {evaluation.report.facts[warning]}", markup=False, highlight=False)
     if examples:
         for line in example_lines(evaluation):

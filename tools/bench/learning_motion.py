@@ -24,6 +24,7 @@ from pathlib import Path
 import av
 import numpy as np
 from learning import UNTRAINED, Job, data_and_train, run, run_all, run_folder
+from learning_report import Tree, summary, table
 
 from mmcl.media.motion_file import extract_motion
 from mmcl.shards import ShardWriter, write_manifest

@@ -22,8 +22,9 @@ from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
-from learning import UNTRAINED, Job, Tree, data_and_train, run, run_all, run_folder, summary, table
+from learning import UNTRAINED, Job, data_and_train, run, run_all, run_folder
 from learning_clips import MOTIONS, prepare
+from learning_report import Tree, summary, table
 
 VIDEO: Tree = {"name": "tiny_video", "width": 64, "channels": 16, "size": 32, "frames": 6, "fps": 10}
 AUGMENTATIONS: Tree = {

@@ -23,25 +23,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from learning import (
-    AUDIO,
-    AUGMENTATIONS,
-    TEXT,
-    UNTRAINED,
-    VIDEO,
-    Figures,
-    Job,
-    Sizes,
-    Tree,
-    embed,
-    job_of,
-    retrieval,
-    run,
-    run_all,
-    summary,
-    table,
-)
+from learning import AUDIO, AUGMENTATIONS, TEXT, UNTRAINED, VIDEO, Job, Sizes, embed, job_of, retrieval, run, run_all
 from learning_data import Takes, prepare
+from learning_report import Figures, Tree, summary, table
 
 FULL = Sizes(
     Takes(games=None, seeds=4, test_seeds=2, seconds=16.0),
