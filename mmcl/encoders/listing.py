@@ -73,14 +73,14 @@ def eats(spec: Spec) -> str:
     >>> eats(VideoSpec(frames=1, size=224)), eats(AudioSpec(16_000, 10.0))
     ('pictures of 224 px', '10 s at 16000 Hz')
     >>> eats(MotionSpec(frames=8, size=64, stride=1))
-    'motion of 8 frames of 64 px one after another'
+    '8 maps of 64 px in a row'
     """
     if isinstance(spec, VideoSpec):
         if spec.frames == 1:
             return f"pictures of {spec.size} px"
         return f"{spec.frames} frames of {spec.size} px {_rate(spec)}"
     if isinstance(spec, MotionSpec):
-        return f"motion of {spec.frames} frames of {spec.size} px {_rate(spec)}"
+        return f"{spec.frames} maps of {spec.size} px {_rate(spec)}"
     if isinstance(spec, AudioSpec):
         return f"{spec.seconds:.4g} s at {spec.sample_rate_hz} Hz"
     if isinstance(spec, TextSpec):
@@ -90,7 +90,7 @@ def eats(spec: Spec) -> str:
 
 def _rate(spec: VideoSpec | MotionSpec) -> str:
     if spec.stride == 1:
-        return "one after another"
+        return "in a row"
     return f"every {spec.stride}th" if spec.stride else f"at {spec.fps:.3g}/s"
 
 

@@ -8,11 +8,12 @@ from functools import lru_cache, partial
 
 import pytest
 import torch
-from support.exactness import Record, assert_same, pick_rows
+from support.exactness import Record, assert_same, mix_parts, pick_rows, times_and_labels
 from support.gloo import GlooPool
 from support.objective_cases import CASES
 from support.tcl import make as make_tcl
 from support.view_methods import make
+from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 
 from mmcl.encoders.audio import TinyAudioOptions
@@ -48,8 +49,10 @@ def build_everything(taught: bool, dropout: float = 0.0) -> TrainStep:
     objectives = {
         name.replace(": ", "_").replace(" ", "_"): case.build(infos)
         for name, case in CASES.items()
-        # towers of a prefix are causal, these are not; nor are there questions in these batches
-        if case.taught == taught and case.options.get("layout") != "prefix" and case.objective != "video_qa"
+        # towers of a prefix are causal, these are not; nor are there questions and motion in these batches
+        if case.taught == taught
+        and case.options.get("layout") != "prefix"
+        and case.objective not in ("video_qa", "motion_decoupling")
     }
     mix = ObjectiveMix(objectives, dict.fromkeys(objectives, 1.0))
     model.add_scales(mix.scales)
@@ -120,13 +123,20 @@ def global_batch(step: int, views: tuple[View, ...], empty_rank: int | None) -> 
             targets = ids.masked_fill(~mask | ~rows[:, None] | (ids % 3 > 0), -1)
             data[view] = ViewBatch(ids * mask, rows, mask, {"token_targets": targets})
         elif view.modality == "audio":
-            data[view] = ViewBatch((torch.rand(ROWS, 250, generator=random) - 0.5) * rows[:, None], rows)
+            sound = (torch.rand(ROWS, 250, generator=random) - 0.5) * rows[:, None]
+            data[view] = ViewBatch(sound, rows, params=_params(view, rows, step))
         else:
             pixels = torch.randint(0, 256, (ROWS, 2, 3, 16, 16), dtype=torch.uint8, generator=random)
-            data[view] = ViewBatch(pixels * rows[:, None, None, None, None], rows)
+            data[view] = ViewBatch(pixels * rows[:, None, None, None, None], rows, params=_params(view, rows, step))
     none = torch.full((ROWS, 1), -1)
     labels = torch.randint(-1, 3, (ROWS,), generator=random)
     return Batch(data, tuple(f"{step}-{i}" for i in range(ROWS)), torch.arange(ROWS), none, labels)
+
+
+def _params(view: View, present: Tensor, step: int) -> dict[str, Tensor]:
+    """When clips begin, classes of pairs, and with whom a row was mixed."""
+    params = times_and_labels(view, ROWS, step)
+    return {**params, **mix_parts(present, torch.arange(ROWS))} if view.augmentation == "mixed" else params
 
 
 def train(

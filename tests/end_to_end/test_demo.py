@@ -136,13 +136,16 @@ def test_a_signal_stops_the_training_first(tmp_path: Path, number: signal.Signal
         "stop.unlink()\n"
         "while not stop.exists(): time.sleep(0.01)\n"
     )
-    before = signal.getsignal(number)
-    with pytest.raises(KeyboardInterrupt), _signals_interrupt():
-        launcher = subprocess.Popen([sys.executable, "-c", child], start_new_session=True)
-        try:
-            launcher.wait(60)
-        except KeyboardInterrupt:
-            _stop(launcher, stop)
-            assert launcher.returncode == 0
-            raise
-    assert signal.getsignal(number) == before
+    before = signal.signal(number, signal.SIG_DFL)  # under `nohup` it is ignored, and stays so
+    try:
+        with pytest.raises(KeyboardInterrupt), _signals_interrupt():
+            launcher = subprocess.Popen([sys.executable, "-c", child], start_new_session=True)
+            try:
+                launcher.wait(60)
+            except KeyboardInterrupt:
+                _stop(launcher, stop)
+                assert launcher.returncode == 0
+                raise
+        assert signal.getsignal(number) == signal.SIG_DFL
+    finally:
+        signal.signal(number, before)

@@ -175,9 +175,9 @@ def make_batch(views: Sequence[View], step: int, kind: str, rows: int = 12) -> B
         mask, params = _text_parts(view, present, step)
         if not isinstance(view.spec, QuestionSpec):
             x = raw(view, x, step)
-        params = {**params, **_times_and_labels(view, rows, step), **_question_parts(view, present, step)}
+        params = {**params, **times_and_labels(view, rows, step), **_question_parts(view, present, step)}
         if view.augmentation == "mixed":
-            params.update(_mix_parts(present, step * rows + number))
+            params.update(mix_parts(present, step * rows + number))
         data[view] = ViewBatch(x * present.view(-1, *[1] * (x.ndim - 1)), present, mask, params)
     groups = torch.randint(0, rows, (rows, 2), generator=random)
     return Batch(
@@ -200,7 +200,7 @@ def _text_parts(view: View, present: Tensor, step: int) -> tuple[Tensor | None, 
     return mask, {"token_targets": targets.masked_fill(hidden, -1)}
 
 
-def _times_and_labels(view: View, rows: int, step: int) -> dict[str, Tensor]:
+def times_and_labels(view: View, rows: int, step: int) -> dict[str, Tensor]:
     """When clips begin, some of them at the same time as others; classes of pairs, some of them missing."""
     if not isinstance(view.spec, TIMED):
         return {}
@@ -216,7 +216,7 @@ def _times_and_labels(view: View, rows: int, step: int) -> dict[str, Tensor]:
     return params
 
 
-def _mix_parts(present: Tensor, draws: Tensor) -> dict[str, Tensor]:
+def mix_parts(present: Tensor, draws: Tensor) -> dict[str, Tensor]:
     """Half of the rows of this view were mixed with the next one of a ring."""
     share = torch.where(draws % 2 == 0, 0.1 + (draws % 5) / 8, 0.0)
     return {GLOBAL: share, "mix_draw": draws[ring(draws, present, 0)]}
