@@ -238,6 +238,10 @@ def evaluate_retrieval(
             "or all: of all sets of modalities."
         ),
     ] = "",
+    join: Annotated[
+        str | None,
+        typer.Option(help="Instead of the protocol's fusion, of a set: mean, or learned (as the model was trained)."),
+    ] = None,
     embeddings: Annotated[
         Path | None, typer.Option(help="A folder that `mmcl embed` wrote, instead of CHECKPOINT and SHARDS.")
     ] = None,
@@ -266,6 +270,7 @@ def evaluate_retrieval(
         protocol,
         directions=[each.strip() for each in directions.split(",") if each.strip()],
         post=TRANSDUCTIVE if transductive else (),
+        fusion=join,
     )
     if embeddings is not None and (checkpoint is not None or clips is not None):
         raise ConfigError("--embeddings: rows that are there need neither CHECKPOINT and SHARDS nor --clips")

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from mmcl.encode import Encodes
 from mmcl.encoders.base import Encoder
+from mmcl.encoders.fusion import Fusions
 from mmcl.folders import CONFIG, HUB, model_folder
 from mmcl.model import MultimodalModel
 from mmcl.shards.files import write_atomically
@@ -34,6 +35,7 @@ class ConcatenatedModel(Encodes):
             raise ValueError("needs at least one model, and the same towers in all")
         self.models = nn.ModuleList(models).eval()
         self.joint_width = sum(each.joint_width for each in models)
+        self.fusions = Fusions()  # none: theirs are of their own spaces
 
     @classmethod
     def from_pretrained(cls, folder: str | Path) -> ConcatenatedModel:

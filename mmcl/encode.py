@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeAlias
 
@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mmcl.encoders.base import Encoder
+from mmcl.encoders.fusion import Fusions
 from mmcl.media.inputs import Media, decode_windows
 from mmcl.progress import show_progress
 from mmcl.types import TIMED, Clip, Level, TextSpec, ViewBatch
@@ -24,6 +25,7 @@ class Encodes(nn.Module):
     """What a model of towers can encode; the model says how a tower runs (``encode_view``)."""
 
     joint_width: int
+    fusions: Fusions
 
     def tower(self, name: str) -> Encoder:
         """The tower of this name."""
@@ -113,6 +115,19 @@ class Encodes(nn.Module):
             ConfigError: an array of another kind, or without its rate.
         """
         return self._encode_media("audio", clips, windows, batch, sample_rate_hz, progress)
+
+    def fuse(self, rows: Mapping[str, Tensor]) -> Tensor:
+        """Unit rows float32 ``(B, D)``, on the CPU: joint rows of several towers as one, by the fusion that the model
+        learned of them (``pairs: [[text, video+audio]]`` of the objective ``cross_modal``).
+
+        Args:
+            rows: tower: unit rows ``(B, D)``, such as ``encode_video`` gives; row i of each is of the same item.
+
+        Raises:
+            ConfigError: the model has no fusion of these towers; names those that it has.
+            ValueError: not equally many rows of each.
+        """
+        return self.fusions.fuse(rows)
 
     def _encode_media(
         self,

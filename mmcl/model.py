@@ -17,7 +17,8 @@ from mmcl.config import Options, build, unknown_name
 from mmcl.encode import Encodes
 from mmcl.encoders.base import Encoder
 from mmcl.encoders.build import TowerOptions, build_towers, exported_towers
-from mmcl.encoders.heads import HeadOptions
+from mmcl.encoders.fusion import FusionOptions, Fusions
+from mmcl.encoders.heads import HeadOptions, unit_projection
 from mmcl.encoders.lora import without_lora
 from mmcl.encoders.pretrained import Source, load_pretrained
 from mmcl.encoders.shared import Shared, SharedOptions
@@ -56,6 +57,8 @@ class ModelOptions(Options):
     temperature: Annotated[float, Field(gt=0.01, le=10)] = 0.07
     """where the learned temperatures start"""
     learn_temperature: bool = True
+    fusion: FusionOptions = FusionOptions()
+    """of the sets of towers that objectives name, such as ``video+audio``"""
 
 
 class _Description(Options):
@@ -63,6 +66,7 @@ class _Description(Options):
 
     model: ModelOptions
     scales: tuple[str, ...] = ()
+    fusions: tuple[str, ...] = ()
     momentum: tuple[str, ...] = ()
     """towers with a momentum copy"""
 
@@ -81,7 +85,7 @@ class MultimodalModel(Encodes, Pretrained):
         heads = {name: options.heads.get(name, options.head) for name in encoders}
         self.heads = nn.ModuleDict({n: heads[n].build(encoders[n].width, options.joint_width) for n in encoders})
         self.momentum_towers, self.momentum_heads = nn.ModuleDict(), nn.ModuleDict()
-        self.log_scales = nn.ParameterDict()
+        self.log_scales, self.fusions = nn.ParameterDict(), Fusions()
         self.loaded: list[str] = []
         for name in encoders:
             if self.head_locked(name):
@@ -131,7 +135,8 @@ class MultimodalModel(Encodes, Pretrained):
         model = self.options.model_dump(mode="json")
         for name, tower in model["towers"].items():
             tower.update(stored_tower(name, self.options.towers[name]))
-        return {"model": model, "scales": list(self.log_scales), "momentum": list(self.momentum_heads)}
+        momentum = list(self.momentum_heads)
+        return {"model": model, "scales": list(self.log_scales), "fusions": list(self.fusions), "momentum": momentum}
 
     @classmethod
     def from_description(cls, description: dict[str, Any], *, folder: Path) -> MultimodalModel:
@@ -143,6 +148,7 @@ class MultimodalModel(Encodes, Pretrained):
         }
         model = cls(described.model.model_copy(update={"towers": towers}))
         model.add_scales(described.scales)
+        model.add_fusions(described.fusions)
         for tower in described.momentum:
             if tower not in model.towers:
                 raise unknown_name(f"{where}: momentum", tower, model.towers)
@@ -179,6 +185,7 @@ class MultimodalModel(Encodes, Pretrained):
             "parameters": f"{sum(p.numel() for n, p in self.named_parameters() if not n.startswith('momentum_')):,}",
             "joint space": f"{self.joint_width} numbers",
         }
+        own.update({"learned fusion of": ", ".join(self.fusions)} if self.fusions else {})
         return {"facts": {**own, **(facts or {})}, "report": report}
 
     def alone(self) -> MultimodalModel:
@@ -187,6 +194,7 @@ class MultimodalModel(Encodes, Pretrained):
         model = MultimodalModel(options)
         model._card = self._card
         model.add_scales(self.log_scales)
+        model.add_fusions(self.fusions)
         kept = ("momentum_", *(f"towers.{name}." for name in self.towers))
         tensors = {k: v for k, v in self.state_dict().items() if not k.startswith(kept)}
         for name in self.towers:
@@ -202,6 +210,14 @@ class MultimodalModel(Encodes, Pretrained):
         for name in names:
             start = -math.log((starts or {}).get(name, self.options.temperature))
             self.log_scales[name] = nn.Parameter(torch.tensor(start), requires_grad=self.options.learn_temperature)
+
+    def add_fusions(self, names: Iterable[str]) -> None:
+        """Gives the model a learned fusion of each of these sets of towers, e.g. ``"video+audio"``.
+
+        Raises:
+            ConfigError: a name is not of two towers or more.
+        """
+        self.fusions.add(names, list(self.towers), self.joint_width, self.options.fusion)
 
     def add_momentum(self, tower: str) -> None:
         """Gives a tower and its head a copy that follows them without a gradient (:meth:`ema_pairs`)."""
@@ -271,8 +287,8 @@ class MultimodalModel(Encodes, Pretrained):
         return self.embeddings(self.encode(batch, needs), batch)
 
     def embeddings(self, values: Values, batch: Batch) -> Embeddings:
-        """Values that were encoded before, with the temperatures of now."""
-        return Embeddings(values, batch, self.scales())
+        """Values that were encoded before, with the temperatures and fusions of now."""
+        return Embeddings(values, batch, self.scales(), dict(self.fusions.items()))
 
     def learning_values(self, values: Values) -> list[tuple[str, View, Level, Kind]]:
         """The keys of those that towers or heads learn from."""
@@ -333,11 +349,11 @@ class MultimodalModel(Encodes, Pretrained):
 
     def _level(self, tower: str, head: nn.Module, features: Features, level: Level) -> Tensor:
         if level == "joint":
-            return _unit_projection(head, features.pooled)
+            return unit_projection(head, features.pooled)
         if level == "joint_tokens" and features.tokens is not None:
             # batch statistics are of rows: tokens go through a head one by one
             real = None if features.token_mask is None else features.token_mask.flatten()
-            rows = _unit_projection(head, features.tokens.flatten(0, 1), real)
+            rows = unit_projection(head, features.tokens.flatten(0, 1), real)
             return rows.view(*features.tokens.shape[:2], -1)
         if level == "pooled":
             return features.pooled
@@ -348,13 +364,6 @@ class MultimodalModel(Encodes, Pretrained):
             return features.stages[stage]
         known = ", ".join([*LEVELS, *(f"stage:{name}" for name in features.stages)])
         raise ConfigError(f"tower {tower!r} has no level {level!r}; allowed: {known}")
-
-
-def _unit_projection(head: nn.Module, x: Tensor, mask: Tensor | None = None) -> Tensor:
-    """Unit rows in float32, also under autocast: cosines near 1 need the bits."""
-    with torch.autocast(x.device.type, enabled=False):
-        projected: Tensor = head(x if x.dtype == torch.float64 else x.float(), mask)
-        return F.normalize(projected, dim=-1)
 
 
 def average_windows(rows: Sequence[Tensor]) -> Tensor:

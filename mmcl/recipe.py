@@ -269,6 +269,7 @@ def build_model(
         weights[name] = over_run(options.weight, config.train.steps, f"objectives.{number}.weight")
     mix = ObjectiveMix(objectives, weights, steps=config.train.steps)
     model.add_scales(mix.scales, mix.start_temperatures)
+    model.add_fusions(mix.fusions)
     if fresh:
         model.load_pretrained(pretrained)
         for objective in objectives.values():

@@ -9,7 +9,7 @@ Shape letters, used in every signature and name of the project:
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, Literal, TypeAlias
 
@@ -325,12 +325,23 @@ class Embeddings:
     batch: Batch
     scales: Mapping[str, Tensor] = field(default_factory=dict)
     """the model's multipliers of the cosine (1 / temperature), 0-d, clamped, by name"""
+    fusions: Mapping[str, Callable[[Sequence[Tensor]], Tensor]] = field(default_factory=dict)
+    """the model's learned fusions by name: ``(B, D)`` rows of each member to ``(B, D)``"""
     progress: float = 0.0
     """share of the run's optimizer steps that were taken before this one"""
 
     def get(self, need: Need, level: Level | None = None) -> Tensor:
         """The tensor that answers ``need``; ``level`` is only needed where it names several."""
         return self.values[(need.tower, need.view, level or need.levels[0], need.kind)]
+
+    def fused(self, needs: Sequence[Need]) -> Tensor:
+        """The rows ``(B, D)`` that answer ``needs`` of several towers as one, by the model's fusion of them; rows that
+        lack any of the views are zero. Of one need its rows.
+        """
+        if len(needs) == 1:
+            return self.get(needs[0])
+        rows = self.fusions["+".join(need.tower for need in needs)]([self.get(need) for need in needs])
+        return rows.masked_fill(~self.present(*(need.view for need in needs))[:, None], 0.0)
 
     def present(self, *views: View) -> Tensor:
         """bool ``(B,)``: rows that have all these views."""

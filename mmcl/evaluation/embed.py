@@ -204,7 +204,7 @@ class _Embedder:
     def __init__(self, model: AnyModel, settings: EmbedSettings, batch: int, comm: Comm) -> None:
         self.model, self.settings, self.batch, self.comm = model, settings, batch, comm
         self.device = next(model.parameters()).device
-        towers = {modality: model.tower_of(modality) for modality in _modalities(model)}
+        towers = {modality: model.tower_of(modality) for modality in modalities_of(model)}
         self.towers = {modality: tower for modality, tower in towers.items() if modality != "text"}
         self.views = {modality: self._views(tower) for modality, tower in self.towers.items()}
         # a text view keeps samples that have captions alone
@@ -364,7 +364,7 @@ class _Embedder:
         return torch.cat(found) if found else torch.zeros(0, self.model.joint_width)
 
 
-def _modalities(model: AnyModel) -> list[Modality]:
+def modalities_of(model: AnyModel) -> list[Modality]:
     """Modalities of the towers, in their order; stored embeddings of a teacher have no place in the joint space."""
     specs = [(model.head_locked(name), model.tower(name).spec) for name in model.towers]
     return list(dict.fromkeys(spec.modality for frozen, spec in specs if not (frozen and isinstance(spec, VectorSpec))))

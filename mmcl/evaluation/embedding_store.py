@@ -92,9 +92,10 @@ def model_checksum(model: AnyModel | Path | str) -> str:
     if isinstance(model, ConcatenatedModel):
         joined: ConcatenatedModel = model
         return hashlib.sha256("".join(map(model_checksum, joined.stages())).encode()).hexdigest()[:32]
-    digest = hashlib.sha256(json.dumps(model.options.model_dump(mode="json"), sort_keys=True).encode())
+    options = model.options.model_dump(mode="json", exclude={"fusion"})
+    digest = hashlib.sha256(json.dumps(options, sort_keys=True).encode())
     for name, value in sorted(model.state_dict().items()):
-        if not name.startswith(("momentum_", "log_scales")):
+        if not name.startswith(("momentum_", "log_scales", "fusions.")):
             digest.update(f"{name} {value.dtype} {tuple(value.shape)}".encode())
             digest.update(value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
     return digest.hexdigest()[:32]

@@ -22,6 +22,7 @@ from mmcl.shipped import shipped
 from mmcl.types import ConfigError, Modality
 
 Post: TypeAlias = Literal["dual_softmax", "inverted_softmax", "qb_norm"]
+Fusion: TypeAlias = Literal["mean", "learned"]
 TRANSDUCTIVE: tuple[Post, ...] = ("dual_softmax", "inverted_softmax")
 """those that need nothing but the queries"""
 
@@ -68,8 +69,9 @@ class RetrievalProtocol(_Named):
     """what is right for a query: its own item alone, or every item with the same first caption"""
     ties: Literal["expected"] = "expected"
     """rows of equal score: every figure is its expectation over their random order"""
-    fusion: Literal["mean"] = "mean"
-    """of a set such as ``video+audio``: the mean of an item's unit rows, scaled to unit length"""
+    fusion: Fusion = "mean"
+    """of a set such as ``video+audio``: the mean of an item's unit rows, scaled to unit length, or what the model has
+    learned of this set (``learned``)"""
     post: tuple[Post, ...] = ()
     """scores that other queries changed, in figures of their own, marked transductive (none where ``best`` is
     searched); ``qb_norm`` needs a bank"""
@@ -195,9 +197,13 @@ def fingerprint(protocol: Any, keys: Sequence[str]) -> str:
 
 
 def retrieval_protocol(
-    name_or_path: str | Path = "paired", *, directions: Sequence[str] = (), post: Sequence[Post] = ()
+    name_or_path: str | Path = "paired",
+    *,
+    directions: Sequence[str] = (),
+    post: Sequence[Post] = (),
+    fusion: str | None = None,
 ) -> RetrievalProtocol:
-    """As :func:`load_protocol`; ``directions``: these instead of its own; ``post``: these besides.
+    """As :func:`load_protocol`; ``directions`` and ``fusion``: these instead of its own; ``post``: these besides.
 
     Raises:
         ConfigError: also for a protocol of classification, and for what is no direction.
@@ -208,6 +214,7 @@ def retrieval_protocol(
     changes = {
         "directions": tuple(directions) or protocol.directions,
         "post": (*protocol.post, *(each for each in post if each not in protocol.post)),
+        "fusion": fusion or protocol.fusion,
     }
     return build(RetrievalProtocol, {**protocol.model_dump(), **changes}, where=f"protocol {protocol.name}")
 

@@ -13,16 +13,21 @@ import numpy as np
 from mmcl.concatenated import open_model
 from mmcl.distributed import Comm
 from mmcl.evaluation.against import compare
-from mmcl.evaluation.embed import EmbeddedItem, EmbeddedShards, default_clips, embed_shards
+from mmcl.evaluation.embed import EmbeddedItem, EmbeddedShards, default_clips, embed_shards, modalities_of
 from mmcl.evaluation.embedding_store import open_embeddings
 from mmcl.evaluation.gallery import GalleryItem
 from mmcl.evaluation.protocols import RetrievalProtocol, fingerprint, retrieval_protocol, split_of
 from mmcl.evaluation.report import RetrievalReport, evaluate_list, write_report
 from mmcl.evaluation.shard_gallery import ShardGallery
-from mmcl.evaluation.sides import sides_of, wanted_directions
+from mmcl.evaluation.sides import Fuse, learned_fusion, sets_in, sides_of, wanted_directions
 from mmcl.folders import check_writable, read_report
 from mmcl.shards import load_manifest
 from mmcl.types import DEFAULT_DECODER, ConfigError, Decoder
+
+JOINED = {
+    "mean": "an item's rows joined by their mean",
+    "learned": "an item's rows joined by the model's fusion of them",
+}
 
 
 @dataclass(frozen=True, eq=False)
@@ -82,7 +87,8 @@ def evaluate_checkpoint(
     In a process group every process calls this; each does its share and the first writes.
 
     Raises:
-        ConfigError: no such checkpoint, shards, column or value; an older report that shares no query.
+        ConfigError: no such checkpoint, shards, column or value; an older report that shares no query; a set of
+            modalities that the model has learned no fusion of, where the protocol asks for it.
         RunError: nothing could be read, or the report cannot be written.
     """
     check_writable(out)
@@ -92,6 +98,9 @@ def evaluate_checkpoint(
     comm = Comm.current()
     shards = split_of(shards, protocol)
     model = open_model(checkpoint)
+    fuse = None
+    if protocol.fusion == "learned":
+        fuse = learned_fusion(model, wanted_directions(protocol.directions, modalities_of(model)))
     clips = clips or protocol.clips or default_clips(checkpoint)
     embedded, banked = (
         None
@@ -103,7 +112,7 @@ def evaluate_checkpoint(
     facts = {"checkpoint": short_name(str(checkpoint)), "shards": short_name(shards), "windows per clip": str(clips)}
     title = f"{further.data_name or short_name(shards)} · {short_name(str(checkpoint))}"
     protocol = protocol.model_copy(update={"clips": clips})
-    made = _report(embedded, protocol, further, title, facts, banked, older, comm)
+    made = _report(embedded, protocol, further, title, facts, banked, older, comm, fuse)
     if comm.rank == 0:
         write_report(made, ShardGallery(load_manifest(shards), embedded), out)
     comm.barrier()
@@ -120,13 +129,18 @@ def evaluate_embeddings(
     """
     check_writable(out)
     further = Wanted(**wanted)
+    protocol = protocol or retrieval_protocol("paired")
     older = None if further.against is None else read_report(further.against)
     comm = Comm.current()
     embedded, banked = (None if place is None else open_embeddings(place).joint() for place in (folder, bank))
     assert embedded is not None
+    if protocol.fusion == "learned":
+        sets = sets_in(wanted_directions(protocol.directions, list(embedded.rows)))
+        named = ", ".join("+".join(side) for side in sets) or "no set"
+        raise ConfigError(f"learned fusion of {named}: embeddings hold no model; give CHECKPOINT and SHARDS")
     facts = {"embeddings": short_name(str(folder))}
     title = further.data_name or short_name(str(folder))
-    made = _report(embedded, protocol or retrieval_protocol("paired"), further, title, facts, banked, older, comm)
+    made = _report(embedded, protocol, further, title, facts, banked, older, comm)
     if comm.rank == 0:
         write_report(made, [GalleryItem(item.key, item.captions) for item in embedded.items], out)
     comm.barrier()
@@ -142,6 +156,7 @@ def _report(
     bank: EmbeddedShards | None,
     older: Mapping[str, Any] | None,
     comm: Comm,
+    fuse: Fuse | None = None,
 ) -> RetrievalReport:
     """All lists of an evaluation, and what the report says about them."""
     if "qb_norm" in protocol.post and bank is None:
@@ -151,13 +166,13 @@ def _report(
     protocol = protocol.model_copy(update={"directions": named})
     by_caption = protocol.right == "caption"
     labels = caption_labels(embedded.items) if by_caption else None
-    banks = {} if bank is None else sides_of(bank, np.arange(len(bank.items)), directions, protocol.captions)
+    banks = {} if bank is None else sides_of(bank, np.arange(len(bank.items)), directions, protocol.captions, fuse)
     results = []
     for name, items in split_lists(embedded, further.by, further.headline).items():
         numbers = np.array(items, dtype=np.int64)
         result = evaluate_list(
             name,
-            sides_of(embedded, numbers, directions, protocol.captions),
+            sides_of(embedded, numbers, directions, protocol.captions, fuse),
             labels=labels,
             items=numbers,
             title=further.titles.get(name, "all clips" if further.by is None else ""),
@@ -188,6 +203,8 @@ def _report(
 def _facts(protocol: RetrievalProtocol, embedded: EmbeddedShards) -> dict[str, str]:
     """What people should know before they compare figures."""
     facts = {"figures that are compared": ", ".join(protocol.figures)}
+    if any("+" in name for name in protocol.directions):
+        facts["sets of modalities"] = JOINED[protocol.fusion]
     if protocol.about:
         facts["asked"] = protocol.about
     if embedded.skipped:

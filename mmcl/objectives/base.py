@@ -63,6 +63,8 @@ class Objective(nn.Module):
     needs: tuple[Need, ...] = ()
     scales: tuple[str, ...] = ()
     """names of the model's temperatures that this objective uses"""
+    fusions: tuple[str, ...] = ()
+    """names of the model's learned fusions that this objective uses, e.g. ``video+audio``, in the model's order"""
     labels_option: str | None = None
     """the option that makes this objective learn from labels, where it does"""
     watched: tuple[str, ...] = ()
@@ -120,6 +122,11 @@ class ObjectiveMix(nn.Module):
     def scales(self) -> tuple[str, ...]:
         """The union of all temperatures, in the order of the objectives."""
         return tuple(dict.fromkeys(name for objective in self.each().values() for name in objective.scales))
+
+    @property
+    def fusions(self) -> tuple[str, ...]:
+        """The union of all learned fusions, in the order of the objectives."""
+        return tuple(dict.fromkeys(name for objective in self.each().values() for name in objective.fusions))
 
     @property
     def start_temperatures(self) -> dict[str, float]:

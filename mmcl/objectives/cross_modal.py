@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from itertools import product
 from typing import Annotated, Literal
 
@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from mmcl.config import Options
 from mmcl.distributed import Comm, Form, Pair, contrastive_pairs
 from mmcl.objectives.base import Objective, Term
-from mmcl.objectives.pairs import checked_pairs
+from mmcl.objectives.pairs import Members, checked_sets
 from mmcl.objectives.weights import Weight
 from mmcl.types import ConfigError, Embeddings, Need, TextSpec, TowerInfo, View
 
@@ -30,7 +30,9 @@ class CrossModalOptions(Options):
     name: Literal["cross_modal"] = "cross_modal"
     weight: Weight = 1.0
     pairs: Annotated[tuple[tuple[str, str], ...], Field(min_length=1)] | None = None
-    """towers to contrast, e.g. ``[[video, text], [audio, text]]``; null: every pair of towers"""
+    """towers to contrast, e.g. ``[[video, text], [audio, text]]``; null: every pair of towers. A side may be a set,
+    ``[text, video+audio]``: the rows of its towers as one, by a learned fusion (``model.fusion``); samples that have
+    all of them take part. Sets beside their towers as in arXiv 2112.04446, whose fusion reads tokens"""
     estimator: Literal["infonce", "siglip", "dcl", "dclw", "clip_label_smoothing"] = "infonce"
     """CLIP's InfoNCE; a sigmoid per pair of rows (arXiv 2303.15343); InfoNCE without the positive in the sum, or its
     positives weighted too (arXiv 2110.06848, without the terms inside a modality); InfoNCE with smoothed targets"""
@@ -67,8 +69,8 @@ class CrossModalOptions(Options):
         return self
 
 
-Side = tuple[Need, ...]
-"""one view, or the views of several captions"""
+Side = tuple[tuple[Need, ...], ...]
+"""of one caption, or of each of several, the views of the towers whose rows are one"""
 
 
 class CrossModal(Objective):
@@ -80,7 +82,9 @@ class CrossModal(Objective):
         super().__init__()
         self.options = options
         self.pairs = dict(pairs)
-        self.needs = tuple(dict.fromkeys(need for pair in self.pairs.values() for side in pair for need in side))
+        rows = [needs for pair in self.pairs.values() for side in pair for needs in side]
+        self.needs = tuple(dict.fromkeys(need for needs in rows for need in needs))
+        self.fusions = tuple(dict.fromkeys(_name([need.tower for need in needs]) for needs in rows if len(needs) > 1))
         self.watched = tuple(f"loss/{name}" for name in self.pairs)
         self.form = Form(
             options.estimator,
@@ -118,11 +122,11 @@ class CrossModal(Objective):
         groups, groups_b = self._groups(embeddings, b)
         scale = self.scale_of[name]
         return Pair(
-            embeddings.get(a[0]),
-            _stack([embeddings.get(need) for need in b]),
+            embeddings.fused(a[0]),
+            _stack([embeddings.fused(needs) for needs in b]),
             embeddings.scales[scale],
-            present_a=embeddings.present(a[0].view),
-            present_b=_stack([embeddings.present(need.view) for need in b]),
+            present_a=_present(embeddings, a[0]),
+            present_b=_stack([_present(embeddings, needs) for needs in b]),
             groups=groups,
             groups_b=groups_b,
             bias=self.biases.get(scale, 0.0),
@@ -134,13 +138,22 @@ class CrossModal(Objective):
         if not self.options.mask_false_negatives:
             return None, None
         groups = embeddings.batch.groups
-        params = [embeddings.batch.views[need.view].params for need in captions]
+        params = [embeddings.batch.views[need.view].params for needs in captions for need in needs]
         numbers = [found["caption_number"] for found in params if "caption_number" in found]
         if len(captions) == 1 or not numbers:
             return groups, None
         sides = zip(*product(numbers, numbers), strict=True)
         a, b = (torch.cat([groups, torch.stack(side, 1)], 1) for side in sides)
         return a, b
+
+
+def _present(embeddings: Embeddings, needs: Sequence[Need]) -> Tensor:
+    return embeddings.present(*(need.view for need in needs))
+
+
+def _name(towers: Sequence[str]) -> str:
+    """Of a side, in the model's order."""
+    return "+".join(towers)
 
 
 def _stack(values: list[Tensor]) -> Tensor:
@@ -152,25 +165,31 @@ def build(options: CrossModalOptions, towers: Mapping[str, TowerInfo], path: str
     """The objective for these towers.
 
     Raises:
-        ConfigError: pairs that cannot be, see :func:`checked_pairs`; or several captions are asked for and no pair has
+        ConfigError: pairs that cannot be, see :func:`checked_sets`; or several captions are asked for and no pair has
             a text tower and another.
     """
     pairs = {
-        f"{a}-{b}": _sides(towers[a], towers[b], options.captions)
-        for a, b in checked_pairs(options.pairs, towers, path, options.name)
+        f"{_name(a)}-{_name(b)}": _sides(a, b, towers, options.captions)
+        for a, b in checked_sets(options.pairs, towers, path, options.name)
     }
     if options.captions > 1 and all(len(b) == 1 for _, b in pairs.values()):
         raise ConfigError(f"{path}.captions: {options.captions}, but no pair is of a text tower and another modality")
     return CrossModal(options, pairs)
 
 
-def _sides(a: TowerInfo, b: TowerInfo, captions: int) -> tuple[Side, Side]:
+def _sides(a: Members, b: Members, towers: Mapping[str, TowerInfo], captions: int) -> tuple[Side, Side]:
     """What a pair needs, its captions on the second side; the loss is the same from either."""
-    if isinstance(a.spec, TextSpec) and not isinstance(b.spec, TextSpec):
-        a, b = b, a
-    several = isinstance(b.spec, TextSpec) and not isinstance(a.spec, TextSpec)
-    return (_need(a, 0),), tuple(_need(b, k) for k in range(captions if several else 1))
+    texts = [[isinstance(towers[name].spec, TextSpec) for name in side] for side in (a, b)]
+    if any(texts[0]) and not any(texts[1]):
+        a, b, texts = b, a, texts[::-1]
+    several = any(texts[1]) and not any(texts[0])
+    return (_needs(a, towers, 0),), tuple(_needs(b, towers, k) for k in range(captions if several else 1))
 
 
-def _need(tower: TowerInfo, clip: int) -> Need:
-    return Need(tower.name, View(tower.spec, clip=clip), ("joint",))
+def _needs(members: Members, towers: Mapping[str, TowerInfo], caption: int) -> tuple[Need, ...]:
+    """The first clip of each tower; of texts this caption."""
+    infos = [towers[name] for name in members]
+    clips = [caption if isinstance(info.spec, TextSpec) else 0 for info in infos]
+    return tuple(
+        Need(info.name, View(info.spec, clip=clip), ("joint",)) for info, clip in zip(infos, clips, strict=True)
+    )

@@ -8,7 +8,7 @@ from functools import lru_cache, partial
 
 import pytest
 import torch
-from support.exactness import Record, assert_same, mix_parts, pick_rows, times_and_labels
+from support.exactness import Record, assert_same, learned_fusions, mix_parts, pick_rows, times_and_labels
 from support.gloo import GlooPool
 from support.objective_cases import CASES
 from support.tcl import make as make_tcl
@@ -56,6 +56,9 @@ def build_everything(taught: bool, dropout: float = 0.0) -> TrainStep:
     }
     mix = ObjectiveMix(objectives, dict.fromkeys(objectives, 1.0))
     model.add_scales(mix.scales)
+    model.add_fusions(mix.fusions)
+    for name, fusion in learned_fusions(mix.fusions).items():
+        model.fusions[name] = fusion
     model.serve(mix.needs)
     return TrainStep(model, mix).double()
 
@@ -94,7 +97,7 @@ def build_shared(norm: str = "none") -> TrainStep:
     heads = {"image": HeadOptions(layers=2, hidden=8, norm=norm), "text": HeadOptions(layers=2, hidden=8, norm=norm)}
     model = MultimodalModel(ModelOptions(towers=towers, joint_width=6, heads=heads))
     infos = model.tower_infos()
-    pairs = cross_modal.CrossModalOptions(pairs=(("image", "text"), ("video", "text")))
+    pairs = cross_modal.CrossModalOptions(pairs=(("image", "text"), ("video", "text"), ("text", "image+video")))
     objectives = {
         "cross_modal": cross_modal.build(pairs, infos),
         "moco": make("intra_modal", "moco", {}, infos, tower="image"),
@@ -103,6 +106,7 @@ def build_shared(norm: str = "none") -> TrainStep:
         objectives["tcl"] = make_tcl(infos, pairs=(("image", "text"),), text_augmentation="none")
     mix = ObjectiveMix(objectives, dict.fromkeys(objectives, 1.0))
     model.add_scales(mix.scales)
+    model.add_fusions(mix.fusions)
     model.serve(mix.needs)
     return TrainStep(model, mix).double()
 

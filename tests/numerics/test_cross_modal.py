@@ -52,7 +52,7 @@ def test_is_the_mean_over_pairs(masked: bool, unpaired: bool) -> None:
     objective = build(CrossModalOptions(mask_false_negatives=masked, unpaired_negatives=unpaired), TOWERS)
     term, embeddings = run(objective)
     losses = []
-    for name, ((a,), (b,)) in objective.pairs.items():
+    for name, (((a,),), ((b,),)) in objective.pairs.items():
         present_a, present_b = embeddings.present(a.view), embeddings.present(b.view)
         loss = contrastive_reference(
             embeddings.get(a),
@@ -98,7 +98,8 @@ def test_every_estimator_takes_several_captions(estimator: Any) -> None:
         batch.views[view].present.logical_and_(torch.as_tensor(here))
     term = objective(embeddings_of(objective, batch), Comm())
     embeddings = embeddings_of(objective, batch)
-    for name, ((a,), b) in objective.pairs.items():
+    for name, (((a,),), captions) in objective.pairs.items():
+        b = [need for (need,) in captions]
         groups, groups_b = batch.groups, None
         if len(b) > 1:
             first, second = (batch.views[need.view].params["caption_number"] for need in b)
@@ -159,6 +160,15 @@ def test_yaml_form_of_the_options() -> None:
         ([("video", "vidoe")], r"allowed: audio, text, video"),
         ([("text", "text")], r"objectives\.2\.pairs\.0: a pair needs two towers, got 'text' twice"),
         ([("video", "text"), ("text", "video")], r"objectives\.2\.pairs\.1: .*already"),
+        ([("text", "video+sound")], r"objectives\.2\.pairs\.0: unknown name 'sound'; allowed: audio, text, video"),
+        ([("text+video", "video+audio")], r"pairs\.0: 'video\+text' and 'video\+audio' both have 'video'"),
+        ([("text+video", "video+text")], r"pairs\.0: a pair needs two towers, got 'video' twice"),
+        ([("text", "video+video")], r"pairs\.0: 'video\+video': a set has 'video' once"),
+        ([("text", "video+")], r"pairs\.0: 'video\+': a set needs two towers, such as video\+audio"),
+        (
+            [("text", "video+audio"), ("audio + video", "text")],
+            r"pairs\.1: the pair 'video\+audio', 'text' is already in the list",
+        ),
     ],
 )
 def test_wrong_pairs_are_refused(pairs: list[tuple[str, str]], message: str) -> None:

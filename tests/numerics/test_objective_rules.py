@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 from support.exactness import pick_rows
@@ -19,7 +21,7 @@ each = pytest.mark.parametrize("name", CASES)
 
 def turned(embeddings: Embeddings, order: Tensor) -> Embeddings:
     batch = pick_rows(embeddings.batch, order)
-    return Embeddings({key: value[order] for key, value in embeddings.values.items()}, batch, embeddings.scales)
+    return replace(embeddings, values={key: value[order] for key, value in embeddings.values.items()}, batch=batch)
 
 
 def advanced(objective: Objective, steps: int = 2) -> Objective:
@@ -100,7 +102,7 @@ def test_gradients_are_those_of_finite_differences(name: str) -> None:
         values = {key: moved.get(id(x), x) for key, x in embeddings.values.items()}
         scales = {key: moved.get(id(x), x) for key, x in embeddings.scales.items()}
         with constants.again():
-            return objective(Embeddings(values, embeddings.batch, scales), Comm()).loss
+            return objective(replace(embeddings, values=values, scales=scales), Comm()).loss
 
     assert torch.autograd.gradcheck(loss, leaves, fast_mode=True, atol=1e-6, rtol=1e-4)
     found = torch.autograd.grad(loss(*leaves), leaves, allow_unused=True)

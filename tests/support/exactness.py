@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from mmcl.distributed import Comm
+from mmcl.encoders.fusion import Fusion, FusionOptions
 from mmcl.media.mixing import GLOBAL, ring
 from mmcl.objectives.base import ObjectiveMix, Term
 from mmcl.training.momentum import advance
@@ -134,6 +135,7 @@ class Subject(nn.Module):
             }
         )
         self.log_scales = nn.ParameterDict({name: torch.tensor(2.0 + 0.2 * i) for i, name in enumerate(mix.scales)})
+        self.fusions = nn.ModuleDict(learned_fusions(mix.fusions))
 
     def forward(self, batch: Batch) -> Term:
         values = {}
@@ -142,11 +144,23 @@ class Subject(nn.Module):
             for level in need.levels:
                 values[need.tower, need.view, level, need.kind] = towers[need.tower](batch.views[need.view], level)
         scales = {name: parameter.exp() for name, parameter in self.log_scales.items()}
-        term: Term = self.mix(Embeddings(values, batch, scales), Comm.current())
+        embeddings = Embeddings(values, batch, scales, dict(self.fusions.items()))
+        term: Term = self.mix(embeddings, Comm.current())
         return term
 
     def ema_pairs(self) -> list[tuple[nn.Module, nn.Module]]:
         return [*((self.towers[n], copied) for n, copied in self.momentum_towers.items()), *self.mix.ema_pairs()]
+
+
+def learned_fusions(names: Sequence[str], seed: int = 5) -> dict[str, Fusion]:
+    """Fusions of joint rows that have learned something: none of their weights is zero."""
+    random = torch.Generator().manual_seed(seed)
+    found = {}
+    for name in names:
+        fusion = found[name] = Fusion(len(name.split("+")), JOINT_WIDTH, FusionOptions(hidden=7))
+        for parameter in fusion.parameters():
+            parameter.data.normal_(std=0.5, generator=random)
+    return found
 
 
 def make_batch(views: Sequence[View], step: int, kind: str, rows: int = 12) -> Batch:

@@ -16,7 +16,7 @@ from mmcl.config import build as build_options
 from mmcl.objectives import OBJECTIVES
 from mmcl.objectives.base import Objective, ObjectiveMix
 from mmcl.types import Batch, Embeddings, TowerInfo
-from support.exactness import MOTION, RAW, TOWERS, Subject, texts_of
+from support.exactness import MOTION, RAW, TOWERS, Subject, learned_fusions, texts_of
 from support.objectives import FROZEN, SHAPES
 from support.tcl import SMALL as TCL
 from support.view_methods import EXTRAS, INTRA_MODAL, PERSISTENCY
@@ -121,6 +121,16 @@ CASES: dict[str, Case] = {
     "cross_modal: clip_label_smoothing": Case(
         "cross_modal", {"estimator": "clip_label_smoothing", "unpaired_negatives": True, "shared_temperature": True}
     ),
+    "cross_modal: sets": Case(
+        "cross_modal",
+        {
+            "pairs": (("text", "video"), ("audio+video", "text"), ("text+audio", "video")),
+            "captions": 2,
+            "hard_quantile": 0.5,
+            "unpaired_negatives": True,
+        },
+    ),
+    "cross_modal: siglip of sets": Case("cross_modal", {"estimator": "siglip", "pairs": (("text", "video+audio"),)}),
     **{f"intra_modal: {method}": _view_method("intra_modal", method) for method in INTRA_MODAL},
     "intra_modal: swav with a queue": _view_method(
         "intra_modal", "swav", {"queue": 6, "frozen_batches": 0, "crops": 1}
@@ -258,7 +268,8 @@ def rows_for(
             x = x * present.view(-1, *[1] * (x.ndim - 1))
             values[need.tower, need.view, level, need.kind] = x.requires_grad_(need.kind == "online")
     scales = {name: torch.tensor(scale, dtype=dtype, requires_grad=True) for name in objective.scales}
-    return Embeddings(values, batch, scales)
+    fusions = {name: fusion.to(dtype) for name, fusion in learned_fusions(objective.fusions).items()}
+    return Embeddings(values, batch, scales, dict(fusions))
 
 
 def leaves_of(embeddings: Embeddings) -> list[Tensor]:
