@@ -17,7 +17,7 @@ from mmcl.config import Options, build, unknown_name
 from mmcl.encode import Encodes
 from mmcl.encoders.base import Encoder
 from mmcl.encoders.build import TowerOptions, build_towers, exported_towers
-from mmcl.encoders.fusion import FusionOptions, Fusions
+from mmcl.encoders.fusion import Fusions, LearnedFusionOptions
 from mmcl.encoders.heads import HeadOptions, unit_projection
 from mmcl.encoders.lora import without_lora
 from mmcl.encoders.pretrained import Source, load_pretrained
@@ -57,7 +57,7 @@ class ModelOptions(Options):
     temperature: Annotated[float, Field(gt=0.01, le=10)] = 0.07
     """where the learned temperatures start"""
     learn_temperature: bool = True
-    fusion: FusionOptions = FusionOptions()
+    fusion: LearnedFusionOptions = LearnedFusionOptions()
     """of the sets of towers that objectives name, such as ``video+audio``"""
 
 

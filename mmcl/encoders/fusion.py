@@ -15,7 +15,7 @@ from mmcl.layers import MLPHead
 from mmcl.types import ConfigError
 
 
-class FusionOptions(Options):
+class LearnedFusionOptions(Options):
     """What a learned fusion adds to the sum of its members' rows: an MLP of all of them. It starts at zero."""
 
     layers: Annotated[int, Field(ge=2, le=4)] = 2
@@ -29,7 +29,7 @@ class Fusion(nn.Module):
     the image does in TIRG (Vo et al. 2019, arXiv 1812.07119), so that it does not begin by spoiling what towers learn.
     """
 
-    def __init__(self, members: int, width: int, options: FusionOptions) -> None:
+    def __init__(self, members: int, width: int, options: LearnedFusionOptions) -> None:
         super().__init__()
         self.mlp = MLPHead(members * width, options.hidden, width, options.layers)
         for parameter in self.mlp.linears[-1].parameters():
@@ -46,7 +46,7 @@ class Fusion(nn.Module):
 class Fusions(nn.ModuleDict):
     """The fusions of a model by name, such as ``video+audio``: its members in the order of the model's towers."""
 
-    def add(self, names: Iterable[str], towers: Sequence[str], width: int, options: FusionOptions) -> None:
+    def add(self, names: Iterable[str], towers: Sequence[str], width: int, options: LearnedFusionOptions) -> None:
         """Makes those of these names.
 
         Raises:

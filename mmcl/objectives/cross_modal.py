@@ -25,14 +25,21 @@ OWN_OPTIONS = {"sigma": "dclw", "detach_weight": "dclw", "smoothing": "clip_labe
 
 
 class CrossModalOptions(Options):
-    """Symmetric contrast between pairs of towers; CLIP's by default (Radford et al. 2021, arXiv 2103.00020)."""
+    """Symmetric contrast between pairs of towers; CLIP's by default (Radford et al. 2021, arXiv 2103.00020).
+
+    A side of a pair may be a set of towers, such as ``video+audio``: one row of all, by a fusion that is learned with
+    them (Shvetsova et al. 2022, arXiv 2112.04446, contrast sets; their fusion is a transformer over tokens). Ours adds
+    an MLP of the joint rows to their sum: normalise(Σ rows + MLP(rows)). Its last layer starts at zero, so it starts as
+    their mean. ``mmcl evaluate retrieval --join learned`` ranks by it, ``model.fuse`` gives its rows.
+
+    Needs: two towers in one joint space. Samples that lack a tower of a pair take no part in that pair.
+    """
 
     name: Literal["cross_modal"] = "cross_modal"
     weight: Weight = 1.0
     pairs: Annotated[tuple[tuple[str, str], ...], Field(min_length=1)] | None = None
     """towers to contrast, e.g. ``[[video, text], [audio, text]]``; null: every pair of towers. A side may be a set,
-    ``[text, video+audio]``: the rows of its towers as one, by a learned fusion (``model.fusion``); samples that have
-    all of them take part. Sets beside their towers as in arXiv 2112.04446, whose fusion reads tokens"""
+    ``[text, video+audio]``: the rows of its towers as one (``model.fusion``), of samples that have all of them"""
     estimator: Literal["infonce", "siglip", "dcl", "dclw", "clip_label_smoothing"] = "infonce"
     """CLIP's InfoNCE; a sigmoid per pair of rows (arXiv 2303.15343); InfoNCE without the positive in the sum, or its
     positives weighted too (arXiv 2110.06848, without the terms inside a modality); InfoNCE with smoothed targets"""

@@ -24,6 +24,7 @@ from mmcl.training.step import TrainStep
 from mmcl.types import Batch, View
 
 STEPS = 3
+SETS = "objectives.0.pairs=[[video, text], [text, video+audio]]"
 MOMENTUM = "objectives=[{name: cross_modal}, {name: intra_modal, tower: video, method: {name: moco, queue: 16}}]"
 
 
@@ -100,7 +101,9 @@ def assert_close(found: dict[str, Tensor], wanted: dict[str, Tensor]) -> None:
         assert off <= 1e-4 * value.double().norm() + 1e-6 * largest, f"{name} is off by {float(off):.2e}"
 
 
-@pytest.mark.parametrize("overrides", [(), pytest.param((MOMENTUM,), marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    "overrides", [(), *(pytest.param((more,), marks=pytest.mark.slow) for more in (MOMENTUM, SETS))]
+)
 def test_two_ranks_with_half_of_everything_are_one(gloo: GlooPool, tmp_path: Path, overrides: tuple[str, ...]) -> None:
     alone, state, everything = run(0, 1, None, *overrides)
     ranks = gloo(2, run, str(tmp_path / "sharded"), *overrides)

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from mmcl.config import build as build_options
 from mmcl.distributed import Comm
-from mmcl.encoders.fusion import Fusion, FusionOptions
+from mmcl.encoders.fusion import Fusion, LearnedFusionOptions
 from mmcl.objectives.cross_modal import CrossModal, CrossModalOptions, build
 from mmcl.types import Batch, Embeddings
 
@@ -40,9 +40,9 @@ def embeddings_of(objective: CrossModal, batch: Batch) -> Embeddings:
 @pytest.mark.parametrize("layers", [2, 3])
 def test_a_fresh_fusion_is_the_unit_mean_in_float32_whatever_the_precision(layers: int) -> None:
     rows = [F.normalize(torch.randn(5, 16), dim=1) for _ in range(3)]
-    fusion = Fusion(3, 16, FusionOptions(layers=layers, hidden=8))
+    fusion = Fusion(3, 16, LearnedFusionOptions(layers=layers, hidden=8))
     torch.testing.assert_close(fusion(rows), F.normalize(torch.stack(rows).mean(0), dim=1))
-    fusion = Fusion(3, 6, FusionOptions(layers=layers, hidden=8))
+    fusion = Fusion(3, 6, LearnedFusionOptions(layers=layers, hidden=8))
     nn.init.normal_(fusion.mlp.linears[-1].weight)
     rows = [x[:, :6] for x in rows]
     exact = fusion(rows)
@@ -113,7 +113,7 @@ def test_rows_that_lack_a_member_get_no_gradient() -> None:
 COUNT = 4
 
 
-def items_told_by_both(*, fused: bool, steps: int = 150) -> float:
+def items_told_by_both(*, fused: bool, steps: int = 80) -> float:
     """Of items with each of ``COUNT`` pictures and ``COUNT`` sounds, whose word is (picture + sound) mod ``COUNT``, how
     many find their word first, after training all rows and the fusion; or the same with the mean in its place.
     """
@@ -124,7 +124,7 @@ def items_told_by_both(*, fused: bool, steps: int = 150) -> float:
     numbers = {"video": video, "audio": audio, "text": (video + audio) % COUNT}
     batch.groups.copy_(numbers["text"][:, None].expand_as(batch.groups))
     tables = nn.ModuleDict({name: nn.Embedding(COUNT, 16) for name in numbers})
-    fusion = Fusion(2, 16, FusionOptions(hidden=64)).requires_grad_(fused)
+    fusion = Fusion(2, 16, LearnedFusionOptions(hidden=64)).requires_grad_(fused)
     learning = [*tables.parameters(), *(p for p in fusion.parameters() if p.requires_grad)]
     optimizer = torch.optim.Adam(learning, lr=0.02)
 
@@ -145,4 +145,4 @@ def items_told_by_both(*, fused: bool, steps: int = 150) -> float:
 
 def test_a_word_that_both_modalities_make_together_is_found_by_learned_fusion_alone() -> None:
     assert items_told_by_both(fused=True) == 1.0
-    assert items_told_by_both(fused=False) <= 0.75
+    assert items_told_by_both(fused=False) <= 0.6

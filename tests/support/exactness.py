@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from mmcl.distributed import Comm
-from mmcl.encoders.fusion import Fusion, FusionOptions
+from mmcl.encoders.fusion import Fusion, LearnedFusionOptions
 from mmcl.media.mixing import GLOBAL, ring
 from mmcl.objectives.base import ObjectiveMix, Term
 from mmcl.training.momentum import advance
@@ -157,7 +157,7 @@ def learned_fusions(names: Sequence[str], seed: int = 5) -> dict[str, Fusion]:
     random = torch.Generator().manual_seed(seed)
     found = {}
     for name in names:
-        fusion = found[name] = Fusion(len(name.split("+")), JOINT_WIDTH, FusionOptions(hidden=7))
+        fusion = found[name] = Fusion(len(name.split("+")), JOINT_WIDTH, LearnedFusionOptions(hidden=7))
         for parameter in fusion.parameters():
             parameter.data.normal_(std=0.5, generator=random)
     return found
