@@ -327,14 +327,16 @@ class MultimodalModel(Encodes, Pretrained):
         uses every parameter and no collective of DDP or FSDP is missed.
         """
         rows = view.present.nonzero().squeeze(1)
-        dummy = len(rows) == 0
+        dummy, everyone = len(rows) == 0, len(rows) == len(view)
         if dummy:
             rows = torch.zeros(1, dtype=torch.long, device=view.data.device)
-        mask = None if view.mask is None else view.mask[rows]
+        # most batches have all rows: nothing to pick out, nothing to put back
+        picked = slice(None) if everyone and not dummy else rows
+        mask = None if view.mask is None else view.mask[picked]
         towers, heads = (self.towers, self.heads) if kind == "online" else (self.momentum_towers, self.momentum_heads)
         values: dict[Level, Tensor] = {}
         with absent_rows(dummy):
-            data, texts = view.data[rows], None
+            data, texts = view.data[picked], None
             if mask is not None and mask.ndim == 3:  # the texts of questions, each read alone
                 texts, data, mask = mask.shape[:2], data.flatten(0, 1), mask.flatten(0, 1)
             features: Features = towers[tower](data, mask)
@@ -343,6 +345,9 @@ class MultimodalModel(Encodes, Pretrained):
         if not {"joint", "pooled"} & set(levels):  # DDP waits for the parameters behind the last of the levels too
             found[0] = found[0] + 0.0 * features.pooled.sum()
         for level, value in zip(levels, found, strict=True):
+            if isinstance(picked, slice):
+                values[level] = value
+                continue
             out = value.new_zeros((len(view), *value.shape[1:]))
             values[level] = out + 0.0 * value.sum() if dummy else out.index_copy(0, rows, value)
         return values

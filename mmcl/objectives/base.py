@@ -147,17 +147,18 @@ class ObjectiveMix(nn.Module):
             name: weight.at(step or 0) if isinstance(weight, Ramp) else weight for name, weight in self.weights.items()
         }
 
-    def forward(self, embeddings: Embeddings, comm: Comm, *, step: int | None = None) -> Term:
-        """The mix in optimizer step ``step``, counted from 0."""
+    def forward(self, embeddings: Embeddings, comm: Comm, *, step: int | None = None, counted: bool = True) -> Term:
+        """The mix in optimizer step ``step``, counted from 0; ``counted``: with ``negatives``, an exchange of ranks."""
         if step is not None and self.steps is not None:
             embeddings = replace(embeddings, progress=min(step / self.steps, 1.0))
         terms = {name: objective(embeddings, comm) for name, objective in self.each().items()}
         weights = self.weights_at(step)
         loss = torch.stack([weights[name] * term.loss for name, term in terms.items()]).sum()
         metrics = {name: term.loss.detach() for name, term in terms.items()}
-        batch = embeddings.batch
-        anything = torch.stack([view.present for view in batch.views.values()]).any(0)
-        metrics["negatives"] = mean_negatives(batch.groups, anything, comm, batch.pools)
+        if counted:
+            batch = embeddings.batch
+            anything = torch.stack([view.present for view in batch.views.values()]).any(0)
+            metrics["negatives"] = mean_negatives(batch.groups, anything, comm, batch.pools)
         changing = (name for name, weight in self.weights.items() if isinstance(weight, Ramp))
         metrics.update({f"{name}/weight": loss.new_tensor(weights[name]).detach() for name in changing})
         for name, term in terms.items():

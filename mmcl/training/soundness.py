@@ -106,13 +106,10 @@ def not_finite(
     First the objectives whose term it is, with their own figures in brackets; where all terms are finite, the parts of
     the model whose gradients are not.
     """
-    found: dict[str, list[Tensor]] = {}
-    for term in terms:
-        for name, value in (*term.metrics.items(), ("loss", term.loss.detach())):
-            found.setdefault(name, []).append(value.float())
-    found["grad_norm"] = [grad_norm.float()]
-    finite = torch.stack([torch.stack(values).isfinite().all() for values in found.values()]).tolist()
-    wrong = [name for name, ok in zip(found, finite, strict=True) if not ok]
+    told = [pair for term in terms for pair in (*term.metrics.items(), ("loss", term.loss.detach()))]
+    told.append(("grad_norm", grad_norm))
+    finite = torch.stack([value.float() for _, value in told]).isfinite().tolist()
+    wrong = list(dict.fromkeys(name for (name, _), ok in zip(told, finite, strict=True) if not ok))
     if not wrong:
         return ""
     said, named = [], set()
@@ -135,14 +132,17 @@ class SilenceWatch:
         """``objectives``: the parts of each (:attr:`~mmcl.objectives.base.Objective.watched`)."""
         self._names = [name for one, parts in objectives.items() for name in (one, *(f"{one}/{x}" for x in parts))]
         self._largest: Tensor | None = None
+        self._negatives = 0.0
         self._steps = 0
         self._said: set[str] = set()
 
     def watch(self, term: Term) -> None:
         """Takes in one step; stays on its device."""
-        seen = torch.stack([term.metrics[name].float().abs() for name in (*self._names, "negatives")])
+        seen = torch.stack([term.metrics[name].float().abs() for name in self._names])
         self._largest = seen if self._largest is None else torch.maximum(self._largest, seen)
         self._steps += 1
+        if "negatives" in term.metrics:  # of the steps that are logged
+            self._negatives = max(self._negatives, float(term.metrics["negatives"]))
 
     def complaints(self, *, last: bool = False) -> list[str]:
         """A line for each objective that is silent, once, or each of its parts where others are not; ``last``: there
@@ -150,8 +150,8 @@ class SilenceWatch:
         """
         if self._largest is None or (self._steps < SILENT_STEPS and not last):
             return []
-        *losses, negatives = self._largest.tolist()
-        if negatives == 0:
+        losses = self._largest.tolist()
+        if self._negatives == 0:
             why = "no row had a negative: a batch of one, or rows that are all equal in key, caption or group"
         else:
             why = "no row had all that it compares, or none had a negative; its figures in metrics.jsonl tell which"

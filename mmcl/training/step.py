@@ -31,7 +31,7 @@ class TrainStep(nn.Module):
         super().__init__()
         self.model, self.mix = model, mix
         self.watching = False
-        """whether ``seen`` is kept"""
+        """whether ``seen`` is kept and negatives are counted, for the log"""
         self.seen: Embeddings | None = None
         """what the objectives saw last, without its graph"""
 
@@ -53,5 +53,5 @@ class TrainStep(nn.Module):
         if self.watching:
             detached = {key: value.detach() for key, value in embeddings.values.items()}
             self.seen = dataclasses.replace(embeddings, values=detached)
-        term: Term = self.mix(embeddings, Comm.current(), step=optimizer_step)
+        term: Term = self.mix(embeddings, Comm.current(), step=optimizer_step, counted=self.watching)
         return term

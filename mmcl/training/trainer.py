@@ -195,7 +195,7 @@ class Trainer:
             average_whole_gradients(self.step_module)
         self.loss_scale.unscale(self.optimizer)
         norms = gradient_norms(self.model) if self.step.watching else {}
-        learning = [p for p in self.step_module.parameters() if p.grad is not None]
+        learning = [p for group in self.optimizer.param_groups for p in group["params"] if p.grad is not None]
         norm = total_norm([p.grad for p in learning if p.grad is not None])
         if self.config.train.optimizer.clip_norm is not None:
             nn.utils.clip_grads_with_norm_(learning, self.config.train.optimizer.clip_norm, norm)
@@ -232,12 +232,12 @@ class Trainer:
         Raises:
             RunError: it may not, and the run stops at that.
         """
-        step, named = self.progress.step + 1, list(self.step_module.named_parameters())
-        wrong = not_finite(terms, grad_norm, self.mix.objectives, named)
+        step, module = self.progress.step + 1, self.step_module
+        wrong = not_finite(terms, grad_norm, self.mix.objectives, module.named_parameters())
         if not self.comm.any(bool(wrong)):
             self._nonfinite.finite()
             return True
-        record = describe_step(terms, grad_norm, named, batches, self.comm)
+        record = describe_step(terms, grad_norm, module.named_parameters(), batches, self.comm)
         if self.accelerator.is_main_process:
             write_step(Path(self.config.train.out), step, {"what": wrong, **record})
         self._nonfinite.not_finite(step, wrong or "on another rank", record["keys"])
