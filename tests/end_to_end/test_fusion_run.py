@@ -1,4 +1,4 @@
-"""A run with learned fusion, from its configuration to a report of what the model fuses; resumed, averaged, in parts."""
+"""A run with learned fusion, from its configuration to a report of what the model fuses; resumed, averaged, cached."""
 
 from __future__ import annotations
 
@@ -60,13 +60,12 @@ def test_fusions_learn_resume_and_are_averaged(run: Path, shards_folder: Path, t
 
 
 def test_the_report_is_of_what_the_model_fuses(run: Path, shards_folder: Path, tmp_path: Path) -> None:
-    shards, reports = str(shards_folder / "train"), {}
-    for join in ("learned", "mean"):
-        words = [str(run), shards, "--directions", ",".join(DIRECTIONS), "--join", join, "--workers", "0"]
-        out = tmp_path / join
-        finish([sys.executable, "-m", "mmcl", "evaluate", "retrieval", *words, "--out", str(out)])
-        reports[join] = json.loads((out / "report.json").read_text())
-    learned, mean = reports["learned"], reports["mean"]
+    shards, out = str(shards_folder / "train"), tmp_path / "learned"
+    words = [str(run), shards, "--directions", ",".join(DIRECTIONS), "--join", "learned", "--workers", "0"]
+    finish([sys.executable, "-m", "mmcl", "evaluate", "retrieval", *words, "--out", str(out)])
+    plainly = retrieval_protocol(directions=DIRECTIONS)
+    evaluate_checkpoint(run, shards, tmp_path / "mean", protocol=plainly, workers=0, cache=out / "embeddings")
+    learned, mean = (json.loads((tmp_path / join / "report.json").read_text()) for join in ("learned", "mean"))
     assert learned["facts"]["sets of modalities"] == "an item's rows joined by the model's fusion of them"
     assert mean["facts"]["sets of modalities"] == "an item's rows joined by their mean"
     assert "joined by the model's fusion of them" in (tmp_path / "learned/report.md").read_text()

@@ -67,6 +67,13 @@ def test_a_set_is_the_fused_rows_of_the_items_that_have_all_its_members(estimato
     sets = [("text", VIDEO_AUDIO), ("text+audio", "video")]
     objective = objective_of(*sets, estimator=estimator, captions=2, hard_quantile=0.7, unpaired_negatives=unpaired)
     batch = make_batch([need.view for need in objective.needs], 0, "mixed", rows=30)
+    views = [need.view for need in objective.needs if need.tower == "text"]
+    numbers = [torch.arange(30).roll(k) // 4 for k in range(2)]  # some of the captions of different samples are alike
+    for view, number in zip(views, numbers, strict=True):
+        batch.views[view].params["caption_number"] = number.masked_fill(~batch.views[view].present, -1)  # type: ignore[index]
+    first, second = (batch.views[view].params["caption_number"] for view in views)
+    groups = torch.cat([batch.groups, torch.stack([first, first, second, second], 1)], 1)
+    groups_b = torch.cat([batch.groups, torch.stack([first, second, first, second], 1)], 1)
     embeddings = embeddings_of(objective, batch)
     term = objective(embeddings, Comm())
     by_tower: dict[str, list[Any]] = {}
@@ -88,7 +95,8 @@ def test_a_set_is_the_fused_rows_of_the_items_that_have_all_its_members(estimato
             form=objective.form,
             present_a=a[1],
             present_b=torch.stack([there for _, there in b], 1),
-            groups=batch.groups,
+            groups=groups,
+            groups_b=groups_b,
             unpaired_negatives=unpaired,
         )
         torch.testing.assert_close(term.metrics[f"loss/{name}"], expected.detach())
@@ -106,6 +114,9 @@ def test_rows_that_lack_a_member_get_no_gradient() -> None:
     for need in objective.needs:
         moved = embeddings.get(need).grad.abs().sum(1)
         assert not moved[~whole].any() and (moved[whole] > 0).all(), need.tower
+    both = present["video"] & present["audio"]
+    needs = [next(need for need in objective.needs if need.tower == name) for name in ("video", "audio")]
+    assert torch.equal(embeddings.fused(needs).any(1), both), "absent rows hold zeros, as those of towers do"
     fusion = embeddings.fusions[VIDEO_AUDIO]
     assert all(p.grad.abs().sum() > 0 for p in fusion.parameters())
 
