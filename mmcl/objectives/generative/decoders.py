@@ -109,7 +109,7 @@ class Likelihood:
         """
         nats, tokens = comm.sum(self.nats.detach().sum()), comm.sum(self.tokens.sum())
         bits = nats / tokens.clamp_min(1) / (math.log(2) * self.targets.dims)
-        return bits - math.log2(self.targets.step) * (tokens > 0)
+        return torch.where(tokens > 0, bits - math.log2(self.targets.step), bits)
 
 
 def likelihood(

@@ -106,7 +106,7 @@ class GenerativeContrastiveOptions(DecodingOptions):
     that was not augmented: of the views themselves where they have no augmentation, else of a third, plain view of
     each sample, without a gradient; an augmentation changes the density, and what was augmented is
     ``bits_per_dim_augmented``. It counts bits per token of a text, per code, per channel of a palette, and per number
-    of ``patches``: a pixel's channel or a sample.
+    of ``patches``: the density of pixels / 255, or of samples in [−1, 1], times the data's steps, 1/255 and 2⁻¹⁵.
 
     Needs: a tower that learns, of text, video or sound; a causal one (``causal_text``, ``causal_video``,
     ``causal_audio``) in layout ``prefix``; for texts an augmentation or dropout that makes views differ.
