@@ -94,7 +94,7 @@ class CMIM(Objective):
             self.targets.commit(pending)
 
     def logits(self, ids: Tensor, real: Tensor, z: Tensor) -> Tensor:
-        """``(b, L, outputs)`` of tokens, ids ``(b, L)`` or vectors, ``real`` ones, with latents ``z (b, latent)`` in view."""
+        """``(b, L, outputs)`` of tokens, ids ``(b, L)`` or vectors, ``real`` ones, with latents ``z`` in view."""
         return self.decoder.logits(ids, real, self.memory(z))
 
     def memory(self, z: Tensor) -> Tensor:

@@ -143,7 +143,8 @@ class CMIMOptions(DecodingOptions):
     There is no code of the authors. The MIM part is that of NVIDIA NeMo's A-MIM; the critic and the pairing of the
     contrast are as understood from the paper, hence ``critic`` and ``other``; the decoder is our own choice: one token
     after the other, with the latent in view. Noise is drawn by (seed, draw), never by rank. The decoder's states before
-    its last linear map are the informative embeddings: ``mmcl.evaluation.informative``.
+    its last linear map are the informative embeddings: ``mmcl evaluate linear --features informative``, and
+    ``mmcl.evaluation.informative``. ``bits_per_dim`` counts what that of ``generative_contrastive`` does.
 
     Needs: a tower that learns, of text, video or sound; one view of it without augmentation.
     """
