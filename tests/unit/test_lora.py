@@ -121,3 +121,28 @@ def test_layers_are_chosen_by_the_ends_of_their_names() -> None:
         build_model(config_of("model.towers.text.lora.targets=[quer]"))
     with pytest.raises(ConfigError, match=r"model\.towers\.text\.lora: the blocks of this tower hold no linear"):
         build_model(tiny_config("model.towers.text.lora={}"))
+
+
+def test_attention_alone_is_adapted_by_its_scaled_product() -> None:
+    """What peft does not put in: all else is frozen all the same, and ``alpha / rank`` scales it as in peft's."""
+    torch.manual_seed(0)
+    targets = "model.towers.video.lora={rank: 2, alpha: 6, targets: [attn]}"
+    model, mix = build_model(config_of(targets))
+    learning = {n for n, p in model.towers["video"].named_parameters() if p.requires_grad}
+    assert learning and all(is_update(name) for name in learning)
+    plain = plain_of(model).eval()
+    with torch.no_grad():
+        for name, value in model.towers["video"].named_parameters():
+            if ".lora_B." in name:
+                value.normal_(std=0.1)
+        found = {name: value for name, value in model.towers["video"].state_dict().items() if is_update(name)}
+        for name, value in plain.towers["video"].named_parameters():
+            for part, ending in (("in_proj", "attn.in_proj_weight"), ("out_proj", "attn.out_proj.weight")):
+                if name.endswith(ending):
+                    place = name.removesuffix(ending) + "attn."
+                    value += 3 * found[f"{place}lora_B.{part}"] @ found[f"{place}lora_A.{part}"]
+        batch = tower_batch(model)
+        adapted, wanted = model.eval()(batch, mix.needs), plain(batch, mix.needs)
+    for need in mix.needs:
+        if need.tower == "video":
+            torch.testing.assert_close(adapted.get(need), wanted.get(need), rtol=1e-5, atol=1e-6)
