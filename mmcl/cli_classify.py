@@ -16,6 +16,7 @@ class Level(str, Enum):
 
     pooled = "pooled"
     joint = "joint"
+    informative = "informative"
 
 
 class Average(str, Enum):
@@ -55,7 +56,12 @@ Averaged = Annotated[
     Average | None,
     typer.Option(help="Over views: softmax scores (linear by default) or embeddings (classify by default)."),
 ]
-Features = Annotated[Level, typer.Option(help="Before every head, or the joint space.")]
+Features = Annotated[
+    Level,
+    typer.Option(
+        help="Before every head, the joint space, or the states of a cmim's decoder (these are not kept in --cache)."
+    ),
+]
 TrainClips = Annotated[int, typer.Option(min=1, help="Windows of each training sample; linear: each is a row.")]
 Neighbours = Annotated[int, typer.Option(min=1, help="Rows that vote.")]
 Temperature = Annotated[float, typer.Option(min=1e-3, max=1e3, help="Of the votes, exp(cosine / T).")]

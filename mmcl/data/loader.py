@@ -15,6 +15,7 @@ import os
 import signal
 import threading
 from collections.abc import Callable, Generator, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing, suppress
 from dataclasses import dataclass, replace
 from functools import partial
@@ -217,7 +218,7 @@ class PartLoader:
         stream = PartStream(plan, first_step, self._journal)
         self._watch = _Watch(self._journal, timeout_seconds)
         self._processes: list[Any] = []
-        self._in_process = in_process
+        self._in_process, self._closing = in_process, threading.Event()
         if in_process:
             self._parts: Iterator[Any] = stream.parts(0)
             return
@@ -235,6 +236,9 @@ class PartLoader:
         self._parts = iter(loader)
         self._processes = [process for process in multiprocessing.active_children() if process not in before]
         self._watch.start()
+        # a busy worker is slow to hand over what it has: that is waited for beside the step
+        self._receiver = ThreadPoolExecutor(1, "receiver")
+        self._coming = self._receiver.submit(self._receive)
 
     def next_batch(self) -> list[Batch]:
         """The parts of the next batch, one of each worker; none at the end of a finite stream.
@@ -243,13 +247,19 @@ class PartLoader:
             WorkersLostError: workers are gone; this loader is of no more use.
             RunError, ConfigError: shards are missing or are not what they were.
         """
+        if self._in_process:
+            part = next(self._parts, None)
+            return [] if part is None else [part]
+        parts = self._coming.result()
+        self._coming = self._receiver.submit(self._receive)
+        return parts
+
+    def _receive(self) -> list[Batch]:
         parts = (self._next_part() for _ in range(self.plan.workers))
         return [part for part in parts if part is not None]
 
     def _next_part(self) -> Batch | None:
-        if self._in_process:
-            return next(self._parts, None)
-        while True:
+        while not self._closing.is_set():
             try:
                 packed = next(self._parts, None)
                 break
@@ -261,6 +271,8 @@ class PartLoader:
                     raise
             if losses:
                 raise WorkersLostError(losses)
+        else:
+            return None
         part = None if packed is None else unpack(packed, self.plan.maker.views)
         if isinstance(part, Exception):
             raise part
@@ -286,7 +298,10 @@ class PartLoader:
 
     def close(self) -> None:
         """Ends the workers, each after the sample that it is at."""
+        self._closing.set()
         self._journal.stop()
+        if not self._in_process:
+            self._receiver.shutdown()
         self._watch.done.set()
         self._parts = iter(())
 

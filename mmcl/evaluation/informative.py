@@ -22,15 +22,18 @@ from mmcl.shards import load_manifest
 from mmcl.types import DEFAULT_DECODER, ConfigError, Decoder, Modality, RunError, View, ViewBatch
 
 
-def load_cmim(checkpoint: Path | str, objective: str = "cmim") -> tuple[MultimodalModel, CMIM]:
+def load_cmim(
+    checkpoint: Path | str, objective: str = "cmim", *, modality: Modality | None = None
+) -> tuple[MultimodalModel, CMIM]:
     """The model of a checkpoint and one of the objectives that were trained with it, both in eval mode.
 
     Args:
         checkpoint: a checkpoint or a run folder; an exported model has no objectives.
         objective: its name in the run; where several are of one kind, the later ones bear their number: ``cmim_1``.
+        modality: in place of a name: the first whose tower is of this modality.
 
     Raises:
-        ConfigError: no such checkpoint, or no cMIM of that name in it.
+        ConfigError: no such checkpoint, or no cMIM of that name or modality in it.
         RunError: its objectives cannot be read.
     """
     folder = model_folder(Path(checkpoint))
@@ -38,6 +41,12 @@ def load_cmim(checkpoint: Path | str, objective: str = "cmim") -> tuple[Multimod
         raise ConfigError(f"{folder}: holds a model without its objectives; give a checkpoint of the run")
     _, mix = build_model(load_config(folder / "config.yaml"), fresh=False)
     found = {name: each for name, each in mix.each().items() if isinstance(each, CMIM)}
+    if modality is not None:
+        mine = [name for name, each in found.items() if each.tower.modality == modality]
+        if not mine:
+            known = ", ".join(dict.fromkeys(each.tower.modality for each in found.values())) or "nothing"
+            raise ConfigError(f"{folder}: no cmim of {modality} was trained, but of {known}")
+        objective = mine[0]
     if objective not in found:
         raise unknown_name("objective", objective, found)
     try:
@@ -52,7 +61,9 @@ def embed_informative(
     shards: str,
     *,
     objective: str = "cmim",
+    modality: Modality | None = None,
     clips: int = 1,
+    each_view: bool = False,
     batch: int = 64,
     workers: int = 2,
     in_process: bool = False,
@@ -61,11 +72,12 @@ def embed_informative(
 ) -> EmbeddedShards:
     """The informative embedding, ``(n, width of the decoder)``, of every sample that has the objective's modality.
 
-    Of a sample with several captions the first is embedded. Options are those of
-    :func:`~mmcl.evaluation.embed.embed_shards`; raises what it and :func:`load_cmim` do.
+    ``modality`` chooses the objective in place of its name. Of a sample with several captions the first is embedded.
+    Further options are those of :func:`~mmcl.evaluation.embed.embed_shards`; raises what it and :func:`load_cmim` do.
     """
-    model, found = load_cmim(checkpoint, objective)
-    manifest, settings = load_manifest(shards), EmbedSettings(clips, level="pooled", decoder=decoder)
+    model, found = load_cmim(checkpoint, objective, modality=modality)
+    manifest = load_manifest(shards)
+    settings = EmbedSettings(clips, level="pooled", each_view=each_view, decoder=decoder)
     embedder = _Informative(model.to(own_device()), found, settings, batch, comm or Comm.current())
     parts = dict(embedder.run(manifest, None, workers=workers, in_process=in_process))
     embedded = join([parts[shard] for shard in range(manifest.num_shards)])
@@ -93,4 +105,4 @@ class _Informative(_Embedder):
     def _encode(self, tower: str, views: Sequence[ViewBatch]) -> Tensor:
         pooled = [self.model.encode_view(tower, view, ["pooled"])["pooled"] for view in views]
         rows = [self.objective.informative(x, view).float() for x, view in zip(pooled, views, strict=True)]
-        return torch.stack(rows).mean(0)
+        return torch.stack(rows, 1) if self.settings.each_view else torch.stack(rows).mean(0)

@@ -7,13 +7,14 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TypeAlias
 
 from mmcl.concatenated import AnyModel, open_model
 from mmcl.distributed import Comm
 from mmcl.evaluation.class_labels import COLUMN, Labelled, check_classes, labelled, spoken_names
 from mmcl.evaluation.embed import default_clips, embed_shards, own_device
 from mmcl.evaluation.embedding_store import EmbeddedShards
+from mmcl.evaluation.informative import embed_informative
 from mmcl.evaluation.pages import Table
 from mmcl.evaluation.probes.linear import PENALTIES, Kind
 from mmcl.evaluation.protocols import ClassificationProtocol, fingerprint
@@ -27,6 +28,7 @@ from mmcl.types import DEFAULT_DECODER, ConfigError, Decoder, Modality, VectorSp
 
 Task = Literal["classify", "knn", "linear", "few-shot"]
 TASKS: tuple[Task, ...] = ("classify", "knn", "linear", "few-shot")
+Features: TypeAlias = Literal["joint", "pooled", "informative"]
 PROMPTS = ("{}", "a video of {}.", "a sound of {}.", "this is {}.")
 """what is said of a class where nothing else is asked for"""
 LABELS = "labels"
@@ -52,8 +54,8 @@ class TaskOptions:
     episodes always embeddings"""
     train_clips: int = 1
     """windows of a training sample: for the linear probe each is a row"""
-    level: Literal["joint", "pooled"] = "pooled"
-    """what probes look at: before every head, or the joint space"""
+    level: Features = "pooled"
+    """what probes look at: before every head, the joint space, or the states of a cMIM's decoder"""
     neighbours: int = 200
     temperature: float = 0.1
     kind: Kind = "logistic"
@@ -117,10 +119,10 @@ class TaskRun:
         )
         return self.options.modalities or tuple(own)
 
-    def tests(self, modality: Modality, *, level: Literal["joint", "pooled"], each_view: bool = False) -> Labelled:
+    def tests(self, modality: Modality, *, level: Features, each_view: bool = False) -> Labelled:
         """The labelled rows to be told apart. Raises ``ConfigError`` as :func:`labelled` does."""
         several = self.clips * self.options.crops > 1
-        found = self._embedded(self.shards, self.clips, self.options.crops, level, each_view and several)
+        found = self._embedded(modality, self.shards, self.clips, self.options.crops, level, each_view and several)
         return labelled(found, modality, self.shards, self.options.column).to(own_device())
 
     def bank(self, modality: Modality, *, each_view: bool = False) -> Labelled:
@@ -128,14 +130,29 @@ class TaskRun:
         if self.train is None:
             raise ConfigError("no training shards are given: --train SHARDS")
         clips = self.options.train_clips
-        found = self._embedded(self.train, clips, 1, self.options.level, each_view and clips > 1)
+        found = self._embedded(modality, self.train, clips, 1, self.options.level, each_view and clips > 1)
         return labelled(found, modality, self.train, self.options.column).to(own_device())
 
     def _embedded(
-        self, shards: str, clips: int, crops: int, level: Literal["joint", "pooled"], each_view: bool
+        self, modality: Modality, shards: str, clips: int, crops: int, level: Features, each_view: bool
     ) -> EmbeddedShards:
-        asked = (shards, clips, crops, level, each_view)
-        if asked not in self._made:
+        asked: tuple[Any, ...] = (shards, clips, crops, level, each_view)
+        if level == "informative":
+            if crops > 1:
+                raise ConfigError(f"crops={crops}: informative features are of the centre, as cmim was trained")
+            asked += (modality,)
+            if asked not in self._made:
+                self._made[asked] = embed_informative(
+                    self.checkpoint,
+                    shards,
+                    modality=modality,
+                    clips=clips,
+                    each_view=each_view,
+                    workers=self.workers,
+                    decoder=self.decoder,
+                    batch=self.batch,
+                )
+        elif asked not in self._made:
             self._made[asked] = embed_shards(
                 self.model,
                 shards,

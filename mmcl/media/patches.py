@@ -28,18 +28,23 @@ def video_patches(video: Tensor, patch: tuple[int, int, int], detail: int | None
     return pooled.reshape(rows, t * h * w, channels * side[0] * side[1])
 
 
+def wave_blocks(wave: Tensor, samples: int) -> Tensor:
+    """``(B, S)`` to ``(B, L, samples)``, one after the other; what is left of the wave at its end is cut."""
+    count = wave.shape[1] // samples
+    return wave[:, : count * samples].reshape(len(wave), count, samples)
+
+
 def audio_patches(wave: Tensor, samples: int, bands: int) -> Tensor:
     """float ``(B, S)`` to ``(B, L, bands)`` in [0, 1]: the level of each band of each block of ``samples``.
 
     0 is silence (−80 dB and below), 1 full scale. Blocks do not overlap, so a patch says nothing of the next; bands are
     of equal width, at most ``samples // 2 + 1``; what is left of the wave at its end is cut.
     """
-    count = wave.shape[1] // samples
     with torch.autocast(wave.device.type, enabled=False):
-        blocks = wave[:, : count * samples].reshape(len(wave), count, samples)
+        blocks = wave_blocks(wave, samples)
         blocks = blocks if blocks.dtype == torch.float64 else blocks.float()
         if not blocks.numel():  # which some builds cannot transform
-            return blocks.new_zeros(len(wave), count, bands)
+            return blocks.new_zeros(*blocks.shape[:2], bands)
         power = torch.fft.rfft(blocks, norm="forward").abs().square() * 2
         each: Tensor = F.adaptive_avg_pool1d(power, bands) * power.shape[-1] / bands
         return (1 - 10 * (each + 1e-12).log10() / FLOOR_DB).clamp(0, 1)

@@ -8,10 +8,12 @@ from pathlib import Path
 import pytest
 import torch
 from support.recipes import ROOT
+from typer.testing import CliRunner
 
 import mmcl
+from mmcl.cli import app
 from mmcl.evaluation.informative import embed_informative, load_cmim
-from mmcl.evaluation.probes import neighbour_votes
+from mmcl.evaluation.probes import neighbour_accuracy, neighbour_votes
 from mmcl.training.launch import pretrain
 from mmcl.types import ConfigError
 
@@ -70,6 +72,23 @@ def test_a_trained_cmim_gives_informative_embeddings_to_probes(shards_folder: Pa
     assert torch.equal(votes.argmax(1), labels), "a caption's nearest embedding is its own"
     video = embed_informative(run, str(shards_folder / "train"), objective="cmim_1", in_process=True)
     assert video.rows["video"].shape[1] == 64 and video.rows["video"].std() > 0
+    windows = embed_informative(run, str(shards_folder / "test"), modality="video", clips=2, each_view=True, workers=1)
+    assert windows.rows["video"].shape[1:] == (2, 64)
+    asked = ["--features", "informative", "--column", "group", "--clips", "2", "--neighbours", "3", "--workers", "1"]
+    places = [str(run), str(shards_folder / "test"), "--train", str(shards_folder / "train")]
+    done = CliRunner().invoke(app, ["evaluate", "knn", *places, *asked, "--out", str(tmp_path / "out")])
+    assert done.exit_code == 0, done.output
+    report = json.loads((tmp_path / "out/report.json").read_text())
+    (task,) = report["tasks"].values()
+    colours = [[str(item.metadata["group"]) for item in each.items] for each in (windows, video)]
+    bank, tests = (torch.tensor([sorted(set(colours[1])).index(x) for x in each]) for each in (colours[1], colours[0]))
+    mean = windows.rows["video"].mean(1)
+    accuracy = neighbour_accuracy(
+        mean, tests[windows.owners["video"]], video.rows["video"], bank[video.owners["video"]], neighbours=3
+    )
+    assert task["top-1"] == pytest.approx(accuracy) and task["settings"]["features"] == "informative"
+    with pytest.raises(ConfigError, match="no cmim of audio was trained, but of text, video"):
+        load_cmim(run, modality="audio")
     model, objective = load_cmim(run)
     assert not objective.training and objective.tower.name == "text" and "video" in model.towers
     with pytest.raises(ConfigError, match="cmim_2"):

@@ -81,6 +81,24 @@ def test_the_contrast_does_not_feel_the_batch_size(critic: Any) -> None:
     assert not cmim_contrast_rows(a, b, itself, torch.zeros_like(others), temperature=0.3, critic=critic).any()
 
 
+@pytest.mark.parametrize("alike", [0.0, 1.0])
+def test_the_same_rows_in_small_batches_or_in_one_make_the_same_contrast(alike: float) -> None:
+    """512 pairs, unrelated or alike, in batches of 8, of 64 and of all: InfoNCE rises with the logarithm."""
+    random = torch.Generator().manual_seed(0)
+    a, noise = (torch.randn(512, 16, generator=random, dtype=torch.float64) for _ in range(2))
+    b = alike * a + noise
+
+    def mean(loss: Any, size: int) -> float:
+        parts = zip(a.split(size), b.split(size), strict=True)
+        return float(torch.stack([loss(x, y, temperature=0.5) for x, y in parts]).mean())
+
+    contrasts, ordinary = (
+        [mean(loss, size) for size in (8, 64, 512)] for loss in (losses.cmim_contrast, losses.info_nce)
+    )
+    assert max(contrasts) - min(contrasts) < 0.02 * contrasts[0]
+    assert ordinary[1] > ordinary[0] + 1.5 and ordinary[2] > ordinary[1] + 1.8, "of log 8 each, 2.08"
+
+
 def test_the_contrast_of_the_objective_does_not_feel_it_either() -> None:
     """A batch where all samples look alike, of 4 rows and of 12."""
     objective = make(other="mean", log_scale=(-30.0, -29.0))

@@ -108,7 +108,7 @@ def test_no_logit_feels_its_own_token_or_a_later_one(modality: str) -> None:
     """Layout prefix, through the tower itself: ∂logits_t/∂x_t' is zero for t' ≥ t, exactly, and is not for t' < t."""
     torch.manual_seed(0)
     tower = build_encoder(CAUSAL[modality]).double()
-    decoder = Decoder(7, DecoderOptions(**DECODER), prefix=16).double()
+    decoder = Decoder(7, DecoderOptions(**DECODER), vectors=16).double()
     torch.nn.init.normal_(decoder.head.weight)
     if modality == "text":
         tower.front = torch.nn.Identity()  # embedded bytes, so that there is something to differentiate by

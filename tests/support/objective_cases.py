@@ -190,7 +190,13 @@ CASES: dict[str, Case] = {
     "generative_contrastive: palette": _decoding(
         "generative_contrastive", "audio", targets={"name": "palette", "samples": 2}, windows="different", **_HEAD
     ),
+    "generative_contrastive: patches": _decoding(
+        "generative_contrastive", "video", layout="prefix", targets={"name": "patches"}, generation=0.1, **_HEAD
+    ),
     "cmim": _decoding("cmim", "text", latent=5),
+    "cmim: patches": _decoding(
+        "cmim", "audio", latent=3, targets={"name": "patches", "samples": 2, "deviation": 0.5}, likelihood="mean"
+    ),
     "cmim: codes": _decoding("cmim", "audio", latent=3, latents=1, critic="dot", other="mean", likelihood="mean"),
     "improved: rocket": _improved("rocket"),
     "improved: siamlip": _improved("siamlip", predictor_hidden=4, strong=1),

@@ -234,6 +234,11 @@ PROGRAM = "from mmcl.cli import main; main()"
         (["linear", "MODEL", "TEST", "--train", "OTHERS"], "samples have several classes each"),
         (["knn", "MODEL", "TEST", "--train", "PLAIN"], "no sample has a class"),
         (["classify", "MODEL", "TEST", "--crops", "2"], "crops=2; allowed: 1, 3"),
+        (
+            ["knn", "MODEL", "TEST", "--train", "TRAIN", "--features", "informative"],
+            "a model without its objectives; give a checkpoint of the run",
+        ),
+        (["few-shot", "MODEL", "TEST", "--features", "informative", "--crops", "3"], "features are of the centre"),
     ],
 )
 def test_what_cannot_be_measured_is_one_line(

@@ -35,7 +35,7 @@ class CMIM(Objective):
         self.needs = (self.need,)
         self.mean, self.log_scale = (nn.Linear(tower.width, options.latent) for _ in range(2))
         self.expand = nn.Linear(options.latent, options.latents * options.latent)
-        self.decoder = Decoder(targets.vocabulary, options.decoder, memory=options.latent)
+        self.decoder = Decoder(targets.outputs, options.decoder, memory=options.latent, vectors=targets.vectors)
 
     def posterior(self, pooled: Tensor) -> tuple[Tensor, Tensor]:
         """Mean and clamped logarithm of the deviation, ``(B, latent)`` each, float32 or float64."""
@@ -58,8 +58,8 @@ class CMIM(Objective):
         other = mean
         if options.other == "draw":
             other = mean + log_scale.exp() * self.noise(batch.draws, 1).to(mean.dtype)
-        ids, real = self.targets(batch.views[self.need.view])
-        found = likelihood(self.logits, ids, real, present, options.decoder.chunk, z)
+        view = batch.views[self.need.view]
+        found = likelihood(self.targets, self.logits, view, present, options.decoder.chunk, z)
         with torch.autocast(z.device.type, enabled=False):
             latent = mim_latent(z, mean, log_scale)
             contrast, similar = self._contrast(z, other, present, batch.groups, comm)
@@ -70,10 +70,10 @@ class CMIM(Objective):
             "latent": information.detach(),
             "contrast": contrast.detach(),
             "similarity": similar,
-            "bits_per_dim": found.bits_per_dim(self.targets.dims, comm),
+            "bits_per_dim": found.bits_per_dim(comm),
         }
         loss = reconstruction + information + options.contrast * contrast
-        return Term(loss, metrics, self.targets.pending([batch.views[self.need.view]], present, comm))
+        return Term(loss, metrics, self.targets.pending([view], present, comm))
 
     def _contrast(self, z: Tensor, other: Tensor, present: Tensor, groups: Tensor, comm: Comm) -> tuple[Tensor, Tensor]:
         """The contrast over the rows of all ranks that have a negative, and the mean cosine of a row's two latents."""
@@ -94,7 +94,7 @@ class CMIM(Objective):
             self.targets.commit(pending)
 
     def logits(self, ids: Tensor, real: Tensor, z: Tensor) -> Tensor:
-        """``(b, L, V)`` of tokens ``ids (b, L)``, ``real`` ones, with latents ``z (b, latent)`` in view."""
+        """``(b, L, outputs)`` of tokens, ids ``(b, L)`` or vectors, ``real`` ones, with latents ``z`` in view."""
         return self.decoder.logits(ids, real, self.memory(z))
 
     def memory(self, z: Tensor) -> Tensor:

@@ -13,41 +13,43 @@ from torch import Tensor, nn
 from mmcl.distributed import Comm
 from mmcl.layers import CausalBlock, sinusoids
 from mmcl.objectives.generative.options import DecoderOptions
-from mmcl.objectives.tcl.fusion import in_chunks
-from mmcl.types import TextSpec, TowerInfo
+from mmcl.objectives.generative.targets import Targets
+from mmcl.objectives.transformers import in_chunks
+from mmcl.types import TextSpec, TowerInfo, ViewBatch
 
 
 class Decoder(nn.Module):
     """A causal transformer whose place t holds what is known of the tokens before t, behind a learned start.
 
     Args:
-        vocabulary: tokens to choose from.
+        outputs: numbers to say of each token; those of ids are logits, one for each id.
         memory: width of the vectors that every place sees; None: there are none.
-        prefix: width of a causal tower's tokens, which then stand for the tokens before; None: tokens are embedded.
+        vectors: width of the vectors that stand for the tokens before: tokens that are vectors themselves, or a causal
+            tower's; None: tokens are ids, which are embedded.
     """
 
     def __init__(
-        self, vocabulary: int, options: DecoderOptions, *, memory: int | None = None, prefix: int | None = None
+        self, outputs: int, options: DecoderOptions, *, memory: int | None = None, vectors: int | None = None
     ) -> None:
         super().__init__()
         width = options.width
         self.start = nn.Parameter(0.02 * torch.randn(width))
-        self.before = nn.Embedding(vocabulary, width) if prefix is None else nn.Linear(prefix, width)
+        self.before = nn.Embedding(outputs, width) if vectors is None else nn.Linear(vectors, width)
         self.memory = None if memory is None else nn.Linear(memory, width)
         self.layers = nn.ModuleList(
             CausalBlock(width, options.heads, options.hidden, options.dropout, memory=memory is not None)
             for _ in range(options.layers)
         )
         self.norm = nn.LayerNorm(width)
-        self.head = nn.Linear(width, vocabulary)
-        # all tokens are equally likely at first: log V nats each
+        self.head = nn.Linear(width, outputs)
+        # all tokens are equally likely at first: log V nats each; all numbers the same Gaussian
         nn.init.zeros_(self.head.weight)
         nn.init.zeros_(self.head.bias)
 
     def hidden(self, before: Tensor, real: Tensor, memory: Tensor | None = None) -> Tensor:
         """States before the last linear map, ``(b, L, width)``; place t sees nothing of place t or later.
 
-        ``before``: ids int64 ``(b, L)``, or the tower's tokens ``(b, L, D)``; ``real`` bool ``(b, L)``; ``memory``
+        ``before``: ids int64 ``(b, L)``, or vectors ``(b, L, D)``; ``real`` bool ``(b, L)``; ``memory``
         ``(b, M, D)``.
         """
         earlier = before[:, :-1]
@@ -62,7 +64,7 @@ class Decoder(nn.Module):
         return out
 
     def logits(self, before: Tensor, real: Tensor, memory: Tensor | None = None) -> Tensor:
-        """``(b, L, V)``, float32 or float64; arguments as of :meth:`hidden`."""
+        """``(b, L, outputs)``, float32 or float64; arguments as of :meth:`hidden`."""
         logits: Tensor = self.head(self.hidden(before, real, memory))
         return logits if logits.dtype == torch.float64 else logits.float()
 
@@ -90,6 +92,7 @@ class Bottleneck(nn.Module):
 class Likelihood:
     """What a decoder thinks of the rows of this rank."""
 
+    targets: Targets
     nats: Tensor
     """``(B,)``: −log p of all tokens of a row; 0 for rows that do not take part"""
     tokens: Tensor
@@ -99,30 +102,34 @@ class Likelihood:
     def per_token(self) -> Tensor:
         return self.nats / self.tokens.clamp_min(1)
 
-    def bits_per_dim(self, dims: int, comm: Comm) -> Tensor:
-        """Of all ranks, 0-d; 0 where no token is. ``dims``: numbers of the data that a token stands for."""
+    def bits_per_dim(self, comm: Comm) -> Tensor:
+        """Bits for each number of the data that the tokens of all ranks stand for, 0-d; 0 where no token is.
+
+        Of a density: bits that it takes to write a number down to its step, at the most; see :class:`PatchValues`.
+        """
         nats, tokens = comm.sum(self.nats.detach().sum()), comm.sum(self.tokens.sum())
-        return nats / tokens.clamp_min(1) / (math.log(2) * dims)
+        bits = nats / tokens.clamp_min(1) / (math.log(2) * self.targets.dims)
+        return torch.where(tokens > 0, bits - math.log2(self.targets.step), bits)
 
 
 def likelihood(
-    decode: Callable[..., Tensor], ids: Tensor, real: Tensor, present: Tensor, chunk: int, *seen: Tensor
+    targets: Targets, decode: Callable[..., Tensor], view: ViewBatch, present: Tensor, chunk: int, *seen: Tensor
 ) -> Likelihood:
-    """Of the rows that are ``present (B,)``.
+    """Of the tokens of a view, in the rows that are ``present (B,)``.
 
     Args:
-        decode: takes the rows of ``ids``, ``real`` and ``seen`` of a chunk, gives logits ``(b, L, V)``.
-        ids: int64 ``(B, L)``; those count where ``real (B, L)``.
+        decode: takes the tokens, which of them are real, and ``seen``, of the rows of a chunk; gives what it says of
+            each token, ``(b, L, outputs)``.
         chunk: rows at once.
     """
+    tokens, real = targets(view)
     real = real & present[:, None]
 
-    def nats(ids: Tensor, real: Tensor, *parts: Tensor) -> Tensor:
-        logits = decode(ids, real, *parts)
-        each = F.cross_entropy(logits.transpose(1, 2), ids, reduction="none")
+    def nats(tokens: Tensor, real: Tensor, *parts: Tensor) -> Tensor:
+        each = targets.nats(decode(tokens, real, *parts), tokens)
         return each.masked_fill(~real, 0).sum(1)
 
-    return Likelihood(over_rows(nats, present, chunk, ids, real, *seen), real.sum(1))
+    return Likelihood(targets, over_rows(nats, present, chunk, tokens, real, *seen), real.sum(1))
 
 
 def over_rows(run: Callable[..., Tensor], present: Tensor, chunk: int, *parts: Tensor) -> Tensor:

@@ -34,9 +34,9 @@ class GenerativeContrastive(Objective):
         self.bottleneck: Bottleneck | None = None
         if options.layout == "cross":
             self.bottleneck = Bottleneck(tower.width, decoder.width, decoder.heads, options.latents)
-            self.decoder = Decoder(targets.vocabulary, decoder, memory=decoder.width)
+            self.decoder = Decoder(targets.outputs, decoder, memory=decoder.width, vectors=targets.vectors)
         else:
-            self.decoder = Decoder(targets.vocabulary, decoder, prefix=tower.width)
+            self.decoder = Decoder(targets.outputs, decoder, vectors=tower.width)
 
     def _view(self, number: int) -> View:
         spec, augmentation = self.tower.spec, self.options.augmentation
@@ -60,14 +60,14 @@ class GenerativeContrastive(Objective):
         found = [self.likelihood(embeddings, need, present) for need in self.pair]
         per_row = torch.stack([x.per_token for x in found]).mean(0)
         generation = comm.mean(per_row, present)
-        both = Likelihood(torch.cat([x.nats for x in found]), torch.cat([x.tokens for x in found]))
-        bits = both.bits_per_dim(self.targets.dims, comm)
+        both = Likelihood(self.targets, torch.cat([x.nats for x in found]), torch.cat([x.tokens for x in found]))
+        bits = both.bits_per_dim(comm)
         metrics = {"contrast": contrast.detach(), "generation": generation.detach()}
         metrics["bits_per_dim" if options.augmentation == "none" else "bits_per_dim_augmented"] = bits
         if self.plain is not None:
             with torch.no_grad():
                 plain = self.likelihood(embeddings, self.plain, embeddings.present(self.plain.view))
-            metrics["bits_per_dim"] = plain.bits_per_dim(self.targets.dims, comm)
+            metrics["bits_per_dim"] = plain.bits_per_dim(comm)
         views = [embeddings.batch.views[need.view] for need in self.pair]
         pending = self.targets.pending(views, present, comm)
         return Term(options.contrast * contrast + options.generation * generation, metrics, pending)
@@ -79,13 +79,12 @@ class GenerativeContrastive(Objective):
     def likelihood(self, embeddings: Embeddings, need: Need, present: Tensor) -> Likelihood:
         """Of one view of the rows that are ``present (B,)``, from what the tower saw of the same view."""
         view, tokens = embeddings.batch.views[need.view], embeddings.get(need, "tokens")
-        ids, real = self.targets(view)
         seen = token_mask(self.tower, view.mask, tokens)
-        return likelihood(self.logits, ids, real, present, self.options.decoder.chunk, tokens, seen)
+        return likelihood(self.targets, self.logits, view, present, self.options.decoder.chunk, tokens, seen)
 
     def logits(self, ids: Tensor, real: Tensor, tokens: Tensor, seen: Tensor) -> Tensor:
-        """``(b, L, V)`` of ``ids (b, L)``, where they are ``real``, of a view of which the tower gave ``tokens``, float
-        ``(b, L', D)``, those that are ``seen (b, L')``.
+        """``(b, L, outputs)`` of ``ids (b, L)``, or vectors, where they are ``real``, of a view of which the tower gave
+        ``tokens``, float ``(b, L', D)``, those that are ``seen (b, L')``.
         """
         if self.bottleneck is None:
             return self.decoder.logits(tokens, real)

@@ -1,30 +1,55 @@
-"""The tokens that decoders predict: those of a text, or numbers for patches of pictures and blocks of sound."""
+"""What decoders predict: a text's tokens, codes for patches of pictures and blocks of sound, or these themselves."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mmcl.distributed import Comm
-from mmcl.media.patches import audio_patches, video_patches
-from mmcl.objectives.generative.options import CodesOptions, PaletteOptions
+from mmcl.media.patches import audio_patches, video_patches, wave_blocks
+from mmcl.objectives.generative.options import CodesOptions, PaletteOptions, PatchOptions, PatchValuesOptions
 from mmcl.types import AudioSpec, ConfigError, TextSpec, TowerInfo, VideoSpec, ViewBatch
+
+LEVEL_STEP, WAVE_STEP = 1 / 255, 2.0**-15
+"""of what runs from 0 to 1 in 8 bits, and of a wave in 16"""
+START = 0.25
+"""deviation that a decoder says of every number before it has learned any"""
 
 
 class Targets(nn.Module):
-    """Token numbers of a view."""
+    """Tokens of a view, and how likely a decoder thinks they are."""
 
-    vocabulary: int
-    """how many there are"""
+    vocabulary: int = 0
+    """how many there are to choose from; 0: tokens are vectors of ``dims`` numbers"""
     dims: int = 1
     """numbers of the data that a token stands for"""
+    step: float = 1.0
+    """of those numbers, where :meth:`nats` are of a density: times this it is a probability"""
+
+    @property
+    def outputs(self) -> int:
+        """Numbers that a decoder says of each token."""
+        return self.vocabulary
+
+    @property
+    def vectors(self) -> int | None:
+        """Width of the tokens; None: they are ids."""
+        return None if self.vocabulary else self.dims
 
     def forward(self, view: ViewBatch) -> tuple[Tensor, Tensor]:
-        """ids int64 ``(B, L)`` in 0 … vocabulary − 1 and bool ``(B, L)``: which are there; no row of an absent one."""
+        """ids int64 ``(B, L)`` in 0 … vocabulary − 1, or float vectors ``(B, L, dims)``, and bool ``(B, L)``: which are
+        there; no row of an absent one.
+        """
         raise NotImplementedError
+
+    def nats(self, said: Tensor, tokens: Tensor) -> Tensor:
+        """−log p of each token ``(B, L)``, by what a decoder said of it, ``(B, L, outputs)``."""
+        return F.cross_entropy(said.transpose(1, 2), tokens, reduction="none")
 
     def pending(self, views: Sequence[ViewBatch], present: Tensor, comm: Comm) -> dict[str, Tensor]:
         """What :meth:`commit` needs of the rows that are ``present (B,)``; most targets learn nothing."""
@@ -46,18 +71,33 @@ class TextTokens(Targets):
         return view.data, real & view.present[:, None]
 
 
-class PatchTokens(Targets):
-    """Numbers for the parts of a video or of sound, in order."""
+class Patches(Targets):
+    """The parts of a video or of sound, in order."""
 
-    def __init__(self, patch: tuple[int, ...], detail: int) -> None:
+    def __init__(self, patch: tuple[int, ...], detail: int | None) -> None:
         super().__init__()
         self.patch, self.detail = patch, detail
 
-    def features(self, view: ViewBatch) -> Tensor:
-        """``(B, L, D)`` in [0, 1]."""
+    @property
+    def width(self) -> int:
+        """Numbers of a patch's features."""
         if len(self.patch) == 1:
-            return audio_patches(view.data, self.patch[0], self.detail**2)
-        return video_patches(view.data, (self.patch[0], self.patch[1], self.patch[2]), self.detail)
+            return self.patch[0] if self.detail is None else self.detail**2
+        if self.detail is None:
+            return 3 * math.prod(self.patch)
+        return 3 * min(self.detail, self.patch[1]) * min(self.detail, self.patch[2])
+
+    def features(self, view: ViewBatch) -> Tensor:
+        """``(B, L, width)`` in [0, 1]; in [−1, 1] the samples of a wave, which it is without ``detail``."""
+        if len(self.patch) == 3:
+            return video_patches(view.data, (self.patch[0], self.patch[1], self.patch[2]), self.detail)
+        if self.detail is None:
+            return wave_blocks(view.data, self.patch[0])
+        return audio_patches(view.data, self.patch[0], self.detail**2)
+
+
+class PatchTokens(Patches):
+    """Numbers for them."""
 
     def forward(self, view: ViewBatch) -> tuple[Tensor, Tensor]:
         ids = self.quantised(self.features(view))
@@ -94,13 +134,10 @@ class Codebook(PatchTokens):
 
     def __init__(self, patch: tuple[int, ...], options: CodesOptions) -> None:
         super().__init__(patch, options.detail)
-        width = options.detail**2
-        if len(patch) == 3:
-            width = 3 * min(options.detail, patch[1]) * min(options.detail, patch[2])
         self.vocabulary, self.momentum = options.count, options.momentum
-        self.register_buffer("codes", torch.rand(options.count, width))
+        self.register_buffer("codes", torch.rand(options.count, self.width))
         self.register_buffer("counts", torch.zeros(options.count))
-        self.register_buffer("sums", torch.zeros(options.count, width))
+        self.register_buffer("sums", torch.zeros(options.count, self.width))
 
     @torch.no_grad()
     def quantised(self, features: Tensor) -> Tensor:
@@ -140,13 +177,49 @@ class Codebook(PatchTokens):
         self.codes[used] = self.sums[used] / self.counts[used, None]
 
 
-def build_targets(
-    options: CodesOptions | PaletteOptions, tower: TowerInfo, path: str, *, of_tower: bool = False
-) -> Targets:
+class PatchValues(Patches):
+    """The numbers of each patch themselves: independent Gaussians, given what the decoder has seen.
+
+    :meth:`nats` are of the density of numbers in [0, 1] (a wave's: [−1, 1]). Data come in steps: times ``step`` the
+    density is the probability of a step's value up to 10⁻⁸, as no deviation is below a step.
+    """
+
+    def __init__(self, patch: tuple[int, ...], options: PatchValuesOptions) -> None:
+        super().__init__(patch, options.detail)
+        wave = len(patch) == 1 and options.detail is None
+        self.dims, self.step, self.centre = self.width, WAVE_STEP if wave else LEVEL_STEP, 0.0 if wave else 0.5
+        self.deviation, self.floor = options.deviation, options.floor
+
+    @property
+    def outputs(self) -> int:
+        """A mean of each number, then, where they are learned, what its deviation is made of."""
+        return self.dims * (2 if self.deviation == "learned" else 1)
+
+    def forward(self, view: ViewBatch) -> tuple[Tensor, Tensor]:
+        values = self.features(view)
+        return values, view.present[:, None].expand(values.shape[:2])
+
+    def gaussian(self, said: Tensor) -> tuple[Tensor, Tensor]:
+        """Means, from the centre of the range, and logarithms of deviations, ``(B, L, dims)`` each."""
+        mean = self.centre + said[..., : self.dims]
+        if self.deviation != "learned":
+            return mean, torch.full_like(mean, math.log(self.deviation))
+        # softplus rather than a clamp: at the floor there is still a gradient that leads away from it
+        start = math.log(math.expm1(math.log(START / self.floor)))
+        return mean, math.log(self.floor) + F.softplus(said[..., self.dims :] + start)
+
+    def nats(self, said: Tensor, tokens: Tensor) -> Tensor:
+        mean, log_deviation = self.gaussian(said)
+        off = (tokens.to(mean.dtype) - mean) * (-log_deviation).exp()
+        return (0.5 * off.square() + log_deviation + 0.5 * math.log(2 * math.pi)).sum(-1)
+
+
+def build_targets(options: PatchOptions, tower: TowerInfo, path: str, *, of_tower: bool = False) -> Targets:
     """The tokens of what a tower sees; ``of_tower``: one for each token of a causal tower.
 
     Raises:
-        ConfigError: its tokenizer does not say its vocabulary, or patches do not divide what it sees; names ``path``.
+        ConfigError: its tokenizer does not say its vocabulary, patches do not divide what it sees, or deviations are
+            finer than the data; names ``path``.
     """
     spec = tower.spec
     if isinstance(spec, TextSpec):
@@ -169,12 +242,21 @@ def build_targets(
         _fits(f"{path}.targets.pixels", options.pixels, spec.size, "pixels", whole=True)
     if isinstance(options, PaletteOptions):
         return Palette(patch, options.levels)
-    if len(patch) == 1 and options.detail**2 > patch[0] // 2 + 1:
+    assert isinstance(options, CodesOptions | PatchValuesOptions)
+    if len(patch) == 1 and options.detail is not None and options.detail**2 > patch[0] // 2 + 1:
         raise ConfigError(
             f"{path}.targets.detail: {options.detail} makes {options.detail**2} bands; a block of {patch[0]} samples "
             f"has {patch[0] // 2 + 1} frequencies"
         )
-    return Codebook(patch, options)
+    if isinstance(options, CodesOptions):
+        return Codebook(patch, options)
+    values = PatchValues(patch, options)
+    place, least = ("floor", options.floor) if options.deviation == "learned" else ("deviation", options.deviation)
+    if least < values.step:
+        raise ConfigError(
+            f"{path}.targets.{place}: {least} is finer than the data, whose numbers are steps of {values.step:.3g}"
+        )
+    return values
 
 
 def _fits(place: str, part: int, whole_of_it: int, unit: str, *, whole: bool = False) -> None:

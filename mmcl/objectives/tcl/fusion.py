@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
 from mmcl.distributed import Comm
 from mmcl.objectives.tcl.options import FusionOptions
@@ -73,10 +71,3 @@ class Fusion(nn.Module):
             x = layer(x, memory, tgt_key_padding_mask=absent, memory_key_padding_mask=nothing)
         out: Tensor = self.norm(x)
         return out
-
-
-def in_chunks(run: Callable[[Tensor], Tensor], pairs: Tensor, size: int) -> Tensor:
-    """``run`` on at most ``size`` of ``pairs`` at once, joined; activations of more than one chunk are made again."""
-    if len(pairs) <= size:
-        return run(pairs)
-    return torch.cat([checkpoint(run, part, use_reentrant=False) for part in torch.split(pairs, size)])

@@ -9,8 +9,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mmcl.losses.soft_targets import soft_target_rows
-from mmcl.objectives.tcl.fusion import Fusion, Tokens, in_chunks
+from mmcl.objectives.tcl.fusion import Fusion, Tokens
 from mmcl.objectives.tcl.rows import Rows
+from mmcl.objectives.transformers import in_chunks
 
 
 class VocabularyHead(nn.Module):

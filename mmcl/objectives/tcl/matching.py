@@ -8,8 +8,9 @@ from torch import Tensor, nn
 
 from mmcl.hashing import text_hash
 from mmcl.media.device_hash import device_uniform
-from mmcl.objectives.tcl.fusion import Fusion, Tokens, in_chunks
+from mmcl.objectives.tcl.fusion import Fusion, Tokens
 from mmcl.objectives.tcl.rows import Rows
+from mmcl.objectives.transformers import in_chunks
 
 _READING, _CONTEXT = text_hash("tcl reading negative"), text_hash("tcl context negative")
 """what the random numbers are for"""

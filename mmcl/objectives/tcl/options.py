@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from typing import Annotated, Literal
 
-from pydantic import Field, model_validator
+from pydantic import Field
 
 from mmcl.config import Options
+from mmcl.objectives.transformers import TransformerOptions
 from mmcl.objectives.views import Count, NotNegative, PositiveInt
 from mmcl.objectives.weights import Weight
 
@@ -54,23 +55,11 @@ class MLMOptions(Options):
     """share of the targets that the momentum towers and their fusion give; 0: hard targets alone, no such copy"""
 
 
-class FusionOptions(Options):
+class FusionOptions(TransformerOptions):
     """The transformer in which one modality's tokens attend to the other's."""
 
-    width: PositiveInt = 256
     layers: PositiveInt = 2
     """each of self-attention, cross-attention and an MLP, with norms before them (the paper's BERT: 6, norms after)"""
-    heads: PositiveInt = 4
-    hidden: PositiveInt = 1024
-    dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
-    chunk: PositiveInt = 64
-    """pairs at once; of more, activations are made again in the backward pass"""
-
-    @model_validator(mode="after")
-    def _divides(self) -> FusionOptions:
-        if self.width % self.heads:
-            raise ValueError(f"width {self.width} must be a multiple of heads, {self.heads}")
-        return self
 
 
 class TCLOptions(Options):
