@@ -204,15 +204,12 @@ def test_text_views_of_several_clips_are_different_captions() -> None:
     assert len(set(numbers[0].tolist())) == 3 and not set(numbers[0].tolist()) & set(numbers[1].tolist())
 
 
-def test_a_run_trains_on_augmented_views(shards_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_run_trains_on_augmented_views(shards_folder: Path, tmp_path: Path) -> None:
     """The trainer applies what the stream drew, also to the batch of holes with which every start begins."""
-    from mmcl.objectives import cross_modal
-    from mmcl.types import Need
-
-    monkeypatch.setattr(
-        cross_modal, "_need", lambda tower, _: Need(tower.name, View(tower.spec, augmentation="strong"), ("joint",))
+    objective = "{name: multi_view, views: {video: 1, text: 1}, augmentation: {video: strong}}"
+    config = tiny_config(
+        "train.steps=2", f"objectives=[{objective}]", shards=shards_folder / "train", out=tmp_path / "run"
     )
-    config = tiny_config("train.steps=2", shards=shards_folder / "train", out=tmp_path / "run")
     config = config.model_copy(update={"data": config.data.model_copy(update={"augmentations": {"strong": STRONG}})})
     trainer = Trainer(config, build_accelerator(config))
     seen: list[Batch] = []
