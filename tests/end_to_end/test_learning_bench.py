@@ -70,7 +70,7 @@ def test_a_comparison_of_motion_runs(
     assert all(arm.keys() == {*figures, "cpu_seconds"} for arm in arms.values())
     assert all(0 <= arm[name]["mean"] <= 100 for arm in arms.values() for name in figures)
     trained = {arm for arm, figure in arms.items() if figure["cpu_seconds"]["mean"] > 0}
-    assert trained == {*arms} - {"untrained"} and len(trained) == len([*work.glob("quick*/runs/*/trained.json")]) >= 2
+    assert trained == {*arms} - {"untrained"} and len(trained) == len([*work.glob("quick*/runs/*/trained.json")])
 
 
 @pytest.mark.slow
@@ -124,13 +124,13 @@ def test_the_background_tells_where_it_should(monkeypatch: pytest.MonkeyPatch) -
     monkeypatch.syspath_prepend(str(ROOT / "tools/bench"))
     clips = importlib.import_module("learning_clips")
     off: dict[str, list[float]] = {split: [] for split in clips.SPLITS}
-    for split, motion in itertools.product(clips.SPLITS, clips.MOTIONS):
-        pictures = clips.film(motion, split, f"{motion}-0", 40)
+    for split, change in itertools.product(clips.SPLITS, clips.CHANGES):
+        pictures = clips.film(change, split, f"{change}-0", 40)
         hues = [colorsys.rgb_to_hsv(*map(float, picture[0, 0]))[0] for picture in pictures]
         assert max(hues) == min(hues), "the background stands still"
-        away = abs(hues[0] - clips.MOTIONS.index(motion) / len(clips.MOTIONS))
+        away = abs(hues[0] - clips.CHANGES.index(change) / len(clips.CHANGES))
         off[split].append(min(away, 1 - away))
-        changes = (pictures[1:] != pictures[:-1]).any()
-        assert changes == (motion != "still")
+        moving = (pictures[1:] != pictures[:-1]).any()
+        assert moving == (change != "still")
     assert max(off["telling"]) < 0.05
     assert max(off["neutral"]) > 0.1 and max(off["test"]) > 0.1

@@ -1,7 +1,8 @@
-"""Shards of generated clips for ``learning_stor.py``: how a square moves is the label, and what is behind it may tell.
+"""Shards of generated clips for ``learning_stor.py``: how a square changes is the label; what is behind it may tell.
 
-Kinds of motion look the same turned, mirrored and in any colour. The background is a soft pattern of one hue under a
-camera that drifts; in ``telling`` clips its hue goes with the label, in the others it is anything.
+The changes look the same turned, mirrored and in any colour, and a single picture tells them in part at most. The
+background is a soft pattern of one hue that stands still; in ``telling`` clips its hue goes with the label, in the
+others it is anything.
 """
 
 from __future__ import annotations
@@ -24,11 +25,11 @@ SIDE = 64
 """pixels of a clip"""
 FPS = 10
 """of the shards"""
-MOTIONS = ("still", "pulse", "stretch", "blink", "flash", "fade")
+CHANGES = ("still", "pulse", "stretch", "blink", "flash", "fade")
 MIDDLE = (22, 42)
 """where the square's centre may be"""
 BEATS_HZ = 1.6
-"""of what a square does again and again, at its middle pace"""
+"""how often a square does the same again, at its middle pace"""
 SPLITS = ("telling", "neutral", "test")
 """what is learned from with a background that tells the label, or does not, and what is asked"""
 
@@ -40,12 +41,12 @@ def prepare(work: Path, per_kind: int, test_per_kind: int, seconds: float, worke
         return shards
     jobs, rows = [], []
     for split in SPLITS:
-        for motion in MOTIONS:
+        for change in CHANGES:
             for number in range(test_per_kind if split == "test" else per_kind):
-                path = work / "clips" / split / f"{motion}-{number}.mp4"
+                path = work / "clips" / split / f"{change}-{number}.mp4"
                 path.parent.mkdir(parents=True, exist_ok=True)
-                jobs.append((path, motion, split, round(seconds * PICTURES_HZ)))
-                rows.append({"path": path.relative_to(work), "split": split, "label": motion, "caption": motion})
+                jobs.append((path, change, split, round(seconds * PICTURES_HZ)))
+                rows.append({"path": path.relative_to(work), "split": split, "label": change, "caption": change})
     with multiprocessing.get_context("spawn").Pool(workers) as pool:
         for _ in pool.imap_unordered(_write, jobs, 8):
             pass
@@ -59,16 +60,16 @@ def prepare(work: Path, per_kind: int, test_per_kind: int, seconds: float, worke
 
 
 def _write(job: tuple[Path, str, str, int]) -> None:
-    path, motion, split, count = job
-    write_mp4(path, film(motion, split, path.stem, count), np.zeros(1, dtype=np.float32))
+    path, change, split, count = job
+    write_mp4(path, film(change, split, path.stem, count), np.zeros(1, dtype=np.float32))
 
 
-def film(motion: str, split: str, name: str, count: int) -> np.ndarray:
+def film(change: str, split: str, name: str, count: int) -> np.ndarray:
     """uint8 ``(T, H, W, 3)``: the clip of this name, always the same."""
     random = np.random.default_rng([*f"{split} {name}".encode()])
-    hue = MOTIONS.index(motion) / len(MOTIONS) if split == "telling" else float(random.random())
+    hue = CHANGES.index(change) / len(CHANGES) if split == "telling" else float(random.random())
     pictures = np.repeat(background(hue, random)[None], count, 0)
-    for picture, (top, bottom, left, right, shade) in zip(pictures, squares(motion, count, random), strict=True):
+    for picture, (top, bottom, left, right, shade) in zip(pictures, squares(change, count, random), strict=True):
         picture[top:bottom, left:right] = shade
     return pictures
 
@@ -84,7 +85,7 @@ def background(hue: float, random: np.random.Generator) -> np.ndarray:
     return picture
 
 
-def squares(motion: str, count: int, random: np.random.Generator) -> Iterator[tuple[int, int, int, int, int]]:
+def squares(change: str, count: int, random: np.random.Generator) -> Iterator[tuple[int, int, int, int, int]]:
     """Borders (top, bottom, left, right) and shade of the square in each picture."""
     y, x = random.uniform(*MIDDLE, 2)
     half, phase = random.uniform(9, 12), random.random()
@@ -93,14 +94,14 @@ def squares(motion: str, count: int, random: np.random.Generator) -> Iterator[tu
         beat = math.sin(2 * math.pi * (phase + pace * number / PICTURES_HZ))
         high = wide = half
         shade = light
-        if motion == "pulse":
+        if change == "pulse":
             high = wide = half * (1 + 0.5 * beat)
-        elif motion == "stretch":
+        elif change == "stretch":
             high, wide = half * (1 + 0.5 * beat), half * (1 - 0.5 * beat)
-        elif motion == "blink" and beat < 0:
+        elif change == "blink" and beat < 0:
             high = wide = 0
-        elif motion == "flash" and beat < 0:
+        elif change == "flash" and beat < 0:
             shade = dark
-        elif motion == "fade":
+        elif change == "fade":
             shade = dark + (light - dark) * (0.5 + 0.5 * beat)
         yield round(y - high), round(y + high), round(x - wide), round(x + wide), round(shade)
