@@ -8,6 +8,7 @@ import itertools
 import json
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -43,34 +44,43 @@ def test_a_comparison_runs_and_its_runs_are_kept(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("script", "arguments", "experiment", "figures"),
+    ("script", "arguments", "experiment", "tiny", "figures"),
     [
         (
             "learning_stor",
             ["--background-erasing"],
             "background_erasing",
+            {"clips_per_kind": 2, "test_clips_per_kind": 1},
             {f"{how}, {split}" for how in ("5-NN", "linear") for split in ("telling", "neutral")},
         ),
-        ("learning_motion", ["--arms", "untrained", "motion"], "motion", {"5-NN"}),
+        ("learning_motion", ["--arms", "untrained", "motion"], "motion", {"clips": 16, "test_clips": 8}, {"5-NN"}),
     ],
 )
 def test_a_comparison_of_motion_runs(
-    tmp_path: Path, script: str, arguments: list[str], experiment: str, figures: set[str]
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    tmp_path: Path,
+    script: str,
+    arguments: list[str],
+    experiment: str,
+    tiny: dict[str, int],
+    figures: set[str],
 ) -> None:
-    work, out = tmp_path / "work", tmp_path / "found.json"
-    command = [
-        sys.executable, str(ROOT / f"tools/bench/{script}.py"), "--quick", "--seeds", "1", "--steps", "2", *arguments,
-        "--work", str(work), "--out", str(out),
-    ]  # fmt: skip
-    told = subprocess.run(command, check=True, capture_output=True, text=True).stdout
+    monkeypatch.syspath_prepend(str(ROOT / "tools/bench"))
+    bench = importlib.import_module(script)
+    monkeypatch.setattr(bench, "QUICK", replace(bench.QUICK, **tiny, seeds=1, steps=2, batch=8))
+    out = tmp_path / "found.json"
+    given = ["--quick", *arguments, "--work", str(tmp_path / "work"), "--out", str(out)]
+    monkeypatch.setattr(sys, "argv", [script, *given])
+    bench.main()
     found = json.loads(out.read_text(encoding="utf-8"))
     arms = found[experiment]["arms"]
-    rows = [line.split(" | ") for line in told.splitlines() if line.startswith("|") and "cpu_seconds" in line]
-    assert found["settings"]["steps"] == 2 and [*arms] == [arm for _, arm, _ in rows]
+    told = [line.split(" | ") for line in capsys.readouterr().out.splitlines() if line.startswith("|")]
+    assert found["settings"]["steps"] == 2 and {*arms} <= {arm for _, arm, _ in told}
     assert all(arm.keys() == {*figures, "cpu_seconds"} for arm in arms.values())
     assert all(0 <= arm[name]["mean"] <= 100 for arm in arms.values() for name in figures)
     trained = {arm for arm, figure in arms.items() if figure["cpu_seconds"]["mean"] > 0}
-    assert trained == {*arms} - {"untrained"} and len(trained) == len([*work.glob("quick*/runs/*/trained.json")])
+    assert trained == {*arms} - {"untrained"} and len(trained) == len([*tmp_path.glob("work/*/runs/*/trained.json")])
 
 
 @pytest.mark.slow
@@ -104,7 +114,7 @@ def test_arms_of_the_comparison_of_clips_are_runs(monkeypatch: pytest.MonkeyPatc
     bench = importlib.import_module("learning_stor")
     clips, heads, sources = {}, {}, {}
     for experiment in bench.ARMS:
-        for job in bench.jobs_of(experiment, bench.replace(bench.FULL, seeds=1), tmp_path, tmp_path):
+        for job in bench.jobs_of(experiment, replace(bench.FULL, seeds=1), tmp_path, tmp_path):
             mix = build_model(build(RunConfig, job.tree))[1]
             views = [need.view for need in mix.needs]
             clips[job.arm] = ({view.erase is not None for view in views}, {view.clip for view in views})

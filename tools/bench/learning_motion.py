@@ -18,7 +18,7 @@ import io
 import json
 import multiprocessing
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import av
@@ -160,13 +160,12 @@ def main() -> None:
     parser.add_argument("--quick", action="store_true", help="three arms, one seed: under three minutes with --jobs 2")
     parser.add_argument("--jobs", type=int, default=1, help="runs at a time, one core each")
     parser.add_argument("--seeds", type=int, help="seeds 0, 1, …; default: 3, quick 1")
-    parser.add_argument("--steps", type=int, help="of each run; default: 800, quick 450")
     parser.add_argument("--arms", nargs="+", choices=list(ARMS), help="default: all, quick three")
     parser.add_argument("--out", type=Path, help="JSON")
     options = parser.parse_args()
     chosen = QUICK if options.quick else FULL
-    given = {name: getattr(options, name) for name in ("seeds", "steps", "arms") if getattr(options, name) is not None}
-    sizes = replace(chosen, **given)
+    given = {name: value for name, value in (("seeds", options.seeds), ("arms", options.arms)) if value is not None}
+    sizes = Sizes(**{**asdict(chosen), **given})
     work = (options.work / "quick" if options.quick else options.work).absolute()
     prepare(work / "shards", sizes)
     jobs = jobs_of(sizes, work, work / "shards")
