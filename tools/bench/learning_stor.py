@@ -14,10 +14,11 @@ with ``neutral`` ones, the figures say what the features hold of the change. Cha
 
 All arms of a comparison take the same steps of the same batch with the same tower and optimizer, from the same first
 weights, and nothing was tuned for one of them. The set-up was changed after first runs of one seed, for all arms alike.
-Squares that differed in where they went left all arms at chance, for a tower that averages over places before it looks
-along time does not learn that from labels either. And with colours that were hardly changed, MoCo and BYOL held far
-less than the untrained tower; so clips are turned in hue, by all of the circle where the background does not matter and
-as in MoCo v2 where it does, and are sometimes grey.
+Squares that differed in where they went were not told apart: this tower, which averages over places before it looks
+along time, did not learn it from labels either, and one with convolutions along time learned it from labels but, in so
+few steps, not without. And with colours that were hardly changed, MoCo and BYOL held far less than the untrained tower;
+so clips are turned in hue, by all of the circle where the background does not matter and as in MoCo v2 where it does,
+and are sometimes grey.
 """
 
 from __future__ import annotations
