@@ -83,8 +83,7 @@ class Job(NamedTuple):
     bank: tuple[str, ...]
     """splits that nearest neighbours are looked for in"""
     measure: str
-    """``neighbours`` (of the first tower), ``classes`` (these, and the student's own), ``linear`` (these, and a linear
-    map) or ``retrieval``"""
+    """``neighbours`` (of the first tower), ``classes`` (these, and the student's own) or ``retrieval``"""
 
 
 # --- the arms ---------------------------------------------------------------------------------------------------------
@@ -218,7 +217,7 @@ def run(job: Job, measure: Callable[[Any, Job], Figures] | None = None) -> tuple
     job.folder.parent.mkdir(parents=True, exist_ok=True)
     with job.folder.with_suffix(".log").open("a") as log, redirect_stdout(log), redirect_stderr(log):
         model, cpu_seconds = _trained(job)
-        known = {"retrieval": retrieval, "classes": classes, "linear": linear}
+        known = {"retrieval": retrieval, "classes": classes}
         figures = (measure or known.get(job.measure, neighbours))(model, job)
     return job, {**figures, "cpu_seconds": cpu_seconds}
 
@@ -252,7 +251,10 @@ def embed(model: Any, job: Job, split: str, level: Any) -> Any:
     return embed_shards(model, str(job.shards / split), level=level, in_process=True, decoder="pyav")
 
 
-def _labelled(model: Any, job: Job, splits: Iterable[str]) -> tuple[torch.Tensor, torch.Tensor]:
+Labelled = tuple[torch.Tensor, torch.Tensor]
+
+
+def labelled(model: Any, job: Job, splits: Iterable[str]) -> Labelled:
     """Features of the first tower and the labels of their recordings."""
     modality = next(iter(model.tower_infos().values())).modality
     each = [embed(model, job, split, "pooled") for split in splits]
@@ -262,21 +264,25 @@ def _labelled(model: Any, job: Job, splits: Iterable[str]) -> tuple[torch.Tensor
 
 def neighbours(model: Any, job: Job) -> Figures:
     """Percent of test recordings whose nearest recordings in the bank are of the same game."""
+    return looked_up(labelled(model, job, ["test"]), labelled(model, job, job.bank))
+
+
+def looked_up(test: Labelled, bank: Labelled) -> Figures:
+    """Percent of rows whose nearest in the bank have the same label."""
     from mmcl.evaluation.probes import neighbour_accuracy
 
-    found = (*_labelled(model, job, ["test"]), *_labelled(model, job, job.bank))
-    return {f"{NEIGHBOURS}-NN": neighbour_accuracy(*found, neighbours=NEIGHBOURS)}
+    return {f"{NEIGHBOURS}-NN": neighbour_accuracy(*test, *bank, neighbours=NEIGHBOURS)}
 
 
-def linear(model: Any, job: Job) -> Figures:
-    """The same, and percent of test recordings that a linear map names, fitted to the bank by ridge regression."""
-    (rows, labels), (test, answers) = (_labelled(model, job, splits) for splits in (job.bank, ["test"]))
+def mapped(test: Labelled, bank: Labelled) -> Figures:
+    """Percent of rows whose label a linear map tells, fitted to the bank by ridge regression."""
+    (rows, labels), (asked, answers) = bank, test
     mean, std = rows.double().mean(0), rows.double().std(0).clamp_min(1e-6)
-    x, y = ((part.double() - mean) / std for part in (rows, test))
+    x, y = ((part.double() - mean) / std for part in (rows, asked))
     targets = torch.nn.functional.one_hot(labels).double()
     weight = torch.linalg.solve(x.T @ x + len(x) * RIDGE * torch.eye(x.shape[1]), x.T @ (targets - targets.mean(0)))
     named = (y @ weight + targets.mean(0)).argmax(1)
-    return {**neighbours(model, job), "linear": 100 * float((named == answers).double().mean())}
+    return {"linear": 100 * float((named == answers).double().mean())}
 
 
 def classes(model: Any, job: Job) -> Figures:

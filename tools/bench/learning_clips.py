@@ -1,7 +1,8 @@
-"""Shards of generated clips for ``learning_stor.py``: how a square moves is the label, and what is behind it may tell.
+"""Shards of generated clips for ``learning_stor.py``: how a square changes is the label; what is behind it may tell.
 
-Kinds of motion look the same turned, mirrored and in any colour. The background is a soft pattern of one hue under a
-camera that drifts; in ``telling`` clips its hue goes with the label, in the others it is anything.
+The changes look the same turned, mirrored and in any colour, and a single picture tells them in part at most. The
+background is a soft pattern of one hue that stands still; in ``telling`` clips its hue goes with the label, in the
+others it is anything.
 """
 
 from __future__ import annotations
@@ -24,7 +25,11 @@ SIDE = 64
 """pixels of a clip"""
 FPS = 10
 """of the shards"""
-MOTIONS = ("straight", "circle", "shake", "pulse", "blink", "jump")
+CHANGES = ("still", "pulse", "stretch", "blink", "flash", "fade")
+MIDDLE = (22, 42)
+"""where the square's centre may be"""
+BEATS_HZ = 1.6
+"""how often a square does the same again, at its middle pace"""
 SPLITS = ("telling", "neutral", "test")
 """what is learned from with a background that tells the label, or does not, and what is asked"""
 
@@ -36,12 +41,12 @@ def prepare(work: Path, per_kind: int, test_per_kind: int, seconds: float, worke
         return shards
     jobs, rows = [], []
     for split in SPLITS:
-        for motion in MOTIONS:
+        for change in CHANGES:
             for number in range(test_per_kind if split == "test" else per_kind):
-                path = work / "clips" / split / f"{motion}-{number}.mp4"
+                path = work / "clips" / split / f"{change}-{number}.mp4"
                 path.parent.mkdir(parents=True, exist_ok=True)
-                jobs.append((path, motion, split, round(seconds * PICTURES_HZ)))
-                rows.append({"path": path.relative_to(work), "split": split, "label": motion, "caption": motion})
+                jobs.append((path, change, split, round(seconds * PICTURES_HZ)))
+                rows.append({"path": path.relative_to(work), "split": split, "label": change, "caption": change})
     with multiprocessing.get_context("spawn").Pool(workers) as pool:
         for _ in pool.imap_unordered(_write, jobs, 8):
             pass
@@ -55,52 +60,48 @@ def prepare(work: Path, per_kind: int, test_per_kind: int, seconds: float, worke
 
 
 def _write(job: tuple[Path, str, str, int]) -> None:
-    path, motion, split, count = job
-    random = np.random.default_rng([*f"{split} {path.stem}".encode()])
-    hue = MOTIONS.index(motion) / len(MOTIONS) if split == "telling" else float(random.random())
-    pictures = background(hue, count, random)
-    shade = np.array([235 if random.random() < 0.5 else 20] * 3) + random.integers(-15, 16, 3)
-    for picture, (y, x, half) in zip(pictures, places(motion, count, random), strict=True):
-        top, left = max(0, round(y - half)), max(0, round(x - half))
-        picture[top : max(0, round(y + half)), left : max(0, round(x + half))] = shade
-    write_mp4(path, pictures, np.zeros(1, dtype=np.float32))
+    path, change, split, count = job
+    write_mp4(path, film(change, split, path.stem, count), np.zeros(1, dtype=np.float32))
 
 
-def background(hue: float, count: int, random: np.random.Generator) -> np.ndarray:
-    """uint8 ``(T, H, W, 3)``: waves in shades of one hue, seen by a camera that drifts by up to half a pixel."""
-    y, x = np.mgrid[:SIDE, :SIDE].astype(float)
-    drift, waves = random.uniform(-0.5, 0.5, 2), random.uniform(-0.5, 0.5, (4, 2))
-    colour = np.array(colorsys.hsv_to_rgb(hue + random.uniform(-0.04, 0.04), 0.8, 200.0))
-    phases = random.uniform(0, 2 * math.pi, 4)
-    pictures = np.empty((count, SIDE, SIDE, 3), np.uint8)
-    for number in range(count):
-        down, right = y + drift[0] * number, x + drift[1] * number
-        light = sum(np.sin(a * down + b * right + phase) for (a, b), phase in zip(waves, phases, strict=True))
-        pictures[number] = (colour * (0.65 + 0.08 * light)[..., None]).clip(0, 255)
+def film(change: str, split: str, name: str, count: int) -> np.ndarray:
+    """uint8 ``(T, H, W, 3)``: the clip of this name, always the same."""
+    random = np.random.default_rng([*f"{split} {name}".encode()])
+    hue = CHANGES.index(change) / len(CHANGES) if split == "telling" else float(random.random())
+    pictures = np.repeat(background(hue, random)[None], count, 0)
+    for picture, (top, bottom, left, right, shade) in zip(pictures, squares(change, count, random), strict=True):
+        picture[top:bottom, left:right] = shade
     return pictures
 
 
-def places(motion: str, count: int, random: np.random.Generator) -> Iterator[tuple[float, float, float]]:
-    """Centre (y, x) and half the side of the square in each picture; 0: not to be seen."""
-    half, turn = random.uniform(6, 9), random.uniform(0, 2 * math.pi)
-    centre = random.uniform(20, SIDE - 20, 2)
-    way = np.array([math.sin(turn), math.cos(turn)])
-    pace = random.uniform(0.8, 1.4)
-    seconds = np.arange(count) / PICTURES_HZ * pace
-    for number, t in enumerate(seconds.tolist()):
-        place, size = centre, half
-        if motion == "straight":  # to and fro between the borders, at one speed
-            place = 8 + np.abs((centre + way * 30 * t - 8) % (2 * (SIDE - 16)) - (SIDE - 16))
-        elif motion == "circle":
-            place = centre + 12 * np.array([math.sin(4 * t + turn), math.cos(4 * t + turn)])
-        elif motion == "shake":
-            place = centre + way * 6 * math.sin(14 * t)
-        elif motion == "pulse":
-            size = half * (1 + 0.6 * math.sin(6 * t + turn))
-        elif motion == "blink":
-            size = half if math.sin(7 * t + turn) > 0 else 0.0
-        elif motion == "jump":
-            if number and int(3 * t) > int(3 * seconds[number - 1]):
-                centre = random.uniform(10, SIDE - 10, 2)
-            place = centre
-        yield float(place[0]), float(place[1]), size
+def background(hue: float, random: np.random.Generator) -> np.ndarray:
+    """uint8 ``(H, W, 3)``: waves in shades of one hue."""
+    y, x = np.mgrid[:SIDE, :SIDE].astype(float)
+    light = np.zeros_like(y)
+    for down, right, phase in zip(*random.uniform(-0.5, 0.5, (2, 4)), random.uniform(0, 2 * math.pi, 4), strict=True):
+        light += np.sin(down * y + right * x + phase)
+    colour = np.array(colorsys.hsv_to_rgb(hue + random.uniform(-0.04, 0.04), 0.8, 200.0))
+    picture: np.ndarray = (colour * (0.7 + 0.03 * light)[..., None]).clip(0, 255).astype(np.uint8)
+    return picture
+
+
+def squares(change: str, count: int, random: np.random.Generator) -> Iterator[tuple[int, int, int, int, int]]:
+    """Borders (top, bottom, left, right) and shade of the square in each picture."""
+    y, x = random.uniform(*MIDDLE, 2)
+    half, phase = random.uniform(9, 12), random.random()
+    pace, light, dark = BEATS_HZ * random.uniform(0.8, 1.25), random.uniform(220, 250), random.uniform(10, 40)
+    for number in range(count):
+        beat = math.sin(2 * math.pi * (phase + pace * number / PICTURES_HZ))
+        high = wide = half
+        shade = light
+        if change == "pulse":
+            high = wide = half * (1 + 0.5 * beat)
+        elif change == "stretch":
+            high, wide = half * (1 + 0.5 * beat), half * (1 - 0.5 * beat)
+        elif change == "blink" and beat < 0:
+            high = wide = 0
+        elif change == "flash" and beat < 0:
+            shade = dark
+        elif change == "fade":
+            shade = dark + (light - dark) * (0.5 + 0.5 * beat)
+        yield round(y - high), round(y + high), round(x - wide), round(x + wide), round(shade)
