@@ -76,7 +76,7 @@ def build_optimizer(step: nn.Module, options: OptimizerOptions) -> Optimizer:
             lr=options.learning_rate,
             betas=(options.beta1, options.beta2),
             eps=options.epsilon,
-            fused=torch.cuda.is_available(),
+            fused=True,  # one kernel over all, on CPUs too
         )
     if isinstance(options, LARSOptions):
         return LARS(groups, lr=options.learning_rate, momentum=options.momentum, trust=options.trust)
