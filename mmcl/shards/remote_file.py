@@ -30,6 +30,8 @@ class RemoteFile(io.RawIOBase):
         watch: Callable[[bytes | memoryview], object] | None = None,
     ) -> None:
         self.url, self._options, self._watch = url, options or RemoteOptions(), watch
+        # before anything can fail: a file is closed also where it was never opened
+        self._pool = ThreadPoolExecutor(AHEAD, thread_name_prefix="remote-file")
         size, self._version = stat(url, options=self._options)
         if size is None:
             raise RunError(f"{url}: the server does not say how large the file is")
@@ -38,7 +40,6 @@ class RemoteFile(io.RawIOBase):
         self._pieces: dict[int, bytes | memoryview] = {}
         self._next = 0
         self._coming: deque[Future[bytes | memoryview]] = deque()
-        self._pool = ThreadPoolExecutor(AHEAD, thread_name_prefix="remote-file")
 
     def readable(self) -> bool:
         return True
