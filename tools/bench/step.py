@@ -376,7 +376,7 @@ def main() -> None:
         write_clips(work / "shards", 64)
         if "overhead" in parts:
             for world in (1, 2):
-                report[f"overhead_{world}"] = overhead(work, world, 7 if quick else 15, 4 if quick else 10, 64)
+                report[f"overhead_{world}"] = overhead(work, world, 15 if quick else 31, 6 if quick else 10, 64)
         if "data" in parts:
             report["data"] = hidden(work, 20 if quick else 60, 32)
         if "start" in parts:
