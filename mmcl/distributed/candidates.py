@@ -32,6 +32,8 @@ class Candidates:
     """numbers of the rows and of the columns; equal ones are not each other's negatives"""
     pools: tuple[Tensor, Tensor] | None = None
     """numbers of the rows and of the columns; only equal ones are each other's negatives"""
+    whole: bool = False
+    """whether every row of ``b`` is a candidate"""
     row_floor: Tensor | None = None
     """float32: negatives of a row below it do not count for the row"""
     column_floor: Tensor | None = None
@@ -64,6 +66,7 @@ class Candidates:
             rows=rows,
             columns=columns,
             own_columns=own,
+            whole=len(columns) == len(everyone),
             # −1 on one side and −2 on the other: no number equals no number nowhere
             groups=tuple(
                 (x[mine][row_samples].sub(x[mine][row_samples].lt(0).long()), y[columns // per_column])
@@ -88,11 +91,17 @@ class Candidates:
         """One tile, −inf where the column is no negative of the row."""
         logits = (rows[i] @ columns[j].T).mul_(scale)
         width = logits.shape[1]
+        if self.whole and width == len(self.columns):
+            return self._unmet(logits.scatter_(1, self.own_columns[i], -torch.inf), i, j)
         for own in (self.own_columns[i] - j.start).unbind(1):
             # a number per row, not a mask of the tile; places outside keep what they have
             outside = ((own < 0) | (own >= width))[:, None]
             place = own.clamp(0, width - 1)[:, None]
             logits.scatter_(1, place, logits.gather(1, place).where(outside, -torch.inf))
+        return self._unmet(logits, i, j)
+
+    def _unmet(self, logits: Tensor, i: slice, j: slice) -> Tensor:
+        """The tile with −inf where numbers say so."""
         for row, column in self.groups:
             logits.masked_fill_(row[i, None] == column[j], -torch.inf)
         if self.pools is not None:
@@ -142,6 +151,10 @@ def gather_columns_of(blocks: Sequence[Candidates], xs: Sequence[Tensor]) -> lis
 
 def meeting(rows: Tensor, columns: Tensor) -> tuple[tuple[Tensor, Tensor], ...]:
     """The columns of ``(N, G)`` numbers, −1: none, in which two samples meet; the others would mask nothing."""
+    if rows is columns:  # a sample meets itself anyway, so another one is needed: two equal numbers in a column
+        ordered = rows.sort(0).values
+        twice = ((ordered[1:] == ordered[:-1]) & (ordered[1:] >= 0)).any(0).tolist()
+        return tuple((rows[:, k], rows[:, k]) for k, met in enumerate(twice) if met)
     found = []
     for x, y in zip(rows.unbind(1), columns.unbind(1), strict=True):
         values, inverse = torch.unique(torch.cat([x, y]), return_inverse=True)

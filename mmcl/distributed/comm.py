@@ -137,10 +137,7 @@ class Comm:
             dist.barrier(self.group)
 
     def _reduced(self, x: Tensor, op: dist.ReduceOp.RedOpType) -> Tensor:
-        x = x.detach().clone()
-        if self.world_size > 1:
-            dist.all_reduce(x, op, self.group)
-        return x
+        return x.detach().clone() if self.world_size == 1 else _all_reduce(x.detach(), self, op)
 
     @property
     def host_device(self) -> torch.device:
@@ -154,10 +151,34 @@ _gather_into = getattr(dist, "all_gather_single", None) or dist.all_gather_into_
 _reduce_scatter_into = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
 
 
+DIRECT_BYTES = 2**18
+"""on CPUs, what a rank sends to each other one at once; above it more bytes cost more than more rounds do"""
+
+
+def _direct(x: Tensor) -> bool:
+    """Whether ``x`` travels from each rank to each at once, in a third of the time of gloo's rings."""
+    return x.is_cpu and x.nbytes <= DIRECT_BYTES
+
+
 def _all_gather(x: Tensor, comm: Comm) -> Tensor:
     out = x.new_empty(comm.world_size * x.shape[0], *x.shape[1:])
-    _gather_into(out, x.contiguous(), group=comm.group)
+    if _direct(x):
+        dist.all_to_all_single(out, x.repeat(comm.world_size, *[1] * (x.ndim - 1)), group=comm.group)
+    else:
+        _gather_into(out, x.contiguous(), group=comm.group)
     return out
+
+
+def _all_reduce(x: Tensor, comm: Comm, op: dist.ReduceOp.RedOpType = dist.ReduceOp.SUM) -> Tensor:
+    """A new tensor."""
+    if not _direct(x):
+        x = x.clone(memory_format=torch.contiguous_format)
+        dist.all_reduce(x, op, comm.group)
+        return x
+    everyone = _all_gather(x[None], comm)
+    if op == dist.ReduceOp.SUM:
+        return everyone.sum(0, dtype=x.dtype)
+    return everyone.amax(0) if op == dist.ReduceOp.MAX else everyone.amin(0)
 
 
 def reduce_scatter(x: Tensor, comm: Comm) -> Tensor:
@@ -170,7 +191,11 @@ def reduce_scatter(x: Tensor, comm: Comm) -> Tensor:
         _reduce_scatter_into(out, x.contiguous(), group=comm.group)
         return out
     x = x.contiguous()  # gloo scatters no sum
-    dist.all_reduce(x, group=comm.group)
+    if x.is_cpu and x.nbytes <= SMALL_BYTES:
+        parts = torch.empty_like(x)
+        dist.all_to_all_single(parts, x, group=comm.group)
+        return parts.view(comm.world_size, rows, *x.shape[1:]).sum(0, dtype=x.dtype)
+    dist.all_reduce(x, group=comm.group)  # takes no more memory
     return x[comm.rank * rows : (comm.rank + 1) * rows].clone()
 
 
@@ -207,12 +232,8 @@ class _Sum(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, comm: Comm) -> Tensor:
         ctx.comm = comm
-        total = x.clone()
-        dist.all_reduce(total, group=comm.group)
-        return total
+        return _all_reduce(x, comm)
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
-        total = gradient.clone()
-        dist.all_reduce(total, group=ctx.comm.group)
-        return total, None
+        return _all_reduce(gradient, ctx.comm), None

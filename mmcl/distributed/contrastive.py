@@ -4,65 +4,20 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal, TypeAlias, TypeVar
+from typing import TypeVar
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from mmcl.distributed.agreement import agree
 from mmcl.distributed.candidates import Candidates, meeting
 from mmcl.distributed.comm import Comm
+from mmcl.distributed.few import is_few, of_all_ranks
+from mmcl.distributed.pair import Form, Pair, distinct
 from mmcl.distributed.tiled import LogSums, Unit, WeightedTotal, count_negatives, with_hardest
 
 _T = TypeVar("_T")
-FormName: TypeAlias = Literal["infonce", "siglip", "dcl", "dclw", "clip_label_smoothing"]
-
-
-@dataclass(frozen=True)
-class Form:
-    """What is made of the logits.
-
-    With s a logit (scale × cosine), p a positive and n_i the log-sum-exp over the negatives of query i:
-
-    - ``infonce``: log(e^p + e^n) − p (van den Oord et al. 2018, arXiv 1807.03748; both directions: CLIP, 2103.00020);
-    - ``dcl``: n − p, the positive is not in the sum (Yeh et al. 2021, arXiv 2110.06848); 0 without negatives;
-    - ``dclw``: n − w·p, w = 2 − P·softmax over all P positives (cosine / ``sigma``), of mean 1;
-    - ``clip_label_smoothing``: infonce against targets 1 − ε on the positive and ε/M more on each of the query's M
-      candidates, itself included; ε is ``smoothing`` (Fini et al. 2023, arXiv 2305.08675, use 0.1);
-    - ``siglip``: Σ over positives softplus(−s − bias) + Σ over negatives softplus(s + bias), ÷ the number of positives
-      (Zhai et al. 2023, arXiv 2303.15343).
-    """
-
-    name: FormName = "infonce"
-    sigma: float = 0.5
-    detach_weight: bool = True
-    """DCLW's weight is a number, not something to learn through"""
-    smoothing: float = 0.1
-    hard_quantile: float = 1.0
-    """share of negatives that count, the hardest: each query keeps ⌈share · M⌉ of the M negatives it has on all ranks,
-    those of highest cosine, ties included; a query is a row in one direction, a column in the other. SigLIP has no
-    direction: a negative weighs ½ for its row and ½ for its column. 1: all (Wang & Liu 2021, arXiv 2012.09740)"""
-
-
-@dataclass(frozen=True, eq=False)
-class Pair:
-    """What of :func:`contrastive`'s arguments is of one pair of sides."""
-
-    a: Tensor
-    b: Tensor
-    scale: Tensor | float
-    present_a: Tensor | None = None
-    present_b: Tensor | None = None
-    groups: Tensor | None = None
-    groups_b: Tensor | None = None
-    bias: Tensor | float = 0.0
-    pools: Tensor | None = None
-
-    def masks(self) -> tuple[Tensor, Tensor]:
-        """``present_a`` and ``present_b``, all rows where they are not given."""
-        given = ((self.present_a, self.a.shape[:1]), (self.present_b, self.b.shape[:-1]))
-        a, b = (x if x is not None else torch.ones(n, dtype=torch.bool, device=self.a.device) for x, n in given)
-        return a, b
 
 
 def contrastive(
@@ -132,7 +87,9 @@ def contrastive_pairs(
         Of each pair the loss and, int64, the number of positives of all ranks.
     """
     form = form or Form()
-    wants = _agree(pairs, unpaired_negatives, form, comm)
+    wants = agree(pairs, unpaired_negatives, form, comm)
+    if is_few(pairs, comm):
+        pairs, comm = of_all_ranks(pairs, comm), Comm()
     with torch.autocast(pairs[0].a.device.type, enabled=False):
         made, blocks = _met(pairs, wants, unpaired_negatives, form, tile, comm)
         if form.name == "siglip":
@@ -153,7 +110,7 @@ def _met(
 ) -> tuple[list[_Pairs], list[Candidates]]:
     """The pairs and who meets whom in them, after one exchange of masks and groups."""
     masks = [mask for pair in pairs for mask in pair.masks()]
-    numbers, places = _distinct([x for pair in pairs for x in (pair.groups, pair.groups_b)])
+    numbers, places = distinct([x for pair in pairs for x in (pair.groups, pair.groups_b)])
     everyone = comm.gather_together([*masks, *(x[:, None] if x.ndim == 1 else x for x in numbers)])
     everyone, numbers = everyone[: len(masks)], everyone[len(masks) :]
     meetings: dict[tuple[int, int], tuple[tuple[Tensor, Tensor], ...]] = {(-1, -1): ()}
@@ -187,13 +144,6 @@ def _met(
 def _of(xs: list[_T], k: int) -> list[_T]:
     """The two of pair ``k``."""
     return xs[2 * k : 2 * k + 2]
-
-
-def _distinct(xs: Sequence[Tensor | None]) -> tuple[list[Tensor], list[int]]:
-    """The different tensors of these, and where among them each stands; −1: None."""
-    found: dict[int, tuple[int, Tensor]] = {}
-    places = [-1 if x is None else found.setdefault(id(x), (len(found), x))[0] for x in xs]
-    return [x for _, x in found.values()], places
 
 
 def _softmax(pairs: list[_Pairs], blocks: list[Candidates]) -> list[Tensor]:
@@ -230,7 +180,11 @@ def view_contrastive(
     if form.name not in ("infonce", "dcl", "dclw"):
         raise ValueError(f"views are compared by infonce, dcl or dclw, got {form.name!r}")
     mask = torch.ones(a.shape[:1], dtype=torch.bool, device=a.device) if present is None else present
-    ((any_wants, _),) = _agree([Pair(a, b, scale, mask, mask, groups, pools=pools)], False, form, comm, several=False)
+    pair = Pair(a, b, scale, mask, groups=groups, pools=pools)
+    ((any_wants, _),) = agree([pair], False, form, comm, several=False)
+    if is_few([pair], comm):
+        (pair,), comm = of_all_ranks([pair], comm), Comm()
+        a, b, mask, groups, pools = pair.a, pair.b, pair.masks()[0], pair.groups, pair.pools
     with torch.autocast(a.device.type, enabled=False):
         dtype = torch.float64 if torch.float64 in (a.dtype, b.dtype) else torch.float32
         both = mask[:, None].expand(-1, 2)
@@ -340,59 +294,3 @@ def _anchor(x: Tensor, wants_gradient: bool) -> Tensor:
 
 def _tile(tile: int | None, x: Tensor) -> int:
     return tile or (4096 if x.is_cuda else 1024)
-
-
-def _agree(
-    pairs: Sequence[Pair], unpaired_negatives: bool, form: Form, comm: Comm, several: bool = True
-) -> list[tuple[bool, bool]]:
-    """Raises on all ranks if one of them cannot go on. Returns of each pair whether some rank wants a gradient, and for
-    ``b``."""
-    settings = [int(unpaired_negatives), *form.name.encode().ljust(24), *_bits(form)]
-    _, places = _distinct([x for pair in pairs for x in (pair.groups, pair.groups_b)])
-    facts = [[*_sizes(pair), *settings, *_of(places, k), *_wants(pair)] for k, pair in enumerate(pairs)]
-    every = comm.gather(torch.tensor([facts], device=comm.host_device)).tolist()
-    for k, own in enumerate(facts):
-        if not _fits(own[:SIZES], several) or any(other[k][:-2] != own[:-2] for other in every):
-            raise ValueError(
-                "a must be (B, D), b (B, D) or (B, K, D), present_a (B,), present_b as b without D, groups and "
-                "groups_b (B,) or (B, G) or None, pools (B,) or None, all equal on all ranks, as unpaired_negatives "
-                f"and form; these by rank, -1 for no axis: {[other[k][: SIZES + 1] for other in every]}"
-            )
-    return [(any(x[k][-2] for x in every), any(x[k][-1] for x in every)) for k in range(len(pairs))]
-
-
-SIZES = 21
-"""of three axes of the seven tensors of a pair"""
-
-
-def _sizes(pair: Pair) -> list[int]:
-    numbers = [x[:, None] if x is not None and x.ndim == 1 else x for x in (pair.groups, pair.groups_b)]
-    tensors = [pair.a, pair.b, *pair.masks(), *numbers, pair.pools]
-    return [n for x in tensors for n in ([-1, -1, -1] if x is None else [*x.shape, -1, -1, -1][:3])]
-
-
-def _wants(pair: Pair) -> tuple[int, int]:
-    """Whether this rank wants a gradient, and for ``b``."""
-    given = (pair.b, pair.a, pair.scale, pair.bias)
-    wants = [torch.is_grad_enabled() and isinstance(x, Tensor) and x.requires_grad for x in given]
-    return int(any(wants)), int(wants[0])
-
-
-def _fits(sizes: list[int], several: bool) -> bool:
-    a, b, present_a, present_b, groups, groups_b, pools = (sizes[start : start + 3] for start in range(0, SIZES, 3))
-    width = b[2] if b[2] >= 0 and several else b[1]
-    return (
-        a == [b[0], width, -1]
-        and width >= 0
-        and present_a == [a[0], -1, -1]
-        and present_b == ([*b[:2], -1] if width == b[2] else [b[0], -1, -1])
-        and groups[0] in (-1, a[0])
-        and groups_b in ([-1, -1, -1], groups)
-        and pools in ([-1, -1, -1], [a[0], -1, -1])
-    )
-
-
-def _bits(form: Form) -> list[int]:
-    """The numbers of a form as whole ones."""
-    values = (form.sigma, form.smoothing, form.hard_quantile, float(form.detach_weight))
-    return [int(x) for x in torch.tensor(values, dtype=torch.float64).view(torch.int64)]

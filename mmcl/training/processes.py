@@ -117,7 +117,7 @@ def build_accelerator(config: RunConfig) -> Accelerator:
         project_dir=config.train.out,
         kwargs_handlers=[
             # objectives own queues and statistics that are equal on all ranks by themselves
-            DistributedDataParallelKwargs(broadcast_buffers=False),
+            DistributedDataParallelKwargs(broadcast_buffers=False, gradient_as_bucket_view=True),
             InitProcessGroupKwargs(timeout=timedelta(seconds=config.train.timeout_seconds)),
         ],
     )

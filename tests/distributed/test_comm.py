@@ -10,7 +10,7 @@ from support.gloo import GlooPool
 from torch import Tensor
 
 from mmcl.distributed import Comm
-from mmcl.distributed.comm import SMALL_BYTES, reduce_scatter, reduce_scatter_together
+from mmcl.distributed.comm import DIRECT_BYTES, SMALL_BYTES, reduce_scatter, reduce_scatter_together
 
 
 def rows_of(rank: int, world: int, rows: int = 12) -> Tensor:
@@ -93,6 +93,29 @@ def together(rank: int, world: int) -> None:
 @pytest.mark.parametrize("world", [1, 2, 3])
 def test_several_travel_together(gloo: GlooPool, world: int) -> None:
     gloo(world, together)
+
+
+def whole_numbers(rank: int, world: int, size: int) -> Tensor:
+    random = torch.Generator().manual_seed(rank)
+    return torch.randint(-99, 99, (world, size), generator=random, dtype=torch.int32)
+
+
+def of_size(rank: int, world: int, size: int) -> list[Tensor]:
+    """The first columns of what ranks make of their numbers."""
+    comm, x = Comm.current(), whole_numbers(rank, world, size)
+    made = [comm.gather_by_rank(x), comm.sum(x), comm.max(x), comm.min(x), reduce_scatter(x, comm)]
+    return [y[:, :5].clone() for y in made]
+
+
+@pytest.mark.parametrize("size", [5, DIRECT_BYTES // 4, SMALL_BYTES // 4])
+@pytest.mark.parametrize("world", [2, 3])
+def test_any_number_of_bytes_travels(gloo: GlooPool, world: int, size: int) -> None:
+    """From each rank to each at once, in rings, in place."""
+    every = torch.stack([whole_numbers(rank, world, size)[:, :5] for rank in range(world)])
+    total = every.sum(0, dtype=torch.int32)
+    for rank, found in enumerate(gloo(world, of_size, size)):
+        wanted = [every.flatten(0, 1), total, every.amax(0), every.amin(0), total[rank : rank + 1]]
+        assert all(a.dtype == torch.int32 and a.equal(b) for a, b in zip(found, wanted, strict=True))
 
 
 def means(rank: int, world: int) -> list[Tensor]:

@@ -10,9 +10,11 @@ from support.gloo import GlooPool
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from mmcl.distributed import Comm, Form, Pair, contrastive, contrastive_pairs, view_contrastive
+from mmcl.distributed import Comm, Form, Pair, contrastive, contrastive_pairs, few, view_contrastive
 
 ROWS = 12
+WAYS = {"each computes all": few.FEW_ROWS, "the work is shared": 0}
+"""how many rows are few"""
 CASES = ("full", "uneven", "rank_1_of_2_empty", "rank_2_of_3_empty", "no_b", "groups", "unpaired", "unpaired_groups")
 
 
@@ -42,9 +44,9 @@ def of_rank(case: str, rank: int, world: int) -> tuple[Tensor, Tensor, dict[str,
     return a[own], b[own], {name: x[own] if isinstance(x, Tensor) else x for name, x in options.items()}
 
 
-def all_cases(rank: int, world: int) -> dict[str, list[Tensor]]:
+def all_cases(rank: int, world: int, few_rows: int = 0) -> dict[str, list[Tensor]]:
     """Loss, gradients of all rows by averaging over ranks, and of the scale."""
-    comm, replies = Comm.current(), {}
+    comm, replies, few.FEW_ROWS = Comm.current(), {}, few_rows
     for case in CASES:
         a, b, options = of_rank(case, rank, world)
         leaves = [a.requires_grad_(), b.requires_grad_(), torch.tensor(9.0, dtype=torch.float64, requires_grad=True)]
@@ -55,10 +57,11 @@ def all_cases(rank: int, world: int) -> dict[str, list[Tensor]]:
 
 
 @pytest.mark.parametrize("world", [2, 3])
-def test_equals_one_process(gloo: GlooPool, world: int) -> None:
+@pytest.mark.parametrize("way", WAYS)
+def test_equals_one_process(gloo: GlooPool, world: int, way: str) -> None:
     expected = all_cases(0, 1)
     assert all(float(values[0]) > 0 for case, values in expected.items() if case != "no_b")
-    for replies in gloo(world, all_cases):
+    for replies in gloo(world, all_cases, WAYS[way]):
         for case, values in replies.items():
             torch.testing.assert_close(
                 values, expected[case], rtol=1e-11, atol=1e-12, msg=lambda m, c=case: f"{c}: {m}"
@@ -78,9 +81,9 @@ FORMS = (
 """what a rank's tile alone cannot say: the hardest share, the weight, the number of candidates"""
 
 
-def all_forms(rank: int, world: int) -> dict[str, list[Tensor]]:
+def all_forms(rank: int, world: int, few_rows: int = 0) -> dict[str, list[Tensor]]:
     """Loss and gradients of every form: a sample has up to three rows on one side, some none; and of two views."""
-    comm, replies = Comm.current(), {}
+    comm, replies, few.FEW_ROWS = Comm.current(), {}, few_rows
     for form in FORMS:
         for case in ("full", "unpaired_groups", "rank_1_of_2_empty", "no_b"):
             random = torch.Generator().manual_seed(5)
@@ -113,10 +116,11 @@ def averaged(loss: Tensor, leaves: list[Tensor], comm: Comm) -> list[Tensor]:
 
 
 @pytest.mark.parametrize("world", [2, 3])
-def test_every_form_equals_one_process(gloo: GlooPool, world: int) -> None:
+@pytest.mark.parametrize("way", WAYS)
+def test_every_form_equals_one_process(gloo: GlooPool, world: int, way: str) -> None:
     expected = all_forms(0, 1)
     assert all(float(v[1].norm()) > 1e-3 for case, v in expected.items() if "no_b" not in case)
-    for replies in gloo(world, all_forms):
+    for replies in gloo(world, all_forms, WAYS[way]):
         for case, values in replies.items():
             torch.testing.assert_close(
                 values, expected[case], rtol=1e-10, atol=1e-12, msg=lambda m, c=case: f"{c}: {m}"
@@ -176,20 +180,23 @@ def test_ranks_that_differ_are_refused_on_all_ranks(gloo: GlooPool, case: str) -
         assert "[4, 5, -1, 4" in replies[0] and "[5, 5, -1, 5" in replies[0]
 
 
-def one_rank_holds_constants(rank: int, world: int) -> list[Tensor]:
+def one_rank_holds_constants(rank: int, world: int, few_rows: int) -> list[Tensor]:
+    few.FEW_ROWS = few_rows
     a, b, options = of_rank("uneven", rank, world)
     leaves = [x.requires_grad_(rank == 0) for x in (a, b)]
     contrastive(*leaves, scale=5.0, comm=Comm.current(), **options).backward()
     return [x.grad for x in leaves if x.grad is not None]
 
 
-def test_a_rank_whose_inputs_are_constants_comes_to_backward_too(gloo: GlooPool) -> None:
-    mine, other = gloo(2, one_rank_holds_constants, timeout_seconds=20.0)
+@pytest.mark.parametrize("way", WAYS)
+def test_a_rank_whose_inputs_are_constants_comes_to_backward_too(gloo: GlooPool, way: str) -> None:
+    mine, other = gloo(2, one_rank_holds_constants, WAYS[way], timeout_seconds=20.0)
     assert len(mine) == 2 and not other
 
 
-def exchanges(rank: int, world: int, pairs: int) -> tuple[int, list[float], list[float]]:
+def exchanges(rank: int, world: int, pairs: int, few_rows: int) -> tuple[int, list[float], list[float]]:
     """How often ranks meet in a forward and a backward of several pairs; their losses together and one by one."""
+    few.FEW_ROWS = few_rows
     generator = torch.Generator().manual_seed(5)
     sides = [torch.randn(12, 8, generator=generator)[rank::world].requires_grad_() for _ in range(pairs + 1)]
     groups = (torch.arange(12) // 2)[rank::world]
@@ -208,10 +215,30 @@ def exchanges(rank: int, world: int, pairs: int) -> tuple[int, list[float], list
     return count, [float(loss.detach()) for loss, _ in found], [float(x.detach()) for x in alone]
 
 
-def test_several_pairs_meet_no_more_often_than_one(gloo: GlooPool) -> None:
+@pytest.mark.parametrize("way", WAYS)
+def test_several_pairs_meet_no_more_often_than_one(gloo: GlooPool, way: str) -> None:
     counts = []
     for pairs in (1, 3):
-        for count, together, alone in gloo(2, exchanges, pairs):
+        for count, together, alone in gloo(2, exchanges, pairs, WAYS[way]):
             assert together == pytest.approx(alone, rel=1e-6) and min(alone) > 0.1
             counts.append(count)
-    assert counts == [7] * 4  # facts, masks with groups, columns, sums of columns, loss; both ways back
+    # facts, and all rows; or facts, masks with groups, columns, sums of columns, loss, and both ways back
+    assert counts == [2 if WAYS[way] else 7] * 4
+
+
+def around_the_limit(rank: int, world: int) -> list[list[Tensor]]:
+    """A block that is few by a row, and the same one that is not."""
+    comm, found = Comm.current(), []
+    for few_rows in (ROWS, ROWS - 1):
+        few.FEW_ROWS = few_rows
+        random = torch.Generator().manual_seed(3)
+        a, b = (torch.randn(ROWS, 6, generator=random)[rank::world].requires_grad_() for _ in "ab")
+        scale = torch.tensor(7.0, requires_grad=True)
+        found.append(averaged(contrastive(a, b, scale=scale, comm=comm), [a, b, scale], comm))
+    return found
+
+
+def test_both_ways_agree_at_the_limit(gloo: GlooPool) -> None:
+    for world in (2, 3):
+        for all_of_it, shared in gloo(world, around_the_limit):
+            torch.testing.assert_close(all_of_it, shared, rtol=1e-5, atol=1e-7)

@@ -53,11 +53,12 @@ def _as_rank(rank: int, world: int, store: str, call: bytes) -> Any:
     function, args = pickle.loads(call)
     if world == 1:
         return function(rank, world, *args)
-    dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=world)
     try:
+        dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=world)
         return function(rank, world, *args)
     finally:
-        dist.destroy_process_group()
+        if dist.is_initialized():  # not where another rank was gone before all had joined
+            dist.destroy_process_group()
 
 
 class GlooPool:
