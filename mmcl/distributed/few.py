@@ -16,8 +16,8 @@ from torch import Tensor
 from mmcl.distributed.comm import Comm
 from mmcl.distributed.pair import Pair, distinct
 
-FEW_ROWS = 256
-"""of one side on all ranks; beyond it a block of logits takes longer than the exchanges that sharing it needs"""
+FEW_ROWS = 128
+"""of one side on all ranks; beyond it the block soon takes longer than the exchanges (tools/bench/few.py)"""
 SIDES = ("a", "b", "present_a", "present_b", "groups", "groups_b", "pools")
 """what of a pair has rows"""
 
