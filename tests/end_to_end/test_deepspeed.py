@@ -98,12 +98,48 @@ def test_splitting_gradients_and_states_changes_nothing(split: Path, plain: Path
     assert all(torch.equal(value, weights[name]) for name, value in load_file(exported / "model.safetensors").items())
 
 
-def test_splitting_states_alone_in_bf16_changes_nothing(shards_folder: Path, tmp_path: Path) -> None:
-    """And a run goes on without DeepSpeed, and with it again."""
-    runs = {"plain": CPU_2, "split": zero(1)}
-    for name, launcher in runs.items():
-        finish(command(launcher, shards_folder, tmp_path / name, "train.precision=bf16"))
-    assert logged(tmp_path / "split", "loss") == pytest.approx(logged(tmp_path / "plain", "loss"), rel=1e-3)
+POISONED = """
+import dataclasses, os, sys, torch
+from mmcl import load_config
+from mmcl.training.launch import pretrain
+from mmcl.training.step import TrainStep
+from mmcl.types import RunError
+
+forward = TrainStep.forward
+
+def poison(self, batch, cache=None, optimizer_step=None):
+    term, number = forward(self, batch, cache, optimizer_step), 1 + (-1 if optimizer_step is None else optimizer_step)
+    if os.environ["RANK"] == "1" and number == 3:
+        return dataclasses.replace(term, loss=term.loss + torch.nan)
+    return dataclasses.replace(term, loss=term.loss * torch.nan) if number in (5, 6) else term
+
+TrainStep.forward = poison
+try:
+    pretrain(load_config(sys.argv[1], sys.argv[2:]))
+except RunError as error:
+    sys.exit(str(error))
+"""
+"""a run that ends at step 6: in step 3 the loss of one rank is not finite, in 5 and 6 gradients are not"""
+
+
+def test_a_step_that_is_not_finite_changes_nothing(shards_folder: Path, tmp_path: Path) -> None:
+    """Stage 1, in bf16."""
+    (tmp_path / "poisoned.py").write_text(POISONED)
+    more = ("train.precision=bf16", "train.nonfinite=skip", "train.nonfinite_limit=1", "train.checkpoint_every=1")
+    for name, launcher in {"plain": CPU_2, "split": zero(1)}.items():
+        run = arguments(shards_folder, tmp_path / name, *RUN, *CLIPPED, *more)
+        done = finish([*launcher, str(tmp_path / "poisoned.py"), *run], code=1)
+        assert "step 6: not finite: " in done.stderr and "2 steps in a row" in done.stderr
+    found, wanted = ([float(x) for x in logged(tmp_path / name, "loss")] for name in ("split", "plain"))
+    assert found == pytest.approx(wanted, rel=1e-3, nan_ok=True)
+    folders = [tmp_path / f"split/checkpoints/step_{number:08d}" for number in (2, 3, 4, 5)]
+    two, three, four, five = (load_file(folder / "model.safetensors") for folder in folders)
+    assert all(torch.equal(two[name], three[name]) and torch.equal(four[name], five[name]) for name in two)
+    assert not all(torch.equal(two[name], four[name]) for name in two)
+    records = [json.loads((tmp_path / f"{run}/nonfinite/step_00000006.json").read_text()) for run in ("split", "plain")]
+    named = [[name.removeprefix("module.") for name in record["gradients"]] for record in records]
+    assert named[0] == named[1] != []
+    assert records[0]["keys"] == records[1]["keys"]
 
 
 def test_a_killed_run_goes_on_bit_for_bit(shards_folder: Path, split: Path, tmp_path: Path) -> None:
@@ -117,8 +153,8 @@ def test_a_killed_run_goes_on_bit_for_bit(shards_folder: Path, split: Path, tmp_
 
 
 def test_a_run_goes_on_with_and_without(shards_folder: Path, split: Path, plain: Path, tmp_path: Path) -> None:
-    for start, launcher in ((split, CPU_2), (plain, zero(2))):
-        out = tmp_path / launcher[-1]
+    for name, start, launcher in (("without", split, CPU_2), ("with", plain, zero(2))):
+        out = tmp_path / name
         checkpoint = str(start / "checkpoints/step_00000005")
         finish([*command(launcher, shards_folder, out), "--resume", checkpoint])
         assert logged(out, "loss") == pytest.approx(logged(plain, "loss")[5:], rel=1e-5)
