@@ -115,6 +115,7 @@ class ZeroOptimizer(Optimizer):
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Forgets the gradients, taken or not."""
         self._backwards = 0
+        # as it does itself where it takes no step
         for kept in (self._zero.averaged_gradients, self._zero.all_grad_tensors):
             for group in kept:
                 kept[group] = None
