@@ -132,6 +132,8 @@ def test_a_step_that_is_not_finite_changes_nothing(shards_folder: Path, tmp_path
         assert "step 6: not finite: " in done.stderr and "2 steps in a row" in done.stderr
     found, wanted = ([float(x) for x in logged(tmp_path / name, "loss")] for name in ("split", "plain"))
     assert found == pytest.approx(wanted, rel=1e-3, nan_ok=True)
+    norms = [logged(tmp_path / name, "grad_norm")[:4] for name in ("split", "plain")]
+    assert norms[0] == pytest.approx(norms[1], rel=1e-2), "nothing is left of the gradients of step 3"
     folders = [tmp_path / f"split/checkpoints/step_{number:08d}" for number in (2, 3, 4, 5)]
     two, three, four, five = (load_file(folder / "model.safetensors") for folder in folders)
     assert all(torch.equal(two[name], three[name]) and torch.equal(four[name], five[name]) for name in two)
