@@ -168,7 +168,7 @@ class TrainOptions(Options):
     """null: no other is kept"""
     sharding: Literal["none", "fsdp2"] | None = None
     """``fsdp2``: parameters, gradients and optimizer states are split over ranks, tower block by tower block; null: as
-    the launcher says (configs/accelerate/fsdp2_8.yaml)"""
+    the launcher says (configs/accelerate/fsdp2_8.yaml; deepspeed_8.yaml splits gradients and states alone)"""
     timeout_seconds: Annotated[float, Field(ge=1)] = 600.0
     """how long ranks wait for one that gives no sign of life, before they end and name it"""
     nonfinite: Literal["stop", "skip"] = "stop"

@@ -10,12 +10,14 @@ from pathlib import Path
 import torch
 from accelerate import Accelerator, DistributedDataParallelKwargs
 from accelerate.tracking import get_available_trackers
-from accelerate.utils import InitProcessGroupKwargs
+from accelerate.utils import InitProcessGroupKwargs, patch_environment
 
-from mmcl.recipe import RunConfig
+from mmcl.recipe import RunConfig, TrainOptions
 from mmcl.training.changes import flat
 from mmcl.training.loss_scale import set_tf32
 from mmcl.types import ConfigError
+
+_DEEPSPEED, _ZERO_STAGE = "ACCELERATE_USE_DEEPSPEED", "ACCELERATE_DEEPSPEED_ZERO_STAGE"
 
 
 def check_launch(config: RunConfig, environment: Mapping[str, str]) -> None:
@@ -51,12 +53,8 @@ def check_launch(config: RunConfig, environment: Mapping[str, str]) -> None:
             f"the launcher says dynamo_backend={compiler} (ACCELERATE_DYNAMO_BACKEND), but a run compiles only what "
             "its configuration names; set dynamo_backend: 'no' there"
         )
-    if _says(environment, "ACCELERATE_USE_DEEPSPEED"):
-        raise ConfigError(
-            f"train.sharding: {train.sharding or 'none'}, but the launcher says DeepSpeed (ACCELERATE_USE_DEEPSPEED), "
-            "whose engine owns optimizer, clipping and checkpoints, which are this run's own here (exact resume, "
-            "objectives' state); its ZeRO stages are what train.sharding=fsdp2 does: configs/accelerate/fsdp2_8.yaml"
-        )
+    if _says(environment, _DEEPSPEED):
+        _check_deepspeed(train, environment)
     if _says(environment, "ACCELERATE_USE_FSDP"):
         version = environment.get("FSDP_VERSION", "1")
         if train.sharding == "none" or version != "2":
@@ -65,6 +63,56 @@ def check_launch(config: RunConfig, environment: Mapping[str, str]) -> None:
                 "(ACCELERATE_USE_FSDP, FSDP_VERSION); leave train.sharding out and set fsdp_version: 2 there, or take "
                 "another launch file"
             )
+
+
+def _check_deepspeed(train: TrainOptions, environment: Mapping[str, str]) -> None:
+    """Refuses what DeepSpeed is told to do and a run does not, and what a run does not do under it."""
+    stage = environment.get(_ZERO_STAGE, "2")
+    if stage not in ("1", "2"):
+        other = "fsdp2_8.yaml splits weights too" if stage == "3" else "gpu_8.yaml splits nothing"
+        raise ConfigError(
+            f"the launcher says zero_stage={stage} ({_ZERO_STAGE}), but a run knows 1 and 2; configs/accelerate/{other}"
+        )
+    for name in ("OPTIMIZER", "PARAM"):
+        device = environment.get(f"ACCELERATE_DEEPSPEED_OFFLOAD_{name}_DEVICE", "none")
+        if device != "none":
+            raise ConfigError(f"the launcher says offload_{name.lower()}_device={device}, but a run knows none alone")
+    file = environment.get("ACCELERATE_DEEPSPEED_CONFIG_FILE", "none")
+    if file.lower() not in ("none", ""):
+        raise ConfigError(
+            f"the launcher says deepspeed_config_file={file}, which is not read; zero_stage is all that a run is told"
+        )
+    clip = environment.get("ACCELERATE_GRADIENT_CLIPPING", "none")
+    if clip != "none" and float(clip) != train.optimizer.clip_norm:
+        raise ConfigError(
+            f"train.optimizer.clip_norm: {train.optimizer.clip_norm}, but the launcher says gradient_clipping={clip} "
+            "(ACCELERATE_GRADIENT_CLIPPING); leave it out there"
+        )
+    if train.sharding is not None:
+        raise ConfigError(
+            f"train.sharding: {train.sharding}, but the launcher says DeepSpeed (ACCELERATE_USE_DEEPSPEED); leave "
+            "train.sharding out, or take another launch file"
+        )
+    told = {
+        "precision: fp16": (train.precision == "fp16", "scales losses; take bf16 or fp32"),
+        f"micro_batch: {train.micro_batch}": (
+            train.micro_batch is not None,
+            "runs several backwards into one gradient; set it to null or take another launch file",
+        ),
+        "channels_last: true": (train.channels_last, "lays out weights that DeepSpeed lays out anew; set it to false"),
+        f"optimizer: {train.optimizer.name}": (
+            train.optimizer.name == "lars",
+            "looks at whole matrices, of which a rank holds parts; take adamw or sgd",
+        ),
+    }
+    for option, (taken, why) in told.items():
+        if taken:
+            raise ConfigError(f"train.{option} {why} (the launcher says DeepSpeed)")
+
+
+def zero_stage(environment: Mapping[str, str]) -> int | None:
+    """Of DeepSpeed's ZeRO, as the launcher says; None where it does not say DeepSpeed."""
+    return int(environment.get(_ZERO_STAGE, "2")) if _says(environment, _DEEPSPEED) else None
 
 
 def begin_tracking(accelerator: Accelerator, config: RunConfig) -> None:
@@ -110,14 +158,16 @@ def build_accelerator(config: RunConfig) -> Accelerator:
                 f"train.trackers.{number}: {name!r} is unknown or not installed; "
                 f"here are: {', '.join(known) or 'none'} (pip install 'mmcl[track]' brings tensorboard)"
             )
-    return Accelerator(
-        cpu=not torch.cuda.is_available(),
-        mixed_precision=precision,
-        log_with=list(config.train.trackers) or None,
-        project_dir=config.train.out,
-        kwargs_handlers=[
-            # objectives own queues and statistics that are equal on all ranks by themselves
-            DistributedDataParallelKwargs(broadcast_buffers=False, gradient_as_bucket_view=True),
-            InitProcessGroupKwargs(timeout=timedelta(seconds=config.train.timeout_seconds)),
-        ],
-    )
+    # of DeepSpeed a run takes the optimizer alone (mmcl.training.zero), and nothing through accelerate
+    with patch_environment(**{_DEEPSPEED: "false"}):
+        return Accelerator(
+            cpu=not torch.cuda.is_available(),
+            mixed_precision=precision,
+            log_with=list(config.train.trackers) or None,
+            project_dir=config.train.out,
+            kwargs_handlers=[
+                # objectives own queues and statistics that are equal on all ranks by themselves
+                DistributedDataParallelKwargs(broadcast_buffers=False, gradient_as_bucket_view=True),
+                InitProcessGroupKwargs(timeout=timedelta(seconds=config.train.timeout_seconds)),
+            ],
+        )

@@ -38,7 +38,7 @@ from mmcl.training.momentum import advance, momentum_at
 from mmcl.training.nonfinite import NonFiniteLimit, describe_step, total_norm, write_step
 from mmcl.training.optim import build_optimizer, learning_rate_factor, set_learning_rate
 from mmcl.training.prefetch import on_device
-from mmcl.training.processes import is_sharded
+from mmcl.training.processes import is_sharded, zero_stage
 from mmcl.training.profiling import StepProfile
 from mmcl.training.run_folder import RunFolder
 from mmcl.training.saving import Saver
@@ -49,6 +49,7 @@ from mmcl.training.soundness import SilenceWatch, check_labels, check_pools, not
 from mmcl.training.spans import span
 from mmcl.training.step import TrainStep
 from mmcl.training.watching import embedding_figures, gradient_norms
+from mmcl.training.zero import ZeroOptimizer
 from mmcl.types import Batch, ConfigError, View
 
 
@@ -87,10 +88,14 @@ class Trainer:
             raise ConfigError("train.micro_batch: the gradient cache replays whole towers, train.sharding splits them")
         if self.sharded and config.train.ema is not None:
             raise ConfigError("train.ema: keeps the weights as a whole, train.sharding splits them")
-        self.step_module: nn.Module = (
-            shard(step, accelerator.device) if self.sharded else accelerator.prepare_model(step)
-        )
+        stage = zero_stage(os.environ) if self.comm.world_size > 1 else None
+        reduced = self.sharded or stage is not None  # its gradients, by what splits them
+        self.step_module: nn.Module = step.to(accelerator.device) if reduced else accelerator.prepare_model(step)
+        if self.sharded:
+            shard(step, accelerator.device)
         self.optimizer = build_optimizer(self.step_module, config.train.optimizer)
+        if stage is not None:
+            self.optimizer = ZeroOptimizer(step, self.optimizer, stage, config.train)
         self.average = None if config.train.ema is None else WeightAverage(self.model, config.train.ema)
         self.loss_scale = LossScale(accelerator.scaler)
         self.evaluator = Evaluator(config, self.comm, sharded=self.sharded)
@@ -191,6 +196,9 @@ class Trainer:
 
     def _gradients(self) -> tuple[Tensor, dict[str, float]]:
         """Reduces and clips them; their norm, and in steps that are watched that of each tower."""
+        if isinstance(self.optimizer, ZeroOptimizer):  # clips in its step
+            norm = self.optimizer.gradient_norm(whole=self.step.watching)
+            return norm, gradient_norms(self.model) if self.step.watching else {}
         if self.sharded:
             average_whole_gradients(self.step_module)
         self.loss_scale.unscale(self.optimizer)
@@ -223,7 +231,10 @@ class Trainer:
         with self.accelerator.autocast():
             term: Term = self.step_module(batch, optimizer_step=self.progress.step)
         with span("backward"):
-            torch.autograd.backward(self.loss_scale(term.loss / parts))
+            if isinstance(self.optimizer, ZeroOptimizer):
+                self.optimizer.backward(term.loss / parts, parts)
+            else:
+                torch.autograd.backward(self.loss_scale(term.loss / parts))
         return term
 
     def _all_finite(self, terms: list[Term], grad_norm: Tensor, batches: list[Batch]) -> bool:
@@ -307,12 +318,13 @@ class Trainer:
         if self.sharded:
             tensors = host_copy(state_tensors(self.step_module, self.optimizer))
             return Snapshot(*common, {"random": random}, sharded=tensors)
+        optimizer = self.optimizer.state_dict()  # on every rank, which may hold a part of it
         if not self.accelerator.is_main_process:
             return Snapshot(*common, {})
         tensors = {name: host_copy(module.state_dict()) for name, module in self._saved_modules().items()}
         if self.average is not None:
             tensors[AVERAGE] = host_copy(self.average.values)
-        return Snapshot(*common, {**tensors, "random": random}, host_copy(self.optimizer.state_dict()))
+        return Snapshot(*common, {**tensors, "random": random}, host_copy(optimizer))
 
     def _saved_modules(self) -> dict[str, nn.Module]:
         """What is saved and taken up as ``NAME.safetensors``."""
@@ -332,6 +344,8 @@ class Trainer:
             )
         try:
             if (source / FOLDER).is_dir():
+                if isinstance(self.optimizer, ZeroOptimizer):
+                    raise ValueError("it is split over ranks; go on with FSDP2, or on one process")
                 tensors = state_tensors(self.step_module, self.optimizer)
                 read_sharded(source / FOLDER, tensors, alone=not self.sharded)
                 load_state_tensors(self.step_module, self.optimizer, tensors)

@@ -27,8 +27,9 @@ def arguments(shards: Path, out: Path, *more: str) -> list[str]:
 
 
 def environment(more: Mapping[str, str] | None = None) -> dict[str, str]:
-    """This tree and one thread, whatever is installed."""
-    return {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", **(more or {})}
+    """This tree first and one thread, whatever is installed."""
+    path = os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH"))))
+    return {**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1", **(more or {})}
 
 
 def finish(command: list[str], code: int | None = 0, timeout_seconds: float = 250) -> subprocess.CompletedProcess[str]:

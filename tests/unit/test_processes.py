@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import re
 import shlex
 import subprocess
@@ -9,14 +10,18 @@ from collections.abc import Mapping
 from pathlib import Path
 
 import pytest
+import torch
 import yaml
 from support.recipes import ROOT, tiny_config
 
-from mmcl.training.processes import check_launch, is_sharded
+from mmcl.training.processes import check_launch, is_sharded, zero_stage
+from mmcl.training.zero import ZeroOptimizer
 from mmcl.types import ConfigError
 
 ACCELERATE = ROOT / "configs/accelerate"
 SLURM = ACCELERATE / "slurm.sh"
+STAGE = "ACCELERATE_DEEPSPEED_ZERO_STAGE"
+ZERO = {"ACCELERATE_USE_DEEPSPEED": "true", STAGE: "2", "ACCELERATE_DEEPSPEED_OFFLOAD_PARAM_DEVICE": "none"}
 
 
 @pytest.mark.parametrize(
@@ -35,7 +40,24 @@ SLURM = ACCELERATE / "slurm.sh"
             r"train\.accumulate: 2, but the launcher says gradient_accumulation_steps=4",
         ),
         ("train.steps=2", {"ACCELERATE_DYNAMO_BACKEND": "INDUCTOR"}, "dynamo_backend=inductor"),
-        ("train.steps=2", {"ACCELERATE_USE_DEEPSPEED": "true"}, r"train\.sharding: none, .* DeepSpeed"),
+        ("train.sharding=fsdp2", ZERO, r"train\.sharding: fsdp2, .* DeepSpeed"),
+        ("train.steps=2", {**ZERO, STAGE: "3"}, "zero_stage=3 .* knows 1 and 2; configs/accelerate/fsdp2_8.yaml"),
+        ("train.steps=2", {**ZERO, STAGE: "0"}, "zero_stage=0 .* knows 1 and 2; configs/accelerate/gpu_8.yaml"),
+        (
+            "train.steps=2",
+            {**ZERO, "ACCELERATE_DEEPSPEED_OFFLOAD_OPTIMIZER_DEVICE": "cpu"},
+            "offload_optimizer_device=cpu, but a run knows none",
+        ),
+        ("train.steps=2", {**ZERO, "ACCELERATE_DEEPSPEED_CONFIG_FILE": "ds.json"}, "deepspeed_config_file=ds.json"),
+        (
+            "train.optimizer.clip_norm=2",
+            {**ZERO, "ACCELERATE_GRADIENT_CLIPPING": "1.0"},
+            r"train\.optimizer\.clip_norm: 2\.0, but the launcher says gradient_clipping=1\.0",
+        ),
+        ("train.precision=fp16", ZERO, r"train\.precision: fp16 scales losses.* DeepSpeed"),
+        ("train.micro_batch=2", ZERO, r"train\.micro_batch: 2 .* DeepSpeed"),
+        ("train.channels_last=true", ZERO, r"train\.channels_last: true .* DeepSpeed"),
+        ("train.optimizer={name: lars}", ZERO, r"train\.optimizer: lars .* DeepSpeed"),
         (
             "train.sharding=none",
             {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2"},
@@ -64,6 +86,23 @@ def test_the_launcher_decides_on_sharding_where_the_configuration_is_silent() ->
     assert is_sharded(tiny_config("train.sharding=fsdp2"), {})
 
 
+@pytest.mark.parametrize("stage", [1, 2])
+def test_the_launcher_decides_on_deepspeed(stage: int) -> None:
+    said = {**ZERO, STAGE: str(stage)}
+    check_launch(tiny_config("train.precision=bf16", "train.accumulate=2"), said)
+    assert zero_stage(said) == stage
+    assert not is_sharded(tiny_config(), said)
+    assert zero_stage({}) is None
+    assert zero_stage({"ACCELERATE_USE_DEEPSPEED": "false", STAGE: "2"}) is None
+
+
+@pytest.mark.skipif(importlib.util.find_spec("deepspeed") is not None, reason="deepspeed is installed")
+def test_deepspeed_that_is_missing_is_one_line() -> None:
+    optimizer = torch.optim.SGD([torch.zeros(2, requires_grad=True)])
+    with pytest.raises(ConfigError, match=re.escape("pip install 'mmcl[deepspeed]'")):
+        ZeroOptimizer(torch.nn.Linear(1, 1), optimizer, 2, tiny_config().train)
+
+
 def launch_file(name: str) -> dict[str, object]:
     return yaml.safe_load((ACCELERATE / name).read_text())
 
@@ -75,6 +114,7 @@ def test_launch_files_say_what_their_names_say() -> None:
         "gpu_8": (1, 8),
         "nodes_2x8": (2, 16),
         "fsdp2_8": (1, 8),
+        "deepspeed_8": (1, 8),
         "single": (1, 1),
     }
     assert counts.keys() == {path.stem for path in ACCELERATE.glob("*.yaml")}
@@ -83,6 +123,7 @@ def test_launch_files_say_what_their_names_say() -> None:
         assert (said["num_machines"], said["num_processes"]) == (machines, processes), name
         assert said["mixed_precision"] == "no" and said["use_cpu"] is False, name
     assert launch_file("fsdp2_8.yaml")["fsdp_config"] == {"fsdp_version": 2}
+    assert launch_file("deepspeed_8.yaml")["deepspeed_config"] == {"zero_stage": 2}
 
 
 def directives() -> dict[str, str]:
