@@ -16,8 +16,8 @@ from torch import Tensor
 from mmcl.distributed.comm import Comm
 from mmcl.distributed.pair import SIDES, Pair, distinct, sides
 
-FEW_ROWS = 256
-"""of one side on all ranks; beyond it a block of logits takes longer than the exchanges that sharing it needs"""
+FEW_ROWS = 128
+"""of one side on all ranks; beyond it the block soon takes longer than the exchanges (tools/bench/few.py)"""
 
 
 def is_few(pairs: Sequence[Pair], comm: Comm) -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import socket
 from contextlib import AbstractContextManager
 from pathlib import Path
@@ -34,6 +35,7 @@ class StepProfile(AbstractContextManager["StepProfile"]):
         self._seen = 0
 
     def _make(self) -> Any:
+        os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # it tells of its stages, and calls a lack of GPUs an error
         activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if torch.cuda.is_available() else [])]
         return profile(
             activities=activities,
