@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import struct
+import zlib
 from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
 from mmcl.distributed.comm import Comm
-from mmcl.distributed.pair import Form, Pair, distinct
+from mmcl.distributed.pair import SIDES, Form, Pair, distinct, sides
 
 
 def agree(
@@ -18,15 +19,16 @@ def agree(
     """Raises on all ranks if one of them cannot go on. Returns of each pair whether some rank wants a gradient, and for
     ``b``."""
     settings = [int(unpaired_negatives), *form.name.encode().ljust(24), *_bits(form)]
-    _, places = distinct([x for pair in pairs for x in (pair.groups, pair.groups_b)])
-    facts = [[*_sizes(pair), *settings, *places[2 * k : 2 * k + 2], *_wants(pair)] for k, pair in enumerate(pairs)]
+    kinds = _kinds(pairs)
+    facts = [[*_sizes(pair), *settings, *kinds[k], *_wants(pair)] for k, pair in enumerate(pairs)]
     every = comm.gather(torch.tensor([facts], device=comm.host_device)).tolist()
     for k, own in enumerate(facts):
         if not _fits(own[:SIZES], several) or any(other[k][:-2] != own[:-2] for other in every):
             raise ValueError(
                 "a must be (B, D), b (B, D) or (B, K, D), present_a (B,), present_b as b without D, groups and "
-                "groups_b (B,) or (B, G) or None, pools (B,) or None, all equal on all ranks, as unpaired_negatives "
-                f"and form; these by rank, -1 for no axis: {[other[k][: SIZES + 1] for other in every]}"
+                "groups_b (B,) or (B, G) or None, pools (B,) or None, all equal on all ranks, as are their dtypes, "
+                "which of them are None or one tensor, unpaired_negatives and form; these by rank, -1 for no axis: "
+                f"{[other[k][: SIZES + 1] for other in every]}"
             )
     return [(any(x[k][-2] for x in every), any(x[k][-1] for x in every)) for k in range(len(pairs))]
 
@@ -39,6 +41,15 @@ def _sizes(pair: Pair) -> list[int]:
     numbers = [x[:, None] if x is not None and x.ndim == 1 else x for x in (pair.groups, pair.groups_b)]
     tensors = [pair.a, pair.b, *pair.masks(), *numbers, pair.pools]
     return [n for x in tensors for n in ([-1, -1, -1] if x is None else [*x.shape, -1, -1, -1][:3])]
+
+
+def _kinds(pairs: Sequence[Pair]) -> list[list[int]]:
+    """Of what each pair has, which tensor of all it is, −1 for None, and its dtype: rows travel as bytes."""
+    given = sides(pairs)
+    _, places = distinct(given)
+    dtypes = [0 if x is None else zlib.crc32(str(x.dtype).encode()) for x in given]
+    each = [slice(k, k + len(SIDES)) for k in range(0, len(given), len(SIDES))]
+    return [places[part] + dtypes[part] for part in each]
 
 
 def _wants(pair: Pair) -> tuple[int, int]:

@@ -14,12 +14,10 @@ import torch
 from torch import Tensor
 
 from mmcl.distributed.comm import Comm
-from mmcl.distributed.pair import Pair, distinct
+from mmcl.distributed.pair import SIDES, Pair, distinct, sides
 
 FEW_ROWS = 128
 """of one side on all ranks; beyond it the block soon takes longer than the exchanges (tools/bench/few.py)"""
-SIDES = ("a", "b", "present_a", "present_b", "groups", "groups_b", "pools")
-"""what of a pair has rows"""
 
 
 def is_few(pairs: Sequence[Pair], comm: Comm) -> bool:
@@ -34,7 +32,7 @@ def of_all_ranks(pairs: Sequence[Pair], comm: Comm) -> list[Pair]:
     A loss of them that every rank computes has the gradient of :meth:`Comm.share`: ``world_size`` times what it is by
     own rows; by what has no rows, such as ``scale``, what it is.
     """
-    tensors, places = distinct([getattr(pair, side) for pair in pairs for side in SIDES])
+    tensors, places = distinct(sides(pairs))
     everyone: tuple[Tensor, ...] = _OfAllRanks.apply(comm, *tensors)
     rows = (None if place < 0 else everyone[place] for place in places)
     found = []

@@ -59,6 +59,15 @@ class Pair:
         return a, b
 
 
+SIDES = ("a", "b", "present_a", "present_b", "groups", "groups_b", "pools")
+"""what of a pair has rows"""
+
+
+def sides(pairs: Sequence[Pair]) -> list[Tensor | None]:
+    """What has rows, pair by pair."""
+    return [getattr(pair, side) for pair in pairs for side in SIDES]
+
+
 def distinct(xs: Sequence[Tensor | None]) -> tuple[list[Tensor], list[int]]:
     """The different tensors of these, and where among them each stands; −1: None."""
     found: dict[int, tuple[int, Tensor]] = {}

@@ -72,10 +72,13 @@ def check_unchanged(checkpoint: Path, config: RunConfig, allow: Sequence[str] = 
         allow: dotted keys that may have changed, each with all below it.
 
     Raises:
-        ConfigError: something else has changed; shows all of that.
+        ConfigError: something else has changed; shows all of that. Or ``allow`` names what does not exist.
     """
-    then = flat(_configuration(checkpoint / "config.yaml"))
-    now = flat(config.model_dump(mode="json"))
+    trees = _configuration(checkpoint / "config.yaml"), config.model_dump(mode="json")
+    for key in allow:
+        if not any(_has(tree, key.split(".")) for tree in trees):
+            raise ConfigError(f"--allow: {key!r} is no key of this configuration, nor of that of {checkpoint}")
+    then, now = map(flat, trees)
     changed = {
         key: f"{key}: {then.get(key)!r} → {now.get(key)!r}" for key in {**then, **now} if then.get(key) != now.get(key)
     }
@@ -87,6 +90,16 @@ def check_unchanged(checkpoint: Path, config: RunConfig, allow: Sequence[str] = 
             f"{' '.join(f'--allow {key}' for key in refused)} goes on all the same"
         )
     return list(changed.values())
+
+
+def _has(tree: Any, keys: Sequence[str]) -> bool:
+    for key in keys:
+        tree = dict(enumerate(tree)) if isinstance(tree, list) else tree
+        name: Any = int(key) if key.isdecimal() else key
+        if not isinstance(tree, dict) or name not in tree:
+            return False
+        tree = tree[name]
+    return True
 
 
 def _under(key: str, prefixes: Sequence[str]) -> bool:

@@ -72,7 +72,7 @@ def write_checkpoint(
     if best is not None and _is_best(final, best_checkpoint(checkpoints), best):
         _replace_text(checkpoints / BEST, final.name)
     kept = best_checkpoint(checkpoints)
-    for old in complete_checkpoints(checkpoints)[:-keep]:
+    for old in _reached(checkpoints)[:-keep]:
         if old != kept:
             shutil.rmtree(old)
     return final
@@ -106,9 +106,28 @@ def complete_checkpoints(checkpoints: Path) -> list[Path]:
     return [folder for folder in folders if _is_complete(folder)]
 
 
+def _reached(checkpoints: Path) -> list[Path]:
+    """The complete ones up to that which ``latest`` names, oldest first: a run that went back to one of them has given
+    up what came after it.
+    """
+    complete = complete_checkpoints(checkpoints)
+    try:
+        latest = (checkpoints / LATEST).read_text(encoding="utf-8").strip()
+    except OSError:
+        return complete
+    return [folder for folder in complete if folder.name <= latest] or complete
+
+
+def go_back(checkpoints: Path, step: int) -> None:
+    """Makes that of ``step`` the latest, where it is there: from it a run goes on."""
+    folder = step_folder(checkpoints, step)
+    if _is_complete(folder):
+        _replace_text(checkpoints / LATEST, folder.name)
+
+
 def find_checkpoint(run: Path) -> Path | None:
     """The newest complete checkpoint of a run folder whose checksums hold; None if there is none."""
-    for folder in reversed(complete_checkpoints(run / "checkpoints")):
+    for folder in reversed(_reached(run / "checkpoints")):
         if not damaged_files(folder):
             return folder
     return None

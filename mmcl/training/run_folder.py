@@ -10,7 +10,7 @@ from types import TracebackType
 from typing import Any
 
 from mmcl.recipe import BestOptions
-from mmcl.training.checkpoint import find_checkpoint, rejected_checkpoints, write_checkpoint
+from mmcl.training.checkpoint import find_checkpoint, go_back, read_state, rejected_checkpoints, write_checkpoint
 from mmcl.training.signals import started_at
 from mmcl.training.tracking import append_lines, keep_lines
 from mmcl.types import ConfigError, RunError
@@ -59,7 +59,7 @@ class RunFolder:
 
         Raises:
             ConfigError: the folder already holds a run and no ``--resume`` was given, or the path is no checkpoint.
-            RunError: there are checkpoints, and none is whole.
+            RunError: there are checkpoints, and none is whole; or the given one is not.
         """
         rejected = rejected_checkpoints(self.path)
         latest = find_checkpoint(self.path)
@@ -80,12 +80,17 @@ class RunFolder:
         found = path if (path / "state.json").exists() else find_checkpoint(path)
         if found is None:
             raise ConfigError(f"--resume: {resume} is neither a checkpoint nor a run folder with one")
+        read_state(found)  # before anything else of it is looked at
         return found
 
     def write_config(self, text: str) -> None:
+        temporary = self.path / "config.yaml.partial"
         try:
-            (self.path / "config.yaml").write_text(text, encoding="utf-8")
+            temporary.write_text(text, encoding="utf-8")
+            temporary.replace(self.path / "config.yaml")
         except OSError as error:
+            with suppress(OSError):
+                temporary.unlink()
             raise RunError(f"run folder {self.path}: cannot be written: {error.strerror or error}") from None
 
     def write_metrics(self, record: Mapping[str, Any]) -> None:
@@ -109,6 +114,7 @@ class RunFolder:
         if self.writer:
             keep_lines(self.metrics, lambda record: int(record["step"]) <= step)
             keep_lines(self.skipped, lambda record: int(record["draw"]) < samples)
+            go_back(self.path / "checkpoints", step)
 
     def checkpoint(
         self, step: int, write: Callable[[Path], None], *, keep: int, best: BestOptions | None = None

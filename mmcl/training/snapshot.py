@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import json
 import platform
 import subprocess
@@ -136,16 +137,21 @@ def counters(
     }
 
 
+@functools.cache
 def git_commit() -> str | None:
-    """The commit that this code is of, with ``-dirty`` where files differ from it; None outside of a checkout."""
+    """The commit that this code is of, with ``-dirty`` where files differ from it; None where git does not tell, such
+    as outside of a checkout. Asked once: the run goes on with the code that it started with."""
     root = Path(mmcl.__file__).parents[1]
     if not (root / ".git").exists():
         return None
-    described = subprocess.run(
-        ["git", "-C", str(root), "describe", "--always", "--abbrev=40", "--exclude=*", "--dirty"],
-        capture_output=True,
-        text=True,
-        check=False,
-        timeout=30,
-    )
+    try:
+        described = subprocess.run(
+            ["git", "-C", str(root), "describe", "--always", "--abbrev=40", "--exclude=*", "--dirty"],
+            capture_output=True,
+            text=True,
+            check=False,
+            timeout=30,
+        )
+    except (OSError, subprocess.TimeoutExpired):
+        return None
     return described.stdout.strip() or None

@@ -159,10 +159,11 @@ def refused(rank: int, world: int, case: str) -> str:
     groups = torch.zeros(rows, dtype=torch.int64) if case == "groups" and rank == 0 else None
     try:
         contrastive(
-            a,
-            a,
+            a.double() if case == "dtype" and rank == 0 else a,
+            a.clone() if case == "same" and rank == 0 else a,
             scale=1.0,
             comm=Comm.current(),
+            present_a=torch.ones(rows, dtype=torch.bool) if case == "mask" and rank == 0 else None,
             groups=groups,
             unpaired_negatives=case == "mode" and rank == 0,
             form=Form(hard_quantile=0.5 if case == "form" and rank == 0 else 1.0),
@@ -172,7 +173,7 @@ def refused(rank: int, world: int, case: str) -> str:
     return "went through"
 
 
-@pytest.mark.parametrize("case", ["rows", "groups", "mode", "form"])
+@pytest.mark.parametrize("case", ["rows", "groups", "mask", "same", "dtype", "mode", "form"])
 def test_ranks_that_differ_are_refused_on_all_ranks(gloo: GlooPool, case: str) -> None:
     replies = gloo(2, refused, case, timeout_seconds=20.0)
     assert replies[0] == replies[1] and "all equal on all ranks" in replies[0]

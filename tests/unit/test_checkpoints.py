@@ -25,7 +25,7 @@ from mmcl.training.checkpoint import best_checkpoint, complete_checkpoints, find
 from mmcl.training.launch import pretrain
 from mmcl.training.run_folder import RunFolder
 from mmcl.training.saving import Saver
-from mmcl.training.snapshot import Snapshot, host_copy
+from mmcl.training.snapshot import Snapshot, git_commit, host_copy
 from mmcl.training.trainer import Trainer
 from mmcl.types import ConfigError, RunError
 
@@ -99,6 +99,13 @@ def test_a_run_keeps_its_best_and_says_what_it_was_made_with(
     assert state["metrics"]["learning_rate"] == rates[-1]
     pretrain(config(shards_folder, tmp_path / "other", "train.best={metric: recall}", "train.steps=2"))
     assert "'recall' is not among what was logged so far" in capsys.readouterr().out
+
+
+def test_a_run_needs_no_git(monkeypatch: pytest.MonkeyPatch) -> None:
+    git_commit.cache_clear()
+    monkeypatch.setenv("PATH", "/nowhere")
+    assert git_commit() is None
+    git_commit.cache_clear()
 
 
 def test_minutes_count_too(shards_folder: Path, tmp_path: Path) -> None:

@@ -11,6 +11,7 @@ import torch
 from safetensors.torch import load_file
 from support.recipes import tiny_config
 
+from mmcl.folders import model_folder
 from mmcl.recipe import AdamWOptions, RunConfig
 from mmcl.training.checkpoint import complete_checkpoints, find_checkpoint, write_checkpoint
 from mmcl.training.launch import describe, pretrain
@@ -177,6 +178,8 @@ def test_a_checkpoint_of_another_model_or_order_is_refused(shards_folder: Path, 
         run(narrow, resume=str(finished))
     with pytest.raises(ConfigError, match="does not fit"):
         run(narrow, resume=str(finished), allow=("model",))
+    with pytest.raises(ConfigError, match=r"--allow: 'model\.jointwidth' is no key"):
+        run(narrow, resume=str(finished), allow=("model.jointwidth",))
     with pytest.raises(ConfigError, match=r"order has changed: seed"):
         run(short(shards_folder, tmp_path / "b", "train.seed=5"), resume=str(finished), allow=("train.seed",))
     with pytest.raises(ConfigError, match="neither a checkpoint"):
@@ -296,6 +299,9 @@ def test_a_damaged_checkpoint_is_named(shards_folder: Path, tmp_path: Path, caps
     (newest / "optimizer.pt").write_bytes(b"garbage")
     with pytest.raises(RunError, match=r"step_00000012: damaged or incomplete: optimizer\.pt"):
         run(config, resume=str(newest))
+    (newest / "config.yaml").write_text("a: [")
+    with pytest.raises(RunError, match=r"step_00000012: damaged or incomplete: config\.yaml, optimizer\.pt"):
+        run(config, resume=str(newest))
     run(config, resume="auto")
     assert "not taken: " in capsys.readouterr().out
     for name in ("state.json", "files.json"):
@@ -303,6 +309,26 @@ def test_a_damaged_checkpoint_is_named(shards_folder: Path, tmp_path: Path, caps
             (checkpoint / name).write_text("[1, 2]")
         with pytest.raises(RunError, match="no checkpoint is whole"):
             run(config, resume="auto")
+
+
+def test_going_back_gives_up_what_came_after(shards_folder: Path, tmp_path: Path, finished: Path) -> None:
+    """A checkpoint taken after going back is the newest, though an older run of this folder had come further."""
+    folder = run(short(shards_folder, tmp_path / "run", "train.keep_checkpoints=3"))
+    back = short(shards_folder, folder, "train.keep_checkpoints=1", "train.checkpoint_every=5")
+    step, crash = Trainer.optimizer_step, RuntimeError("pulled the plug")
+
+    def crash_in_seven(self: Trainer, batches: list) -> object:
+        if self.progress.step == 6:
+            raise crash
+        return step(self, batches)
+
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(RuntimeError, match="plug"):
+        patch.setattr(Trainer, "optimizer_step", crash_in_seven)
+        run(back, resume=str(folder / "checkpoints/step_00000004"))
+    assert find_checkpoint(folder) == model_folder(folder) == folder / "checkpoints/step_00000005"
+    run(back, resume="auto")
+    assert same(weights(folder), weights(finished))
+    assert [path.name for path in complete_checkpoints(folder / "checkpoints")] == ["step_00000012"]
 
 
 def test_a_refused_resume_leaves_the_configuration_alone(shards_folder: Path, tmp_path: Path) -> None:
