@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import importlib.util
 import re
 import shlex
 import subprocess
+import sys
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -96,8 +96,8 @@ def test_the_launcher_decides_on_deepspeed(stage: int) -> None:
     assert zero_stage({"ACCELERATE_USE_DEEPSPEED": "false", STAGE: "2"}) is None
 
 
-@pytest.mark.skipif(importlib.util.find_spec("deepspeed") is not None, reason="deepspeed is installed")
-def test_deepspeed_that_is_missing_is_one_line() -> None:
+def test_deepspeed_that_is_missing_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "deepspeed", None)
     optimizer = torch.optim.SGD([torch.zeros(2, requires_grad=True)])
     with pytest.raises(ConfigError, match=re.escape("pip install 'mmcl[deepspeed]'")):
         ZeroOptimizer(torch.nn.Linear(1, 1), optimizer, 2, tiny_config().train)
