@@ -383,7 +383,7 @@ def guarded(function: Callable[[], object]) -> None:
         if not isinstance(error, MmclError) or os.environ.get("MMCL_DEBUG"):
             raise
         rank = f"[rank {os.environ['RANK']}] " if int(os.environ.get("WORLD_SIZE", "1")) > 1 else ""
-        print(f"{rank}error: {error}", file=sys.stderr, flush=True)
+        print(f"{rank}error: {error}\n", end="", file=sys.stderr, flush=True)  # in one piece, as other ranks write too
         sys.exit(error.exit_code)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Mapping
 
 import torch
@@ -37,8 +38,9 @@ def embedding_figures(seen: Embeddings, comm: Comm) -> dict[str, float]:
         if len(own) < 2:
             continue
         figures[f"std/{tower}"] = float(own.std(0).mean()) * own.shape[1] ** 0.5
-        # the same singular values, from the smaller of the two products
-        figures[f"effective_rank/{tower}"] = effective_rank(own if len(own) >= own.shape[1] else own.T)
+        # the same singular values, from the smaller of the two products; where numbers are not finite there are none
+        smaller = own if len(own) >= own.shape[1] else own.T
+        figures[f"effective_rank/{tower}"] = effective_rank(smaller) if bool(own.isfinite().all()) else math.nan
         figures[f"uniformity/{tower}"] = float(uniformity(own))
     for (a, first), (b, second) in itertools.combinations(rows.items(), 2):
         both = first[1] & second[1]

@@ -61,6 +61,14 @@ def test_figures_are_those_of_present_unit_rows() -> None:
     assert found["std/audio"] == pytest.approx(1, abs=0.1) and found["effective_rank/audio"] > 7
 
 
+def test_rows_that_are_not_finite_have_no_figures() -> None:
+    """A step that is skipped may be one that is logged."""
+    rows, present = F.normalize(torch.randn(12, 8), dim=1), torch.ones(12, dtype=torch.bool)
+    rows[3, 5] = math.nan
+    found = embedding_figures(seen(rows, rows, present), Comm())
+    assert len(found) == 7 and all(math.isnan(value) for value in found.values())
+
+
 def test_fewer_rows_than_numbers_have_the_same_rank() -> None:
     rows = F.normalize(torch.randn(5, 64, generator=torch.Generator().manual_seed(1)), dim=1)
     found = embedding_figures(seen(rows, rows, torch.ones(5, dtype=torch.bool)), Comm())
