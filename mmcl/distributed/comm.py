@@ -156,7 +156,7 @@ DIRECT_BYTES = 2**18
 
 
 def _direct(x: Tensor) -> bool:
-    """Whether ``x`` travels from each rank to each at once, in a third of the time of gloo's rings."""
+    """Whether ``x`` travels from each rank to each at once: gloo's rings take as many rounds as there are ranks."""
     return x.is_cpu and x.nbytes <= DIRECT_BYTES
 
 

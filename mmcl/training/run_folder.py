@@ -72,16 +72,23 @@ class RunFolder:
         if resume == "auto":
             if rejected and latest is None:
                 raise RunError(f"--resume auto: no checkpoint is whole; {'; '.join(rejected)}")
-            if self.writer:
-                for line in rejected:
-                    print(f"not taken: {line}", flush=True)
+            self._tell_rejected(rejected)
             return latest
         path = Path(resume)
-        found = path if (path / "state.json").exists() else find_checkpoint(path)
+        if (path / "state.json").exists():
+            found: Path | None = path
+        else:
+            found = find_checkpoint(path)
+            self._tell_rejected(rejected_checkpoints(path))
         if found is None:
             raise ConfigError(f"--resume: {resume} is neither a checkpoint nor a run folder with one")
         read_state(found)  # before anything else of it is looked at
         return found
+
+    def _tell_rejected(self, rejected: list[str]) -> None:
+        if self.writer:
+            for line in rejected:
+                print(f"not taken: {line}", flush=True)
 
     def write_config(self, text: str) -> None:
         temporary = self.path / "config.yaml.partial"

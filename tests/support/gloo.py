@@ -19,6 +19,8 @@ from typing import Any
 
 import pytest
 
+from mmcl.distributed.few import FEW_ROWS
+
 PROCESSES = 3
 
 
@@ -48,8 +50,11 @@ def _as_rank(rank: int, world: int, store: str, call: bytes) -> Any:
     import torch
     import torch.distributed as dist
 
+    from mmcl.distributed import few
+
     torch.manual_seed(0)
     torch.set_default_dtype(torch.float32)
+    few.FEW_ROWS = FEW_ROWS  # what the call before has set is over
     function, args = pickle.loads(call)
     if world == 1:
         return function(rank, world, *args)

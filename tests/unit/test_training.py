@@ -302,8 +302,10 @@ def test_a_damaged_checkpoint_is_named(shards_folder: Path, tmp_path: Path, caps
     (newest / "config.yaml").write_text("a: [")
     with pytest.raises(RunError, match=r"step_00000012: damaged or incomplete: config\.yaml, optimizer\.pt"):
         run(config, resume=str(newest))
-    run(config, resume="auto")
-    assert "not taken: " in capsys.readouterr().out
+    for resume in ("auto", str(folder)):
+        (newest / "optimizer.pt").write_bytes(b"garbage")
+        run(config, resume=resume)
+        assert "not taken: " in capsys.readouterr().out
     for name in ("state.json", "files.json"):
         for checkpoint in (newest, older):
             (checkpoint / name).write_text("[1, 2]")

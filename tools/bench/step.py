@@ -217,9 +217,9 @@ def family_cpu_seconds() -> float:
 
 
 def family_bytes() -> int:
-    """Private memory of this process and its workers."""
+    """Memory of this process and its workers that no file holds: pages of libraries are other programs' too, or not."""
     members = [psutil.Process(), *psutil.Process().children(recursive=True)]
-    return sum(int(member.memory_full_info().uss) for member in members)
+    return sum(info.rss - info.shared for info in (member.memory_info() for member in members))
 
 
 def hidden(work: Path, steps: int, batch: int) -> dict[str, Any]:
@@ -292,7 +292,7 @@ def checkpoints(work: Path, rounds: int) -> dict[str, Any]:
 
 
 def memory(work: Path, steps: int) -> dict[str, Any]:
-    """Private memory of trainer and worker along a run of the smallest towers."""
+    """Memory of trainer and worker along a run of the smallest towers."""
     options = [f"data.shards={work / 'shards'}", f"train.out={work / 'run_memory'}", f"train.steps={steps}"]
     options += ["train.threads=1", "data.workers=1", "train.log_every=100", "train.checkpoint_every=500"]
     options += ["train.global_batch=4", "model.towers.video.frames=1", "model.towers.audio.seconds=0.5"]
