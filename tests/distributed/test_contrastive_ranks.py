@@ -47,10 +47,11 @@ def of_rank(case: str, rank: int, world: int) -> tuple[Tensor, Tensor, dict[str,
 def all_cases(rank: int, world: int, few_rows: int = 0) -> dict[str, list[Tensor]]:
     """Loss, gradients of all rows by averaging over ranks, and of the scale."""
     comm, replies, few.FEW_ROWS = Comm.current(), {}, few_rows
+    tile = None if few_rows else 5  # one block, or several
     for case in CASES:
         a, b, options = of_rank(case, rank, world)
         leaves = [a.requires_grad_(), b.requires_grad_(), torch.tensor(9.0, dtype=torch.float64, requires_grad=True)]
-        loss = contrastive(leaves[0], leaves[1], scale=leaves[2], comm=comm, tile=5, **options)
+        loss = contrastive(leaves[0], leaves[1], scale=leaves[2], comm=comm, tile=tile, **options)
         d_a, d_b, d_scale = torch.autograd.grad(loss, leaves)
         replies[case] = [loss.detach(), comm.gather(d_a) / world, comm.gather(d_b) / world, comm.sum(d_scale) / world]
     return replies
@@ -84,6 +85,7 @@ FORMS = (
 def all_forms(rank: int, world: int, few_rows: int = 0) -> dict[str, list[Tensor]]:
     """Loss and gradients of every form: a sample has up to three rows on one side, some none; and of two views."""
     comm, replies, few.FEW_ROWS = Comm.current(), {}, few_rows
+    tile = None if few_rows else 5  # one block, or several
     for form in FORMS:
         for case in ("full", "unpaired_groups", "rank_1_of_2_empty", "no_b"):
             random = torch.Generator().manual_seed(5)
@@ -96,12 +98,14 @@ def all_forms(rank: int, world: int, few_rows: int = 0) -> dict[str, list[Tensor
                 options["groups_b"] = numbers
             learned = [torch.tensor(x, dtype=torch.float64, requires_grad=True) for x in (9.0, -3.0)]
             leaves = [a.requires_grad_(), captions.requires_grad_(), *learned]
-            loss = contrastive(a, captions, scale=learned[0], bias=learned[1], comm=comm, tile=5, form=form, **options)
+            loss = contrastive(
+                a, captions, scale=learned[0], bias=learned[1], comm=comm, tile=tile, form=form, **options
+            )
             replies[f"{form} {case}"] = averaged(loss, leaves, comm)
             if form.name not in ("siglip", "clip_label_smoothing"):
                 present = options.get("present_a", fewer[:, 0]) & fewer[:, 0]
                 loss = view_contrastive(
-                    a, b.requires_grad_(), scale=learned[0], comm=comm, tile=5, form=form,
+                    a, b.requires_grad_(), scale=learned[0], comm=comm, tile=tile, form=form,
                     present=present, groups=options.get("groups"),
                 )  # fmt: skip
                 replies[f"views {form} {case}"] = averaged(loss, [a, b, learned[0]], comm)
