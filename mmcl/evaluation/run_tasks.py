@@ -137,34 +137,16 @@ class TaskRun:
         self, modality: Modality, shards: str, clips: int, crops: int, level: Features, each_view: bool
     ) -> EmbeddedShards:
         asked: tuple[Any, ...] = (shards, clips, crops, level, each_view)
+        common: dict[str, Any] = {"clips": clips, "each_view": each_view}
+        common |= {"workers": self.workers, "decoder": self.decoder, "batch": self.batch}
         if level == "informative":
             if crops > 1:
                 raise ConfigError(f"crops={crops}: informative features are of the centre, as cmim was trained")
             asked += (modality,)
             if asked not in self._made:
-                self._made[asked] = embed_informative(
-                    self.checkpoint,
-                    shards,
-                    modality=modality,
-                    clips=clips,
-                    each_view=each_view,
-                    workers=self.workers,
-                    decoder=self.decoder,
-                    batch=self.batch,
-                )
+                self._made[asked] = embed_informative(self.checkpoint, shards, modality=modality, **common)
         elif asked not in self._made:
-            self._made[asked] = embed_shards(
-                self.model,
-                shards,
-                clips=clips,
-                crops=crops,
-                level=level,
-                each_view=each_view,
-                workers=self.workers,
-                decoder=self.decoder,
-                batch=self.batch,
-                cache=self.cache,
-            )
+            self._made[asked] = embed_shards(self.model, shards, crops=crops, level=level, cache=self.cache, **common)
         return self._made[asked]
 
     @cached_property

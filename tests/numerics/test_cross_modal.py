@@ -9,7 +9,7 @@ import pytest
 import torch
 from support.contrastive_reference import contrastive_reference, form_reference
 from support.exactness import TOWERS, make_batch
-from torch import Tensor
+from support.objectives import contrast_rows
 
 from mmcl.config import build as build_options
 from mmcl.distributed import Comm
@@ -17,23 +17,13 @@ from mmcl.model import ModelOptions, MultimodalModel
 from mmcl.objectives import OBJECTIVES
 from mmcl.objectives.base import ObjectiveMix, Term
 from mmcl.objectives.cross_modal import CrossModal, CrossModalOptions, build
-from mmcl.types import Batch, ConfigError, Embeddings
+from mmcl.types import ConfigError, Embeddings
 
 PAIRS = ("video-audio", "video-text", "audio-text")
 
 
-def embeddings_of(objective: CrossModal, batch: Batch) -> Embeddings:
-    random = torch.Generator().manual_seed(8)
-    values: dict[Any, Tensor] = {}
-    for need in objective.needs:
-        x = torch.randn(len(batch), 6, generator=random, dtype=torch.float64) * batch.views[need.view].present[:, None]
-        values[need.tower, need.view, "joint", "online"] = x.requires_grad_()
-    scales = {name: torch.tensor(5.0 + i, dtype=torch.float64) for i, name in enumerate(objective.scales)}
-    return Embeddings(values, batch, scales)
-
-
 def run(objective: CrossModal, kind: str = "mixed") -> tuple[Term, Embeddings]:
-    embeddings = embeddings_of(objective, make_batch([need.view for need in objective.needs], 0, kind))
+    embeddings = contrast_rows(objective, make_batch([need.view for need in objective.needs], 0, kind))
     return objective(embeddings, Comm()), embeddings
 
 
@@ -96,8 +86,8 @@ def test_every_estimator_takes_several_captions(estimator: Any) -> None:
     for view, number, here in zip(views[2:], numbers, (True, few), strict=True):
         batch.views[view].params["caption_number"] = number.masked_fill(~batch.views[view].present, -1)  # type: ignore[index]
         batch.views[view].present.logical_and_(torch.as_tensor(here))
-    term = objective(embeddings_of(objective, batch), Comm())
-    embeddings = embeddings_of(objective, batch)
+    term = objective(contrast_rows(objective, batch), Comm())
+    embeddings = contrast_rows(objective, batch)
     for name, (((a,),), captions) in objective.pairs.items():
         b = [need for (need,) in captions]
         groups, groups_b = batch.groups, None

@@ -11,30 +11,20 @@ import torch
 import torch.nn.functional as F
 from support.contrastive_reference import form_reference
 from support.exactness import TOWERS, learned_fusions, make_batch
+from support.objectives import contrast_rows
 from torch import Tensor, nn
 
 from mmcl.config import build as build_options
 from mmcl.distributed import Comm
 from mmcl.encoders.fusion import Fusion, LearnedFusionOptions
 from mmcl.objectives.cross_modal import CrossModal, CrossModalOptions, build
-from mmcl.types import Batch, Embeddings
+from mmcl.types import Embeddings
 
 VIDEO_AUDIO = "video+audio"
 
 
 def objective_of(*pairs: tuple[str, str], **options: Any) -> CrossModal:
     return build(build_options(CrossModalOptions, {"pairs": pairs, **options}), TOWERS)
-
-
-def embeddings_of(objective: CrossModal, batch: Batch) -> Embeddings:
-    random = torch.Generator().manual_seed(8)
-    values: dict[Any, Tensor] = {}
-    for need in objective.needs:
-        x = torch.randn(len(batch), 6, generator=random, dtype=torch.float64) * batch.views[need.view].present[:, None]
-        values[need.tower, need.view, "joint", "online"] = x.requires_grad_()
-    scales = {name: torch.tensor(5.0 + i, dtype=torch.float64) for i, name in enumerate(objective.scales)}
-    fusions = {name: fusion.double() for name, fusion in learned_fusions(objective.fusions).items()}
-    return Embeddings(values, batch, scales, dict(fusions))
 
 
 @pytest.mark.parametrize("layers", [2, 3])
@@ -74,7 +64,7 @@ def test_a_set_is_the_fused_rows_of_the_items_that_have_all_its_members(estimato
     first, second = (batch.views[view].params["caption_number"] for view in views)
     groups = torch.cat([batch.groups, torch.stack([first, first, second, second], 1)], 1)
     groups_b = torch.cat([batch.groups, torch.stack([first, second, first, second], 1)], 1)
-    embeddings = embeddings_of(objective, batch)
+    embeddings = contrast_rows(objective, batch)
     term = objective(embeddings, Comm())
     by_tower: dict[str, list[Any]] = {}
     for need in objective.needs:
@@ -106,7 +96,7 @@ def test_a_set_is_the_fused_rows_of_the_items_that_have_all_its_members(estimato
 def test_rows_that_lack_a_member_get_no_gradient() -> None:
     objective = objective_of(("text", VIDEO_AUDIO))
     batch = make_batch([need.view for need in objective.needs], 0, "mixed")
-    embeddings = embeddings_of(objective, batch)
+    embeddings = contrast_rows(objective, batch)
     objective(embeddings, Comm()).loss.backward()
     present = {need.tower: batch.views[need.view].present for need in objective.needs}
     whole = present["video"] & present["audio"] & present["text"]

@@ -14,7 +14,7 @@ from mmcl.model import MultimodalModel
 from mmcl.objectives import OBJECTIVES
 from mmcl.objectives.base import Objective
 from mmcl.types import Batch, Embeddings, TowerInfo, View, ViewBatch
-from support.exactness import TOWERS, make_batch, texts_of
+from support.exactness import TOWERS, learned_fusions, make_batch, texts_of
 
 FROZEN = {name: dataclasses.replace(tower, trainable=name == "video") for name, tower in TOWERS.items()}
 """a student of video and two teachers"""
@@ -66,3 +66,15 @@ def tower_batch(model: MultimodalModel, rows: int = 4) -> Batch:
     }
     keys = tuple(str(i) for i in range(rows))
     return Batch(views, keys, torch.arange(rows), torch.full((rows, 1), -1), torch.full((rows,), -1))
+
+
+def contrast_rows(objective: Objective, batch: Batch) -> Embeddings:
+    """Random joint rows, leaves, of what is there; a temperature of its own for each scale, and learned fusions."""
+    random = torch.Generator().manual_seed(8)
+    values: dict[Any, Tensor] = {}
+    for need in objective.needs:
+        x = torch.randn(len(batch), 6, generator=random, dtype=torch.float64) * batch.views[need.view].present[:, None]
+        values[need.tower, need.view, "joint", "online"] = x.requires_grad_()
+    scales = {name: torch.tensor(5.0 + i, dtype=torch.float64) for i, name in enumerate(objective.scales)}
+    fusions = {name: fusion.double() for name, fusion in learned_fusions(objective.fusions).items()}
+    return Embeddings(values, batch, scales, dict(fusions))
